@@ -48,7 +48,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module."""
+    """Load a public name from its module.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
     if name not in _HOME:
         raise AttributeError(f"module 'gns' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -8,7 +8,7 @@ A negative average of |G|² is legal; nothing is clamped. Unit of every B: examp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -91,7 +91,8 @@ class Estimate:
             if math.isnan(self.b_simple)
             else f"B_simple = {format_count(self.b_simple)} examples"
         )
-        return f"{value} ({percent}: {format_count(self.low)} … {format_count(self.high)}), {size}; {self.status}"
+        bounds = f"{format_count(self.low)} … {format_count(self.high)}"
+        return f"{value} ({percent}: {bounds}), {size}; {self.status}"
 
 
 def format_count(x: float) -> str:
@@ -186,10 +187,14 @@ def confidence_set(moments: Moments, level: float) -> tuple[float, float, bool]:
     if not len(inside):
         return _between_grid_points(moments, too_small, phi, scale)
     first, last = inside[0], inside[-1]
-    low = 0.0 if first == 0 else _crossing(lambda p: margins(p)[0], phi[first - 1], phi[first], scale)
+    low = (
+        0.0
+        if first == 0
+        else _crossing(lambda p: margins(p)[0], float(phi[first - 1]), float(phi[first]), scale)
+    )
     if last == len(phi) - 1:
         return low, math.inf, False
-    return low, _crossing(lambda p: margins(p)[1], phi[last], phi[last + 1], scale), False
+    return low, _crossing(lambda p: margins(p)[1], float(phi[last]), float(phi[last + 1]), scale), False
 
 
 def _scale(moments: Moments) -> float:
@@ -198,10 +203,10 @@ def _scale(moments: Moments) -> float:
     return abs(moments.x) / size if moments.x != 0 and size > 0 else 1.0
 
 
-def _crossing(margin, left: float, right: float, scale: float) -> float:
+def _crossing(margin: Callable[[np.ndarray], np.ndarray], left: float, right: float, scale: float) -> float:
     """Solve margin(φ) = 0 between two grid points and give the B there."""
     phi = optimize.brentq(lambda p: float(margin(np.array(p))), left, right, xtol=1e-15)
-    return math.tan(phi) * scale
+    return math.tan(float(phi)) * scale  # type: ignore[arg-type]
 
 
 def _between_grid_points(
@@ -213,14 +218,6 @@ def _between_grid_points(
         point = moments.x / moments.y
         return point, point, False
     return math.nan, math.inf, True
-
-
-def _check(steps: Sequence[StepSums], level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; a coverage in (0, 1) is needed, e.g. 0.95")
-    for step in steps:
-        if not isinstance(step, StepSums):
-            raise TypeError(f"steps holds a {type(step).__name__}; StepSums are needed, e.g. monitor.history")
 
 
 def estimate(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
@@ -240,7 +237,13 @@ def estimate(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
     Source: McCandlish et al. 2018, arXiv:1812.06162, appendix A, for the averages.
     """
     steps = list(steps)
-    _check(steps, level)
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; a coverage in (0, 1) is needed, e.g. 0.95")
+    foreign = {type(s).__name__ for s in steps if not isinstance(s, StepSums)}
+    if foreign:
+        raise TypeError(
+            f"steps holds {', '.join(sorted(foreign))}; StepSums are needed, e.g. monitor.history"
+        )
     usable = [s for s in steps if s.usable]
     joint = _estimate(usable, level)
     names = usable[0].groups if usable else ()

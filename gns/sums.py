@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -154,12 +154,12 @@ class StepSums:
 
     @property
     def b_simple(self) -> float:
-        """tr Σ / |G|² of this step alone, in examples: mostly noise. NaN where the |G|² estimate is ≤ 0."""
+        """Noise scale of this step alone, in examples: mostly noise. NaN where the |G|² estimate is ≤ 0."""
         return self.trace_sigma / self.grad_sq_norm if self.grad_sq_norm > 0 else math.nan
 
     @property
     def b_simple_plugin(self) -> float:
-        """Tr Σ / ‖ḡ‖², in examples: saturates at n. Lemma 4.1's quantity when n is the whole data set."""
+        """Plug-in tr Σ / ‖ḡ‖², in examples: saturates at n; Lemma 4.1 where n is the whole data set."""
         return self.trace_sigma / self.sq_norm_of_mean if self.sq_norm_of_mean > 0 else math.nan
 
     @property
@@ -169,7 +169,6 @@ class StepSums:
             return {}
         return {name: self._of_rows(rows) for name, rows in self.layout.groups.items()}
 
-    @property
     def parameters(self) -> Iterator[tuple[str, StepSums]]:
         """Yield (parameter name, the same figures for that parameter alone)."""
         if self.rows is not None and self.layout is not None:
@@ -201,9 +200,7 @@ class StepSums:
         return from_rows(self.rows[keep], left, like=self)
 
 
-def from_rows(
-    rows: np.ndarray, layout: Layout, *, like: StepSums | None = None, **fields: object
-) -> StepSums:
+def from_rows(rows: np.ndarray, layout: Layout, *, like: StepSums | None = None, **fields: Any) -> StepSums:
     """Build the record whose joint sums are the sums of `rows`.
 
     Args:
@@ -223,8 +220,8 @@ def from_rows(
     m, q = rows.sum(axis=0, dtype=np.float64)
     joint = {"mean_sq_norm": float(m), "sq_norm_of_mean": float(q), "rows": rows, "layout": layout}
     if like is not None:
-        return replace(like, **joint, **fields)  # type: ignore[arg-type]
-    return StepSums(**joint, **fields)  # type: ignore[arg-type]
+        return replace(like, **joint, **fields)
+    return StepSums(**joint, **fields)
 
 
 @dataclass(frozen=True)
@@ -256,7 +253,7 @@ class Contributions:
             tokens,
         )
 
-    def close(self, sq_norms_of_sum: np.ndarray, layout: Layout, **fields: object) -> StepSums:
+    def close(self, sq_norms_of_sum: np.ndarray, layout: Layout, **fields: Any) -> StepSums:
         """Join the accumulated gradient's squared norms, and so end the step.
 
         Args:

@@ -1,0 +1,402 @@
+"""Follows one model through training: from hook events to the device sums of each optimizer step.
+
+It owns the taps, the boundary, and the hooks on the model's own call and on optimizers. What it hands on is an
+`OpenStep`: device values on their way to the host. `gns.close` turns those into records.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from gns.boundary import Boundary, Close
+from gns.examples import RowMap, row_map
+from gns.gradients import Stamp, all_empty, sq_norms
+from gns.host import HostCopy
+from gns.openstep import OpenStep
+from gns.plan import Entry, Plan
+from gns.reasons import DISTRIBUTED, REPEATED, TWICE, UNSEEN
+from gns.selfcheck import SelfCheck
+from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is under way on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def guarded(method: Callable) -> Callable:
+    """Keep every exception of ours out of the user's loop."""
+
+    @functools.wraps(method)
+    def run(self: Collector, *args: Any, **kwargs: Any) -> Any:
+        if self.dead:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self.fail(error)
+            return None
+
+    return run
+
+
+class _Call:
+    """One forward pass of the model."""
+
+    def __init__(self, rows: RowMap | None):
+        self.rows = rows
+        self.uses: dict[int, int] = {}  # tap → how often it fired
+        self.task: int | None = None  # graph task that ran it backward
+
+
+class Collector:
+    """Collects the sums of one model's optimizer steps.
+
+    Args:
+        model: the module whose calls are watched.
+        plan: taps and entries.
+        every: measure one optimizer step in so many.
+        weights: of the examples in the loss, see `gns.examples.row_map`.
+        scaler: the loop's gradient scaler, or None.
+        on_step: receives each measured step when it ends.
+        on_error: receives an exception of ours; may raise it.
+        first_step: number of the next optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        *,
+        every: int,
+        weights: str,
+        scaler: Any,
+        on_step: Callable[[OpenStep], None],
+        on_error: Callable[[Exception], None],
+        first_step: int = 0,
+    ):
+        self.model, self.taps, self.entries = model, plan.taps, plan.entries
+        self.every, self.weights, self.scaler = every, weights, scaler
+        self.on_step, self.on_error = on_step, on_error
+        self.dead = False
+        self.step = first_step
+        self.check = SelfCheck(plan.entries)
+        self.boundary = Boundary()
+        self.handles: list[Any] = []
+        self._to_gather: set[int] = set()
+        self._new_step()
+
+    # life
+
+    def attach(self) -> None:
+        """Register every hook."""
+        for tap in self.taps:
+            tap.listen(self._on_leaf)
+            tap.on_error = self.fail
+            pre, post = InputHook(self, tap), OutputHook(self, tap)
+            self.handles.append(tap.module.register_forward_pre_hook(pre, with_kwargs=True))
+            self.handles.append(tap.module.register_forward_hook(post, with_kwargs=True))
+        self.handles.append(self.model.register_forward_pre_hook(RootInput(self), with_kwargs=True))
+        self.handles.append(self.model.register_forward_hook(RootOutput(self), with_kwargs=True))
+        me = weakref.ref(self)  # the optimizer hooks are global: they must not keep a forgotten model alive
+        self.handles.append(register_optimizer_step_pre_hook(lambda *event: _forward_event(me, "_on_pre", event)))
+        self.handles.append(register_optimizer_step_post_hook(lambda *event: _forward_event(me, "_on_post", event)))
+        self._activate()
+
+    def detach(self) -> None:
+        """Remove every hook and free every leaf."""
+        self.active = False
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        for tap in self.taps:
+            tap.drop()
+            tap.close_checks()
+            tap.on_leaf = tap.on_error = None
+
+    def fail(self, error: Exception) -> None:
+        """Stand down: nothing is measured any more, training goes on."""
+        self.dead, self.active = True, False
+        self.on_error(error)
+
+    # the model's own call
+
+    @guarded
+    def call_begins(self, args: tuple, kwargs: dict) -> None:
+        """Read the examples of a call of the model."""
+        if in_backward():
+            return
+        self._queued = False  # a backward pass that raised never came to its end
+        self.boundary.forward()
+        if not self.active:
+            return
+        self._call = _Call(row_map(self.model, args, kwargs, self.weights))
+        for gather in self._gathers():
+            if self._call.rows is not None:
+                gather.begin(self._call.rows.n)
+
+    @guarded
+    def call_ends(self, out: Any) -> None:
+        """Watch the outputs, so that a call counts when its backward runs."""
+        call, self._call = self._call, None
+        for gather in self._gathers():
+            gather.end()
+        if call is None or in_backward():
+            return
+        for tensor in _outputs(out):
+            tensor.register_hook(functools.partial(_notify, weakref.ref(self), call))
+
+    def forward_seen(self) -> None:
+        """Note a training forward pass between measured steps."""
+        self.boundary.forward()
+
+    def admits(self, tap: Tap, x: Tensor) -> bool:
+        """Whether a layer's call is tapped; the same answer in a recomputation."""
+        if x.ndim < 2:
+            self._mark(tap, f"its input has shape {tuple(x.shape)}, without a batch dimension")
+            return False
+        call = self._call
+        if call is not None and call.rows is not None:
+            if x.shape[0] != call.rows.n:
+                seen = f"its input has {x.shape[0]} rows where the model's call has {call.rows.n} examples"
+                self._mark(tap, seen)
+            uses = call.uses[id(tap)] = call.uses.get(id(tap), 0) + 1
+            if uses > 1 and any(p not in tap.gathers for p in tap.parameters):
+                self._to_gather.add(id(tap))
+        if x.is_floating_point() and x.dtype is torch.float16 and self.scaler is None:
+            self._loss_scaled = True
+        tap.activation_dtype = x.dtype
+        tap.follow_device()
+        return all(gather.n == x.shape[0] for gather in tap.gathers.values())
+
+    def _mark(self, tap: Tap, why: str) -> None:
+        for p in tap.parameters:
+            self._misfits[tap.full_name(p)] = why
+
+    def _gathers(self) -> list:
+        return [g for tap in self.taps for g in tap.gathers.values()]
+
+    # backward
+
+    def _on_leaf(self, _: Tensor) -> None:
+        self._touched = True
+        self.backward_event(None)
+
+    @guarded
+    def backward_event(self, call: _Call | None) -> None:
+        """Note that a backward pass is under way: of a call, or wherever a leaf is."""
+        if not self.active:
+            return
+        if not self._queued:
+            self._queued, self._touched, self._running = True, call is None, []
+            self._backward_begins(from_output=call is not None)
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._backward_ended))  # the second one runs after data-parallel reduction
+        if call is not None:
+            self._running.append((call, torch._C._current_graph_task_id()))
+
+    def _count_calls(self) -> None:
+        for call, task in self._running:
+            if call.task is None:
+                call.task = task
+                self._calls.append(call)
+            elif call.task != task:
+                self._reason = TWICE
+
+    def _backward_begins(self, from_output: bool) -> None:
+        gradients = self._gradients()
+        if self.boundary.pending:
+            if self.boundary.backward_begins(self._discarded(gradients, from_output)):
+                self._drop()
+            return
+        there = [g for g in gradients if g is not None]
+        self._leftover = torch.stack(_max_norms(there)).float() if there and from_output else None
+
+    def _discarded(self, gradients: list[Tensor | None], from_output: bool) -> bool:
+        """Whether the loop threw away the gradients that were summed so far."""
+        if all(g is None for g in gradients):
+            return True
+        if self._stamp is None or self._stamp.untouched(gradients):
+            return False
+        # without the output's hook some gradients of this very pass may be there already
+        return all_empty(gradients) if from_output else self._stamp.replaced(gradients)
+
+    def _drop(self) -> None:
+        for tap in self.taps:
+            tap.drop()
+        self._calls, self._reason, self._leftover, self._stamp = [], None, None, None
+
+    @guarded
+    def _backward_ended(self) -> None:
+        self._queued = False
+        if not self.active or not self._touched:  # torch.autograd.grad: nothing reached `.grad`
+            return
+        self._count_calls()
+        gradients = self._gradients()
+        self._sq_norms = sq_norms(gradients, [e.parameter for e in self.entries])
+        self._mismatches = self.check.compare(gradients)
+        self._stamp = Stamp(gradients)
+        scale = getattr(self.scaler, "_get_scale_async", lambda: None)()
+        self._scale = None if scale is None else scale.detach().clone()
+        self._end(self.boundary.backward_ends())
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [e.parameter.grad for e in self.entries]
+
+    # the optimizer
+
+    @guarded
+    def _on_pre(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
+        if not self._owns(optimizer):
+            return
+        if not in_backward():
+            self._queued = False
+        self._learning_rate = self._rate(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
+        blind = self.active and not closure and not self.boundary.pending and not in_backward() and self._blind()
+        close = self.boundary.optimizer_pre(id(optimizer), closure=closure, in_backward=in_backward())
+        self._end(Close(UNSEEN) if blind else close)
+
+    @guarded
+    def _on_post(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
+        if self._owns(optimizer):
+            self._end(self.boundary.optimizer_post(id(optimizer), in_backward=in_backward()))
+
+    def _blind(self) -> bool:
+        """Whether gradients are there though nothing was noticed since the last step closed."""
+        stepped, self._stepped = self._stepped, True
+        return not stepped and any(g is not None for g in self._gradients())
+
+    def _owns(self, optimizer: Any) -> bool:
+        ours = {id(e.parameter) for e in self.entries}
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+    def _rate(self, optimizer: Any) -> float | None:
+        """Largest learning rate over the optimizer's groups; None if it lies on a device."""
+        rates = [g.get("lr") for g in optimizer.param_groups]
+        known = [float(r) for r in rates if r is not None and not (isinstance(r, Tensor) and r.is_cuda)]
+        return max(known, default=None)
+
+    # the step
+
+    def _end(self, close: Close | None) -> None:
+        if close is None:
+            return
+        if self.active:
+            self.on_step(self._open_step(close.reason))
+        self.step += 1
+        for tap in self.taps:
+            tap.drop()
+        self.check.end()
+        for entry in self.entries:
+            if not entry.gathered and any(id(tap) in self._to_gather for tap, _ in entry.sites):
+                entry.gather()
+        self._to_gather = set()
+        self._new_step()
+        self._activate()
+
+    def _activate(self) -> None:
+        self.active = self.step % self.every == 0 and not self.dead
+        self.boundary.measuring = self.active
+        if self.active:
+            self.check.begin(self.step // self.every)
+
+    def _new_step(self) -> None:
+        self._call: _Call | None = None
+        self._calls: list[_Call] = []
+        self._running: list[tuple[_Call, int]] = []
+        self._queued = self._touched = self._loss_scaled = self._stepped = False
+        self._reason: str | None = None
+        self._misfits: dict[str, str] = {}
+        self._stamp: Stamp | None = None
+        self._sq_norms: list[Tensor] = []
+        self._mismatches: list[Tensor] = []
+        self._leftover: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._learning_rate: float | None = None
+
+    def _open_step(self, reason: str | None) -> OpenStep:
+        rows = [call.rows for call in self._calls if call.rows is not None]
+        repeated = REPEATED if self._to_gather else None
+        sums = [tap.read() for tap in self.taps]
+        return OpenStep(
+            step=self.step,
+            entries=self.entries,
+            taps=self.taps,
+            n=sum(r.n for r in rows) if len(rows) == len(self._calls) and rows else None,
+            loss_scaled=self._loss_scaled,
+            learning_rate=self._learning_rate,
+            reason=reason or self._reason or repeated or (DISTRIBUTED if _distributed() else None),
+            misfits=self._misfits,
+            checked=self.check.open_names() if self._mismatches else (),
+            copy=HostCopy(
+                [
+                    *sums,
+                    *self._sq_norms,
+                    *self._mismatches,
+                    *_totals(rows),
+                    self._leftover.max().reshape(1) if self._leftover is not None else torch.zeros(1),
+                    self._scale.reshape(1) if self._scale is not None else torch.ones(1),
+                ]
+            ),
+            counted=len(_totals(rows)),
+            seen_backward=bool(self._sq_norms),
+            dtypes={e.name: _lowest(e) for e in self.entries} if self._mismatches else {},
+        )
+
+
+def _distributed() -> bool:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
+def _lowest(entry: Entry) -> torch.dtype:
+    """Lowest precision between an entry's activations and its gradient; 16-bit where it was not seen."""
+    seen = [tap.activation_dtype or torch.bfloat16 for tap, _ in entry.sites] + [entry.parameter.dtype]
+    return max(seen, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _totals(rows: list[RowMap]) -> list[Tensor]:
+    """Tokens, Σw and Σw² over the calls of a step: [3], NaN where unknown; empty without calls."""
+    if not rows:
+        return []
+    parts = [(r.n_tokens, r.weight_sum, r.weight_sq_sum) for r in rows]
+    return [_sum([p[i] for p in parts]) for i in range(3)]
+
+
+def _sum(parts: list[Tensor | None]) -> Tensor:
+    there = [p for p in parts if p is not None]
+    if len(there) < len(parts):
+        return torch.full((), float("nan"))
+    return functools.reduce(torch.add, [p.to(there[0].device) for p in there])
+
+
+def _max_norms(tensors: list[Tensor]) -> list[Tensor]:
+    norms = torch._foreach_norm([t.detach() for t in tensors], float("inf"))
+    return [n.to(norms[0].device) for n in norms]
+
+
+def _outputs(out: Any) -> list[Tensor]:
+    """Give the tensors of a model's output that a loss can be made of."""
+    items = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else [out]
+    return [t for t in items if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _notify(collector: weakref.ref, call: _Call, gradient: Tensor) -> None:
+    """Tensor hook on an output: changes nothing, and holds the collector weakly."""
+    found = collector()
+    if found is not None:
+        found.backward_event(call)
+
+
+def _forward_event(collector: weakref.ref, method: str, event: tuple) -> None:
+    found = collector()
+    if found is not None:
+        getattr(found, method)(*event)

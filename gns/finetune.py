@@ -1,0 +1,296 @@
+"""The small real LoRA fine-tune behind `gns demo` and `gns measure`, on `transformers.Trainer`.
+
+Everything that bad input can break happens first, in `gns.preparation`; then a run writes OUT:
+
+    run.json            the configuration
+    steps.jsonl         one record an optimizer step, as it happens
+    checkpoints/        the last checkpoint, to resume from
+    adapter/            the trained adapter (safetensors) and its tokenizer
+    report.html, summary.json, *.png
+
+Ctrl-C ends the run after the step it is in, with a checkpoint and a report of what was measured; a second one
+ends it at once, with the report. A resumed run goes on from the last checkpoint with the readings before it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from gns import records, runfolder
+from gns.data import NO_LOSS, Collator, Row
+from gns.estimate import Estimate
+from gns.integrations.transformers import GNSCallback, next_step
+from gns.monitor import GNSMonitor
+from gns.preparation import ConfigError, FinetuneConfig, Prepared, prepare
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One optimizer step, for a display: steps made and to make, mean loss a token, estimate so far."""
+
+    step: int
+    n_steps: int
+    loss: float
+    estimate: Estimate | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found.
+
+    Args:
+        out: its folder.
+        estimate: over all its steps, those before a resume included.
+        loss_before: mean loss a token on the held-out examples, None where there are none.
+        loss_after: the same after training, None after an interrupt.
+        steps_made: optimizer steps, those before a resume included.
+        n_steps: optimizer steps that the run is to make.
+        interrupted: whether the user stopped it.
+    """
+
+    out: Path
+    estimate: Estimate
+    loss_before: float | None
+    loss_after: float | None
+    steps_made: int
+    n_steps: int
+    interrupted: bool
+
+
+class Watcher:
+    """Hears of a run; this one keeps silent."""
+
+    def remark(self, line: str) -> None:
+        """Hear something the user should know."""
+
+    def step(self, progress: Progress) -> None:
+        """Hear of an optimizer step."""
+
+
+def run(
+    config: FinetuneConfig, out: str | Path, *, resume: bool = False, watcher: Watcher | None = None
+) -> RunResult:
+    """Fine-tune, measure and report.
+
+    Args:
+        config: of the run; of a resumed one, the configuration it was started with.
+        out: folder to write; made if it is not there.
+        resume: go on with the interrupted run in `out`.
+        watcher: hears of each step.
+
+    Returns:
+        What was found. Whatever training raises comes after a report of what was measured until then.
+
+    Raises:
+        ConfigError: the run cannot start, and nothing is written (`DataError` where the data are at fault).
+    """
+    out, watcher = Path(out), watcher or Watcher()
+    config.check()
+    checkpoint = runfolder.resumable(out, config) if resume else runfolder.refuse_used(out)
+    with _without_bars():
+        prepared = prepare(config)
+        if checkpoint is not None and runfolder.steps_of(checkpoint) >= prepared.n_steps:
+            raise ConfigError(
+                f"{out}: the run is complete, {runfolder.steps_of(checkpoint)} steps; nothing to resume"
+            )
+        for line in prepared.remarks:
+            watcher.remark(line)
+        with runfolder.claimed(out):
+            return _Run(config, prepared, out, checkpoint, watcher).go()
+
+
+class _Run:
+    """One run on its way: the Trainer, the monitor, and what is known so far."""
+
+    def __init__(
+        self, config: FinetuneConfig, prepared: Prepared, out: Path, checkpoint: Path | None, watcher: Watcher
+    ) -> None:
+        self.config, self.prepared, self.out, self.checkpoint = config, prepared, out, checkpoint
+        steps = out / records.STEPS
+        if steps.exists():  # steps after the checkpoint will be made again
+            records.cut_after(steps, (next_step(checkpoint) or 0) - 1 if checkpoint else -1)
+        runfolder.write_config(out, config)
+        self.collator = Collator(_pad_id(prepared.tokenizer))
+        self.monitor = GNSMonitor(prepared.model, every=config.every, sink=steps)
+        self.trainer = Trainer(
+            prepared.model,
+            _arguments(config, prepared.n_steps, out / runfolder.CHECKPOINTS),
+            train_dataset=prepared.train,  # type: ignore[arg-type]
+            data_collator=self.collator,
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self.callback = GNSCallback.install(self.trainer, self.monitor)
+        self.stop = _Stop()
+        self.trainer.add_callback(_Reporter(watcher, self.callback))
+        self.trainer.add_callback(self.stop)
+        self.loss_before: float | None = None
+        self.loss_after: float | None = None
+
+    def go(self) -> RunResult:
+        """Train, then report, whatever ended the training.
+
+        Raises:
+            KeyboardInterrupt: the user ended it at once, before there was a reading to report.
+        """
+        interrupted = False
+        with self.stop.on_signal():
+            try:
+                self.loss_before = self._held_out_loss()
+                self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+                interrupted = self.stop.asked
+                if not interrupted:
+                    self.loss_after = self._held_out_loss()
+            except KeyboardInterrupt:
+                interrupted = True
+                if not self.monitor.history:
+                    raise
+            finally:
+                self.stop.shield()
+                self.callback.detach()
+                if self.monitor.history:
+                    self._report()
+        state = self.trainer.state
+        losses = self.loss_before, self.loss_after
+        estimate = self.monitor.estimate()
+        return RunResult(self.out, estimate, *losses, state.global_step, self.prepared.n_steps, interrupted)
+
+    def _report(self) -> None:
+        model = self.prepared.model
+        for part in (model, self.prepared.tokenizer):
+            part.save_pretrained(self.out / runfolder.ADAPTER)
+        settings = {
+            **asdict(self.config),
+            "steps_made": self.trainer.state.global_step,
+            "n_train": len(self.prepared.train),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "held_out_loss_before": self.loss_before,
+            "held_out_loss_after": self.loss_after,
+            "device": str(model.device),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        self.monitor.report(self.out, settings=settings, batch_size=self.config.examples_per_step)
+
+    def _held_out_loss(self) -> float | None:
+        model, dtype = self.prepared.model, self.config.base_dtype
+        with torch.autocast(
+            model.device.type, dtype=dtype, enabled=dtype is not torch.float32
+        ):  # as in training
+            return mean_loss(model, self.prepared.held_out, self.collator, self.config.batch_size)
+
+
+def mean_loss(model: Any, rows: Sequence[Row], collator: Collator, batch_size: int) -> float | None:
+    """Mean loss a token over examples, in nats; None without examples. Training mode is left as it was."""
+    was_training, total, count = model.training, 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = {k: v.to(model.device) for k, v in collator(rows[start : start + batch_size]).items()}
+            n_labels = int((batch["labels"][:, 1:] != NO_LOSS).sum())
+            total += float(model(**batch).loss) * n_labels
+            count += n_labels
+    model.train(was_training)
+    return total / count if count else None
+
+
+class _Reporter(TrainerCallback):
+    """Hands each step's loss and the estimate so far to the watcher."""
+
+    def __init__(self, watcher: Watcher, callback: GNSCallback) -> None:
+        self.watcher, self.callback = watcher, callback
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Hear of a step's loss."""
+        if logs and "loss" in logs:
+            self.watcher.step(Progress(state.global_step, state.max_steps, logs["loss"], self.callback.shown))
+
+
+class _Stop(TrainerCallback):
+    """Ctrl-C: the first ends training after the step it is in, with a checkpoint; the second at once."""
+
+    def __init__(self) -> None:
+        self.asked = self._shielded = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """End here if the user asked."""
+        if self.asked:
+            control.should_training_stop = control.should_save = True
+        return control
+
+    def shield(self) -> None:
+        """Let nothing interrupt the report."""
+        self._shielded = True
+
+    @contextmanager
+    def on_signal(self) -> Generator[None]:
+        """Listen to SIGINT; only the main thread can, in any other this does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._hear)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _hear(self, number: int, frame: object) -> None:
+        if self.asked and not self._shielded:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=n_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        optim="adamw_torch",
+        bf16=config.base_dtype is torch.bfloat16,
+        fp16=config.base_dtype is torch.float16,
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # show a NaN loss as what it is
+        save_steps=config.save_every,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if (
+        arguments.n_gpu > 1
+    ):  # the Trainer would fall back on nn.DataParallel, whose replicas no monitor can read
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any token will do: neither attention nor loss sees it."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """Switch transformers' own progress bars off for a while; its warnings stay."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

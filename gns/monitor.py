@@ -1,0 +1,310 @@
+"""`GNSMonitor`: the façade. It keeps the history and speaks to the user; it does no arithmetic and hooks nothing."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from gns.collect import Collector
+from gns.coverage import Coverage
+from gns.estimate import Estimate, estimate
+from gns.examples import WEIGHTS
+from gns.openstep import Closed, OpenStep
+from gns.plan import Plan, plan
+from gns.reasons import UNREACHED
+from gns.sums import Layout, StepSums
+from gns.taps import hooked
+
+METRICS = ("euclidean",)
+ON_ERROR = ("warn", "raise")
+
+
+class GNSWarning(UserWarning):
+    """Something about a measurement that its reader must know."""
+
+
+class GNSMonitor:
+    """Measures the gradient noise scale of a model in training, in any loop, without changing the training.
+
+    `GNSMonitor(model).attach()` before the loop is all; weights stay bit-identical. Examples are the rows of the
+    batch dimension of the model's own call.
+
+    Args:
+        model: the module that the loop calls, e.g. a `peft` model.
+        every: measure one optimizer step in so many.
+        history: how many measured steps are kept.
+        segments: reserved for packed sequences; only None is known to this version.
+        weights: of the examples in the loss: "tokens" (a token-mean loss), "equal", or "auto": by tokens where
+            the model itself is given [B, T] labels and so computes the loss.
+        metric: in which norms are taken; "euclidean".
+        scaler: the `torch.amp.GradScaler` of the loop, so that its loss scale can be undone.
+        curvature_every: reserved for B_noise; only None is known to this version.
+        sink: receives each `StepSums` as it is measured: a callable, or a path to which records are appended.
+        on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or "raise".
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with GNSMonitor(model) as monitor:
+        ...     for x in torch.randn(30, 8, 4):
+        ...         optimizer.zero_grad()
+        ...         (model(x) - 1).square().mean().backward()
+        ...         optimizer.step()
+        >>> monitor.estimate().n_examples
+        240
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 1,
+        history: int = 10_000,
+        segments: None = None,
+        weights: str = "auto",
+        metric: str = "euclidean",
+        scaler: Any = None,
+        curvature_every: None = None,
+        sink: Callable[[StepSums], None] | str | Path | None = None,
+        on_error: str = "warn",
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
+        for name, value in (("every", every), ("history", history)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; a whole number of steps, 1 or more, is needed")
+        for name, value, known in (("weights", weights, WEIGHTS), ("metric", metric, METRICS), ("on_error", on_error, ON_ERROR)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
+        for name, value in (("segments", segments), ("curvature_every", curvature_every)):
+            if value is not None:
+                raise ValueError(f"{name} is {value!r}; this version only knows None")
+        self.model, self.every, self.weights, self.scaler, self.on_error = model, every, weights, scaler, on_error
+        self._sink = _as_sink(sink)
+        self._history: deque[StepSums] = deque(maxlen=history)
+        self._arriving: deque[OpenStep] = deque()
+        self._collector: Collector | None = None
+        self._plan: Plan | None = None
+        self._excluded: dict[str, str] = {}
+        self._verified: frozenset[str] = frozenset()
+        self._fired: frozenset[str] = frozenset()
+        self._next_step = 0
+        self._layout = functools.cache(Layout)
+
+    # life
+
+    def attach(self) -> Self:
+        """Start measuring; the next optimizer step is measured.
+
+        Returns:
+            The monitor itself.
+
+        Raises:
+            RuntimeError: this or another monitor is attached to the model.
+            ValueError: nothing trainable can be measured.
+        """
+        if self._collector is not None:
+            raise RuntimeError("this monitor is attached already; call detach() first")
+        if hooked(self.model):
+            raise RuntimeError("another GNSMonitor is attached to this model; call its detach() first")
+        self._plan = plan(self.model)
+        self._excluded, self._verified, self._fired = {}, frozenset(), frozenset()
+        self._collector = Collector(
+            self.model,
+            self._plan,
+            every=self.every,
+            weights=self.weights,
+            scaler=self.scaler,
+            on_step=self._arrive,
+            on_error=self._fail,
+            first_step=self._next_step,
+        )
+        self._collector.attach()
+        if self._plan.reasons:
+            self._warn_unmeasured(self._plan.reasons)
+        return self
+
+    def detach(self) -> None:
+        """Remove every hook; the history stays. Detaching twice is harmless."""
+        if self._collector is not None:
+            self.flush()
+            self._collector.detach()
+            self._next_step, self._collector = self._collector.step, None
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are in place."""
+        return self._collector is not None
+
+    def __enter__(self) -> Self:
+        return self if self.attached else self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    # what was measured
+
+    @property
+    def latest(self) -> StepSums | None:
+        """The last measured optimizer step, or None."""
+        self.flush()
+        return self._history[-1] if self._history else None
+
+    @property
+    def history(self) -> list[StepSums]:
+        """The measured optimizer steps, oldest first."""
+        self.flush()
+        return list(self._history)
+
+    def estimate(self, last: int | None = None, *, level: float = 0.95) -> Estimate:
+        """Estimate B_simple over the history.
+
+        Args:
+            last: only the last so many measured steps.
+            level: nominal coverage of the confidence set.
+
+        Returns:
+            The estimate, with the share of trainable parameters that it covers.
+
+        Raises:
+            ValueError: `last` is below 1, or `level` outside (0, 1).
+        """
+        if last is not None and last < 1:
+            raise ValueError(f"last is {last}; 1 or more steps are needed, or None for all")
+        steps = self.history if last is None else self.history[-last:]
+        return replace(estimate(steps, level=level), coverage=self.coverage().share if self._plan else None)
+
+    def coverage(self) -> Coverage:
+        """Say which trainable parameters are measured, which not and why.
+
+        Raises:
+            RuntimeError: the monitor was never attached.
+        """
+        if self._plan is None:
+            raise RuntimeError("the monitor was never attached; call attach() first")
+        self.flush()
+        out = dict(self._excluded)
+        if self._fired:
+            out |= {e.name: UNREACHED for e in self._plan.entries if e.name not in self._fired and e.name not in out}
+        sizes = {e.name: e.scalars for e in self._plan.entries}
+        return Coverage(
+            measured={name: size for name, size in sizes.items() if name not in out},
+            unmeasured={**self._plan.scalars, **{name: sizes[name] for name in out}},
+            reasons={**self._plan.reasons, **out},
+            verified=self._verified,
+        )
+
+    def report(
+        self, folder: str | Path, *, settings: dict[str, Any] | None = None, batch_size: int | None = None
+    ) -> Path:
+        """Write report.html, figures, steps.jsonl and summary.json.
+
+        Args:
+            folder: where to; made if missing.
+            settings: shown beside the numbers, e.g. learning rate, schedule, seed.
+            batch_size: examples per optimizer step in use; by default the mean over the history.
+
+        Returns:
+            Path of report.html.
+        """
+        from gns.report import write_report
+
+        coverage = self.coverage() if self._plan else None
+        return write_report(folder, self.history, coverage=coverage, settings=settings, batch_size=batch_size)
+
+    # continuing
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the history and the step counter, to be continued by another monitor of the same model."""
+        step = self._collector.step if self._collector else self._next_step
+        return {"next_step": step, "history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            RuntimeError: the monitor is attached.
+            ValueError: `state` is not what `state_dict` gives.
+        """
+        if self.attached:
+            raise RuntimeError("the monitor is attached; load its state before attach()")
+        if set(state) != {"next_step", "history"} or not all(isinstance(s, StepSums) for s in state["history"]):
+            raise ValueError(f"state has keys {sorted(state)}; 'history' (of StepSums) and 'next_step' are needed")
+        self._next_step = int(state["next_step"])
+        self._history.clear()
+        self._history.extend(state["history"])
+
+    # inside
+
+    def flush(self) -> None:
+        """Turn every step that has ended into a record, waiting for the device if need be."""
+        while self._arriving:
+            self._close(self._arriving.popleft())
+
+    def _arrive(self, step: OpenStep) -> None:
+        self._arriving.append(step)
+        while self._arriving and self._arriving[0].copy.ready():
+            self._close(self._arriving.popleft())
+
+    def _close(self, step: OpenStep) -> None:
+        closed: Closed = step.close(self._excluded.keys(), self._layout)
+        self._verified |= closed.verified
+        self._fired |= closed.fired
+        if self._collector is not None:
+            for name in closed.verified:
+                self._collector.check.settle(name)
+        if closed.excluded:
+            self._exclude(closed.excluded)
+        self._history.append(closed.sums)
+        if self._sink is not None:
+            self._sink(closed.sums)
+
+    def _exclude(self, reasons: dict[str, str]) -> None:
+        """Leave parameters out of both sums, also of the steps measured before."""
+        self._excluded |= reasons
+        self._verified -= reasons.keys()
+        if self._history and self._history[-1].layout is not None:
+            left = tuple(n for n in self._history[-1].layout.names if n not in reasons)
+            kept = [step.without(reasons, self._layout(left)) for step in self._history]
+            self._history.clear()
+            self._history.extend(kept)
+        self._warn_unmeasured(reasons)
+
+    def _warn_unmeasured(self, reasons: dict[str, str]) -> None:
+        name, why = next(iter(reasons.items()))
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        warnings.warn(
+            f"{len(reasons)} trainable parameter(s) are not measured: {name}{more}: {why}. "
+            "`monitor.coverage()` lists them all",
+            GNSWarning,
+            stacklevel=3,
+        )
+
+    def _fail(self, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        warnings.warn(
+            f"GNSMonitor stands down after an error of its own, training goes on: {type(error).__name__}: {error}",
+            GNSWarning,
+            stacklevel=3,
+        )
+
+
+def _as_sink(sink: Callable[[StepSums], None] | str | Path | None) -> Callable[[StepSums], None] | None:
+    if sink is None or callable(sink):
+        return sink
+    from gns.records import StepsWriter
+
+    return StepsWriter(sink).write

@@ -1,0 +1,138 @@
+"""Which trainable parameter is measured by which taps, and which is not and why: decided once, at attach."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from gns.rules import Rule, known_kinds, rule_for
+from gns.taps import Gather, Tap
+
+
+@dataclass
+class Entry:
+    """A measured parameter.
+
+    Args:
+        name: its name in the model (the first, if it is tied).
+        sites: the taps that see its uses, each with the parameter's name in that layer.
+        scalars: number of its entries.
+    """
+
+    name: str
+    sites: list[tuple[Tap, str]]
+    scalars: int
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as it is now."""
+        tap, local = self.sites[0]
+        return tap.parameter(local)
+
+    @property
+    def gathered(self) -> bool:
+        """Whether its uses are added before they are squared."""
+        tap, local = self.sites[0]
+        return local in tap.gathers
+
+    def gather(self) -> None:
+        """From now on add the blocks of all uses in one call of the model before squaring."""
+        meeting = Gather(self.parameter)
+        for tap, local in self.sites:
+            tap.gathers[local] = meeting
+
+
+@dataclass
+class Plan:
+    """What `plan` found: taps and entries to measure, and reasons for the parameters left out."""
+
+    taps: list[Tap] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    scalars: dict[str, int] = field(default_factory=dict)  # of the parameters in `reasons`
+
+
+def _sites(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Trainable parameter (by identity) → its places: module path, module, local name."""
+    found: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                found[id(parameter)].append((path, module, local))
+    return found
+
+
+def _why_not(path: str, module: nn.Module, local: str, rule: Rule | None) -> str | None:
+    kind = type(module).__name__
+    if rule is None:
+        return f"`{path}` ({kind}): no per-example rule. Known: {known_kinds()}"
+    if local not in rule.parameters:
+        return f"`{path}` ({kind}): the rule knows {', '.join(rule.parameters)}, not `{local}`"
+    return None
+
+
+def plan(model: nn.Module) -> Plan:
+    """Assign taps to the trainable parameters of a model.
+
+    Args:
+        model: any module; for `peft` models both factors are linear layers of their own.
+
+    Returns:
+        The plan. Parameters with several places (tied weights) are gathered, or left out with all places
+        if one of them has no rule.
+
+    Raises:
+        ValueError: nothing is trainable, or nothing trainable has a rule.
+    """
+    made, taps = Plan(), {}
+    rules: dict[int, Rule | None] = {}
+    wanted: dict[int, list[str]] = defaultdict(list)
+    covered = []
+    for places in _sites(model).values():
+        for _, module, _ in places:
+            if id(module) not in rules:
+                rules[id(module)] = rule_for(module)
+        whys = [why for p, m, local in places if (why := _why_not(p, m, local, rules[id(m)]))]
+        path, module, local = places[0]
+        name = f"{path}.{local}" if path else local
+        parameter = module._parameters[local]
+        assert parameter is not None
+        if whys:
+            made.reasons[name], made.scalars[name] = whys[0], parameter.numel()
+            continue
+        covered.append((name, places, parameter.numel()))
+        for _, m, n in places:
+            wanted[id(m)].append(n)
+    _refuse_empty(model, covered, made)
+    for name, places, scalars in covered:
+        sites = []
+        for path, module, local in places:
+            if id(module) not in taps:
+                rule = rules[id(module)]
+                assert rule is not None
+                taps[id(module)] = Tap(path, module, rule, tuple(wanted[id(module)]))
+            sites.append((taps[id(module)], local))
+        entry = Entry(name, sites, scalars)
+        if len(sites) > 1:
+            entry.gather()
+        made.entries.append(entry)
+    made.taps = list(taps.values())
+    return made
+
+
+def _refuse_empty(model: nn.Module, covered: list, made: Plan) -> None:
+    if covered:
+        return
+    kind = type(model).__name__
+    if not made.reasons:
+        raise ValueError(
+            f"{kind} has no trainable parameter (all have requires_grad=False); "
+            "add an adapter, e.g. peft.get_peft_model(model, LoraConfig(...)), or unfreeze layers, then attach"
+        )
+    example = next(iter(made.reasons.values()))
+    raise ValueError(
+        f"none of the {len(made.reasons)} trainable parameters of {kind} can be measured, e.g. {example}. "
+        "Add a LoRA adapter, train linear layers, or register a rule in `gns/rules/`"
+    )

@@ -1,0 +1,99 @@
+"""The self-check: contributions must sum to the gradient, Σᵢ cᵢ = ḡ, parameter by parameter.
+
+It runs on the first measured step and every hundredth, in rounds that go on over the following measured steps
+until every parameter had a non-zero gradient to be compared with (factor A has none at initialisation) or had
+three tries. The extra memory of a step is bounded by `BUDGET_BYTES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gns.plan import Entry
+
+ROUND = 100  # measured steps from one round to the next
+TRIES = 3  # steps that a parameter with a zero gradient is looked at in one round
+BUDGET_BYTES = 128 * 2**20  # of check sums alive in one step
+
+# Relative tolerance by dtype of the gradient, on ‖ḡ‖. float32: products of up to 10⁵ rows summed in two orders,
+# possibly in TF32. 16-bit: each entry of the gradient is rounded once, and again with each micro-batch.
+_RTOL = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Relative to √n·(Σ‖cᵢ‖²)^½, for gradients that are what is left of a cancellation.
+_ATOL = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def tolerance(dtype: torch.dtype, norm: float, spread: float) -> float:
+    """Largest ‖Σcᵢ − ḡ‖ that rounding explains.
+
+    Args:
+        dtype: the lowest precision on the way: of the activations or of the gradient.
+        norm: ‖ḡ‖.
+        spread: √n (Σ‖cᵢ‖²)^½, an upper bound of ‖Σcᵢ‖.
+    """
+    return _RTOL.get(dtype, 5e-2) * norm + _ATOL.get(dtype, 2e-2) * spread
+
+
+class SelfCheck:
+    """Which parameters are compared in the current step.
+
+    Args:
+        entries: all measured parameters.
+    """
+
+    def __init__(self, entries: Sequence[Entry]):
+        self._entries = entries
+        self._todo: list[Entry] = []
+        self._tries: dict[str, int] = {}
+        self._open: list[Entry] = []
+
+    def begin(self, measured: int) -> None:
+        """Open the sums of this step's share of the round; `measured` counts measured steps from 0."""
+        if measured % ROUND == 0 or not self._tries:
+            self._todo, self._tries = list(self._entries), {e.name: 0 for e in self._entries}
+        budget = BUDGET_BYTES
+        self._open = []
+        for entry in self._todo:
+            size = 4 * entry.scalars
+            if self._open and size > budget:
+                break
+            budget -= size
+            self._open.append(entry)
+        for entry in self._open:
+            p = entry.parameter
+            dtype = torch.float64 if p.dtype is torch.float64 else torch.float32
+            leaf = torch.zeros(p.shape, dtype=dtype, device=p.device, requires_grad=True)
+            for tap, local in entry.sites:
+                tap.checks[local] = leaf
+
+    def compare(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Give ‖Σcᵢ − ḡ‖ of each open parameter, scalars on their devices."""
+        by_name = {e.name: g for e, g in zip(self._entries, gradients, strict=True)}
+        found = []
+        for entry in self._open:
+            tap, local = entry.sites[0]
+            total, gradient = tap.checks[local].grad, by_name[entry.name]
+            zero = torch.zeros((), dtype=tap.checks[local].dtype, device=tap.checks[local].device)
+            total = zero if total is None else total.detach()
+            gradient = zero if gradient is None else gradient.detach().to(total.dtype)
+            found.append(torch.linalg.vector_norm(total - gradient))
+        return found
+
+    def open_names(self) -> tuple[str, ...]:
+        """Name the parameters compared in this step."""
+        return tuple(e.name for e in self._open)
+
+    def end(self) -> None:
+        """Close the step's sums; what was looked at often enough leaves the round."""
+        for entry in self._open:
+            self._tries[entry.name] += 1
+            for tap, _ in entry.sites:
+                tap.close_checks()
+        self._todo = [e for e in self._todo if self._tries[e.name] < TRIES]
+        self._open = []
+
+    def settle(self, name: str) -> None:
+        """Take a parameter out of the round: it was compared with a non-zero gradient."""
+        self._todo = [e for e in self._todo if e.name != name]
