@@ -86,7 +86,9 @@ class Boundary:
             return None
         if self.restarts:
             passes = self.restarts + 1
-            return self._close(f"the closure took {passes} gradients for one step (as LBFGS does): none is the step's own")
+            return self._close(
+                f"the closure took {passes} gradients for one step (as LBFGS does): none is the step's own"
+            )
         return self._close()
 
     def _close(self, reason: str | None = None) -> Close:

@@ -1,7 +1,7 @@
 """Follows one model through training: from hook events to the device sums of each optimizer step.
 
-It owns the taps, the boundary, and the hooks on the model's own call and on optimizers. What it hands on is an
-`OpenStep`: device values on their way to the host. `gns.close` turns those into records.
+It owns the taps, the boundary, and the hooks on the model's own call and on optimizers. What it hands on
+is an `OpenStep`: device values on their way to the host.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gns.boundary import Boundary, Close
-from gns.examples import RowMap, row_map
-from gns.gradients import Stamp, all_empty, sq_norms
-from gns.host import HostCopy
+from gns.examples import row_map
+from gns.gradients import Stamp, all_empty, largest_entries, sq_norms
 from gns.openstep import OpenStep
-from gns.plan import Entry, Plan
-from gns.reasons import DISTRIBUTED, REPEATED, TWICE, UNSEEN
+from gns.plan import Plan
+from gns.reasons import ABORTED, UNSEEN
 from gns.selfcheck import SelfCheck
 from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
+from gns.underway import Call, StepUnderWay
 
 
 def in_backward() -> bool:
@@ -45,15 +45,6 @@ def guarded(method: Callable) -> Callable:
             return None
 
     return run
-
-
-class _Call:
-    """One forward pass of the model."""
-
-    def __init__(self, rows: RowMap | None):
-        self.rows = rows
-        self.uses: dict[int, int] = {}  # tap → how often it fired
-        self.task: int | None = None  # graph task that ran it backward
 
 
 class Collector:
@@ -90,8 +81,14 @@ class Collector:
         self.check = SelfCheck(plan.entries)
         self.boundary = Boundary()
         self.handles: list[Any] = []
-        self._to_gather: set[int] = set()
-        self._new_step()
+        self.now = StepUnderWay()
+        self._call: Call | None = None  # the forward pass under way
+        self._running: list[
+            tuple[Call, int]
+        ] = []  # calls seen in the backward pass under way, with graph tasks
+        self._queued = False  # the end of the backward pass under way is being waited for
+        self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
+        self._open = False  # it began and has not ended; one that raised never does
 
     # life
 
@@ -106,8 +103,12 @@ class Collector:
         self.handles.append(self.model.register_forward_pre_hook(RootInput(self), with_kwargs=True))
         self.handles.append(self.model.register_forward_hook(RootOutput(self), with_kwargs=True))
         me = weakref.ref(self)  # the optimizer hooks are global: they must not keep a forgotten model alive
-        self.handles.append(register_optimizer_step_pre_hook(lambda *event: _forward_event(me, "_on_pre", event)))
-        self.handles.append(register_optimizer_step_post_hook(lambda *event: _forward_event(me, "_on_post", event)))
+        self.handles.append(
+            register_optimizer_step_pre_hook(lambda *event: _forward_event(me, "_on_pre", event))
+        )
+        self.handles.append(
+            register_optimizer_step_post_hook(lambda *event: _forward_event(me, "_on_post", event))
+        )
         self._activate()
 
     def detach(self) -> None:
@@ -123,8 +124,9 @@ class Collector:
 
     def fail(self, error: Exception) -> None:
         """Stand down: nothing is measured any more, training goes on."""
-        self.dead, self.active = True, False
-        self.on_error(error)
+        known, self.dead, self.active = self.dead, True, False
+        if not known:
+            self.on_error(error)
 
     # the model's own call
 
@@ -137,7 +139,7 @@ class Collector:
         self.boundary.forward()
         if not self.active:
             return
-        self._call = _Call(row_map(self.model, args, kwargs, self.weights))
+        self._call = Call(row_map(self.model, args, kwargs, self.weights))
         for gather in self._gathers():
             if self._call.rows is not None:
                 gather.begin(self._call.rows.n)
@@ -169,16 +171,16 @@ class Collector:
                 self._mark(tap, seen)
             uses = call.uses[id(tap)] = call.uses.get(id(tap), 0) + 1
             if uses > 1 and any(p not in tap.gathers for p in tap.parameters):
-                self._to_gather.add(id(tap))
+                self.now.to_gather.add(id(tap))
         if x.is_floating_point() and x.dtype is torch.float16 and self.scaler is None:
-            self._loss_scaled = True
+            self.now.loss_scaled = True
         tap.activation_dtype = x.dtype
         tap.follow_device()
         return all(gather.n == x.shape[0] for gather in tap.gathers.values())
 
     def _mark(self, tap: Tap, why: str) -> None:
         for p in tap.parameters:
-            self._misfits[tap.full_name(p)] = why
+            self.now.misfits[tap.full_name(p)] = why
 
     def _gathers(self) -> list:
         return [g for tap in self.taps for g in tap.gathers.values()]
@@ -190,7 +192,7 @@ class Collector:
         self.backward_event(None)
 
     @guarded
-    def backward_event(self, call: _Call | None) -> None:
+    def backward_event(self, call: Call | None) -> None:
         """Note that a backward pass is under way: of a call, or wherever a leaf is."""
         if not self.active:
             return
@@ -202,49 +204,45 @@ class Collector:
         if call is not None:
             self._running.append((call, torch._C._current_graph_task_id()))
 
-    def _count_calls(self) -> None:
-        for call, task in self._running:
-            if call.task is None:
-                call.task = task
-                self._calls.append(call)
-            elif call.task != task:
-                self._reason = TWICE
-
     def _backward_begins(self, from_output: bool) -> None:
-        gradients = self._gradients()
+        gradients, aborted, self._open = self._gradients(), self._open, True
         if self.boundary.pending:
             if self.boundary.backward_begins(self._discarded(gradients, from_output)):
                 self._drop()
+            elif aborted:
+                self.now.reason = ABORTED
             return
+        if aborted:
+            self._drop()
         there = [g for g in gradients if g is not None]
-        self._leftover = torch.stack(_max_norms(there)).float() if there and from_output else None
+        self.now.leftover = largest_entries(there) if there and from_output else None
 
     def _discarded(self, gradients: list[Tensor | None], from_output: bool) -> bool:
         """Whether the loop threw away the gradients that were summed so far."""
         if all(g is None for g in gradients):
             return True
-        if self._stamp is None or self._stamp.untouched(gradients):
+        if self.now.stamp is None or self.now.stamp.untouched(gradients):
             return False
         # without the output's hook some gradients of this very pass may be there already
-        return all_empty(gradients) if from_output else self._stamp.replaced(gradients)
+        return all_empty(gradients) if from_output else self.now.stamp.replaced(gradients)
 
     def _drop(self) -> None:
         for tap in self.taps:
             tap.drop()
-        self._calls, self._reason, self._leftover, self._stamp = [], None, None, None
+        self.now.discard()
 
     @guarded
     def _backward_ended(self) -> None:
-        self._queued = False
+        self._queued = self._open = False
         if not self.active or not self._touched:  # torch.autograd.grad: nothing reached `.grad`
             return
-        self._count_calls()
+        self.now.count(self._running)
         gradients = self._gradients()
-        self._sq_norms = sq_norms(gradients, [e.parameter for e in self.entries])
-        self._mismatches = self.check.compare(gradients)
-        self._stamp = Stamp(gradients)
+        self.now.sq_norms = sq_norms(gradients, [e.parameter for e in self.entries])
+        self.now.mismatches = self.check.compare(gradients)
+        self.now.stamp = Stamp(gradients)
         scale = getattr(self.scaler, "_get_scale_async", lambda: None)()
-        self._scale = None if scale is None else scale.detach().clone()
+        self.now.scale = None if scale is None else scale.detach().clone()
         self._end(self.boundary.backward_ends())
 
     def _gradients(self) -> list[Tensor | None]:
@@ -258,9 +256,11 @@ class Collector:
             return
         if not in_backward():
             self._queued = False
-        self._learning_rate = self._rate(optimizer)
+        self.now.learning_rate = self._rate(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
-        blind = self.active and not closure and not self.boundary.pending and not in_backward() and self._blind()
+        blind = (
+            self.active and not closure and not self.boundary.pending and not in_backward() and self._blind()
+        )
         close = self.boundary.optimizer_pre(id(optimizer), closure=closure, in_backward=in_backward())
         self._end(Close(UNSEEN) if blind else close)
 
@@ -271,8 +271,8 @@ class Collector:
 
     def _blind(self) -> bool:
         """Whether gradients are there though nothing was noticed since the last step closed."""
-        stepped, self._stepped = self._stepped, True
-        return not stepped and any(g is not None for g in self._gradients())
+        looked, self.now.looked = self.now.looked, True
+        return not looked and any(g is not None for g in self._gradients())
 
     def _owns(self, optimizer: Any) -> bool:
         ours = {id(e.parameter) for e in self.entries}
@@ -290,16 +290,16 @@ class Collector:
         if close is None:
             return
         if self.active:
-            self.on_step(self._open_step(close.reason))
+            names = self.check.open_names()
+            self.on_step(self.now.hand_on(self.step, close.reason, self.taps, self.entries, names))
         self.step += 1
         for tap in self.taps:
             tap.drop()
         self.check.end()
         for entry in self.entries:
-            if not entry.gathered and any(id(tap) in self._to_gather for tap, _ in entry.sites):
+            if not entry.gathered and any(id(tap) in self.now.to_gather for tap, _ in entry.sites):
                 entry.gather()
-        self._to_gather = set()
-        self._new_step()
+        self.now = StepUnderWay()
         self._activate()
 
     def _activate(self) -> None:
@@ -308,80 +308,6 @@ class Collector:
         if self.active:
             self.check.begin(self.step // self.every)
 
-    def _new_step(self) -> None:
-        self._call: _Call | None = None
-        self._calls: list[_Call] = []
-        self._running: list[tuple[_Call, int]] = []
-        self._queued = self._touched = self._loss_scaled = self._stepped = False
-        self._reason: str | None = None
-        self._misfits: dict[str, str] = {}
-        self._stamp: Stamp | None = None
-        self._sq_norms: list[Tensor] = []
-        self._mismatches: list[Tensor] = []
-        self._leftover: Tensor | None = None
-        self._scale: Tensor | None = None
-        self._learning_rate: float | None = None
-
-    def _open_step(self, reason: str | None) -> OpenStep:
-        rows = [call.rows for call in self._calls if call.rows is not None]
-        repeated = REPEATED if self._to_gather else None
-        sums = [tap.read() for tap in self.taps]
-        return OpenStep(
-            step=self.step,
-            entries=self.entries,
-            taps=self.taps,
-            n=sum(r.n for r in rows) if len(rows) == len(self._calls) and rows else None,
-            loss_scaled=self._loss_scaled,
-            learning_rate=self._learning_rate,
-            reason=reason or self._reason or repeated or (DISTRIBUTED if _distributed() else None),
-            misfits=self._misfits,
-            checked=self.check.open_names() if self._mismatches else (),
-            copy=HostCopy(
-                [
-                    *sums,
-                    *self._sq_norms,
-                    *self._mismatches,
-                    *_totals(rows),
-                    self._leftover.max().reshape(1) if self._leftover is not None else torch.zeros(1),
-                    self._scale.reshape(1) if self._scale is not None else torch.ones(1),
-                ]
-            ),
-            counted=len(_totals(rows)),
-            seen_backward=bool(self._sq_norms),
-            dtypes={e.name: _lowest(e) for e in self.entries} if self._mismatches else {},
-        )
-
-
-def _distributed() -> bool:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
-
-
-def _lowest(entry: Entry) -> torch.dtype:
-    """Lowest precision between an entry's activations and its gradient; 16-bit where it was not seen."""
-    seen = [tap.activation_dtype or torch.bfloat16 for tap, _ in entry.sites] + [entry.parameter.dtype]
-    return max(seen, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _totals(rows: list[RowMap]) -> list[Tensor]:
-    """Tokens, Σw and Σw² over the calls of a step: [3], NaN where unknown; empty without calls."""
-    if not rows:
-        return []
-    parts = [(r.n_tokens, r.weight_sum, r.weight_sq_sum) for r in rows]
-    return [_sum([p[i] for p in parts]) for i in range(3)]
-
-
-def _sum(parts: list[Tensor | None]) -> Tensor:
-    there = [p for p in parts if p is not None]
-    if len(there) < len(parts):
-        return torch.full((), float("nan"))
-    return functools.reduce(torch.add, [p.to(there[0].device) for p in there])
-
-
-def _max_norms(tensors: list[Tensor]) -> list[Tensor]:
-    norms = torch._foreach_norm([t.detach() for t in tensors], float("inf"))
-    return [n.to(norms[0].device) for n in norms]
-
 
 def _outputs(out: Any) -> list[Tensor]:
     """Give the tensors of a model's output that a loss can be made of."""
@@ -389,7 +315,7 @@ def _outputs(out: Any) -> list[Tensor]:
     return [t for t in items if isinstance(t, Tensor) and t.requires_grad]
 
 
-def _notify(collector: weakref.ref, call: _Call, gradient: Tensor) -> None:
+def _notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:
     """Tensor hook on an output: changes nothing, and holds the collector weakly."""
     found = collector()
     if found is not None:

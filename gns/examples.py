@@ -1,4 +1,4 @@
-"""From the arguments of the model's own call to how many examples it holds and how each weighs in the loss."""
+"""From the arguments of the model's own call to its examples, and how each weighs in the loss."""
 
 from __future__ import annotations
 
@@ -63,7 +63,12 @@ def _label_counts(model: nn.Module, kwargs: Mapping[str, Any], n: int) -> Tensor
     """Tokens with a label in each row, [n] float32, or None where rows do not carry token labels."""
     for name, shifted in (("shift_labels", False), ("labels", _shifts_labels(model))):
         labels = kwargs.get(name)
-        if isinstance(labels, Tensor) and labels.ndim == 2 and len(labels) == n and not labels.is_floating_point():
+        if (
+            isinstance(labels, Tensor)
+            and labels.ndim == 2
+            and len(labels) == n
+            and not labels.is_floating_point()
+        ):
             return (labels[:, 1:] if shifted else labels).ne(IGNORED).sum(1).float()
     return None
 
@@ -78,8 +83,8 @@ def _input_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
 def row_map(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], weights: str = "auto") -> RowMap | None:
     """Read the examples of one call of the model, without a device synchronisation.
 
-    Token-mean losses weigh example i by its tokens: wᵢ = tᵢ where the loss is divided by the tokens of the whole
-    step (`num_items_in_batch`), wᵢ = tᵢ/Σt where each call is divided by its own.
+    Token-mean losses weigh example i by its tokens: wᵢ = tᵢ where the loss is divided by the tokens of the
+    whole step (`num_items_in_batch`), wᵢ = tᵢ/Σt where each call is divided by its own.
 
     Args:
         model: the module that is called.
@@ -99,7 +104,9 @@ def row_map(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], weights: s
     counts = None if weights == "equal" else _label_counts(model, kwargs, n)
     if counts is None:
         if weights == "tokens":
-            raise ValueError('weights="tokens", but the call has no [B, T] integer `labels`; pass weights="equal"')
+            raise ValueError(
+                'weights="tokens", but the call has no [B, T] integer `labels`; pass weights="equal"'
+            )
         labelled = _label_counts(model, kwargs, n) if weights == "equal" else None
         return RowMap(n, _input_tokens(kwargs) if labelled is None else labelled.sum())
     total = counts.sum()

@@ -1,4 +1,4 @@
-"""`GNSMonitor`: the façade. It keeps the history and speaks to the user; it does no arithmetic and hooks nothing."""
+"""`GNSMonitor`: the façade. It keeps the history and speaks to the user; no arithmetic, no hook."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ class GNSWarning(UserWarning):
 class GNSMonitor:
     """Measures the gradient noise scale of a model in training, in any loop, without changing the training.
 
-    `GNSMonitor(model).attach()` before the loop is all; weights stay bit-identical. Examples are the rows of the
-    batch dimension of the model's own call.
+    `GNSMonitor(model).attach()` before the loop is all; weights stay bit-identical. Examples are the rows of
+    the batch dimension of the model's own call.
 
     Args:
         model: the module that the loop calls, e.g. a `peft` model.
         every: measure one optimizer step in so many.
         history: how many measured steps are kept.
         segments: reserved for packed sequences; only None is known to this version.
-        weights: of the examples in the loss: "tokens" (a token-mean loss), "equal", or "auto": by tokens where
-            the model itself is given [B, T] labels and so computes the loss.
+        weights: of the examples in the loss: "tokens" (a token-mean loss), "equal", or "auto": by tokens
+            where the model itself is given [B, T] labels and so computes the loss.
         metric: in which norms are taken; "euclidean".
         scaler: the `torch.amp.GradScaler` of the loop, so that its loss scale can be undone.
         curvature_every: reserved for B_noise; only None is known to this version.
-        sink: receives each `StepSums` as it is measured: a callable, or a path to which records are appended.
-        on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or "raise".
+        sink: receives each `StepSums` as it is measured: a callable, or a path that records are appended to.
+        on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or
+            "raise".
 
     Raises:
         TypeError: `model` is no module.
@@ -85,13 +86,23 @@ class GNSMonitor:
         for name, value in (("every", every), ("history", history)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; a whole number of steps, 1 or more, is needed")
-        for name, value, known in (("weights", weights, WEIGHTS), ("metric", metric, METRICS), ("on_error", on_error, ON_ERROR)):
+        for name, value, known in (
+            ("weights", weights, WEIGHTS),
+            ("metric", metric, METRICS),
+            ("on_error", on_error, ON_ERROR),
+        ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
         for name, value in (("segments", segments), ("curvature_every", curvature_every)):
             if value is not None:
                 raise ValueError(f"{name} is {value!r}; this version only knows None")
-        self.model, self.every, self.weights, self.scaler, self.on_error = model, every, weights, scaler, on_error
+        self.model, self.every, self.weights, self.scaler, self.on_error = (
+            model,
+            every,
+            weights,
+            scaler,
+            on_error,
+        )
         self._sink = _as_sink(sink)
         self._history: deque[StepSums] = deque(maxlen=history)
         self._arriving: deque[OpenStep] = deque()
@@ -101,6 +112,7 @@ class GNSMonitor:
         self._verified: frozenset[str] = frozenset()
         self._fired: frozenset[str] = frozenset()
         self._next_step = 0
+        self._warned: set[str] = set()
         self._layout = functools.cache(Layout)
 
     # life
@@ -197,7 +209,11 @@ class GNSMonitor:
         self.flush()
         out = dict(self._excluded)
         if self._fired:
-            out |= {e.name: UNREACHED for e in self._plan.entries if e.name not in self._fired and e.name not in out}
+            out |= {
+                e.name: UNREACHED
+                for e in self._plan.entries
+                if e.name not in self._fired and e.name not in out
+            }
         sizes = {e.name: e.scalars for e in self._plan.entries}
         return Coverage(
             measured={name: size for name, size in sizes.items() if name not in out},
@@ -240,8 +256,12 @@ class GNSMonitor:
         """
         if self.attached:
             raise RuntimeError("the monitor is attached; load its state before attach()")
-        if set(state) != {"next_step", "history"} or not all(isinstance(s, StepSums) for s in state["history"]):
-            raise ValueError(f"state has keys {sorted(state)}; 'history' (of StepSums) and 'next_step' are needed")
+        if set(state) != {"next_step", "history"} or not all(
+            isinstance(s, StepSums) for s in state["history"]
+        ):
+            raise ValueError(
+                f"state has keys {sorted(state)}; 'history' (of StepSums) and 'next_step' are needed"
+            )
         self._next_step = int(state["next_step"])
         self._history.clear()
         self._history.extend(state["history"])
@@ -268,6 +288,12 @@ class GNSMonitor:
         if closed.excluded:
             self._exclude(closed.excluded)
         self._history.append(closed.sums)
+        if closed.sums.reason is not None and closed.sums.reason not in self._warned:
+            self._warned.add(closed.sums.reason)
+            text = (
+                f"optimizer step {closed.sums.step} (and any like it) gives no estimate: {closed.sums.reason}"
+            )
+            warnings.warn(text, GNSWarning, stacklevel=3)
         if self._sink is not None:
             self._sink(closed.sums)
 
@@ -296,7 +322,8 @@ class GNSMonitor:
         if self.on_error == "raise":
             raise error
         warnings.warn(
-            f"GNSMonitor stands down after an error of its own, training goes on: {type(error).__name__}: {error}",
+            "GNSMonitor stands down after an error of its own, training goes on: "
+            f"{type(error).__name__}: {error}",
             GNSWarning,
             stacklevel=3,
         )

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gns.reasons import LEFTOVER, NO_TAP, SILENT_TAP, SPLIT_USES
 from gns.host import HostCopy
 from gns.plan import Entry
+from gns.reasons import LEFTOVER, NO_TAP, SILENT_TAP, SPLIT_USES
 from gns.selfcheck import tolerance
 from gns.sums import Contributions, Layout, StepSums
 from gns.taps import Tap
@@ -50,7 +50,6 @@ class OpenStep:
         checked: parameters of the self-check.
         copy: after the taps: ‖ḡ‖² an entry, ‖Σcᵢ − ḡ‖ a checked parameter, token and weight totals, leftover
             gradient, loss scale.
-        counted: how many totals there are, 0 or 3.
         seen_backward: whether any gradient was read.
     """
 
@@ -64,7 +63,6 @@ class OpenStep:
     misfits: Mapping[str, str]
     checked: tuple[str, ...]
     copy: HostCopy
-    counted: int
     seen_backward: bool
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
@@ -81,7 +79,11 @@ class OpenStep:
         count = len(self.entries) if self.seen_backward else 0
         q, values = np.array([float(v) for v in values[:count]]), values[count:]
         mismatch = dict(zip(self.checked, map(float, values), strict=False))
-        totals, leftover, scale = values[len(self.checked) : -2], float(values[-2].max()), float(values[-1][0])
+        totals, leftover, scale = (
+            values[len(self.checked) : -2],
+            float(values[-2].max()),
+            float(values[-1][0]),
+        )
         if not self.seen_backward:
             return self._unseen()
         s = np.array([_sum_of(entry, by_tap) for entry in self.entries])
@@ -92,11 +94,14 @@ class OpenStep:
         out: dict[str, str] = {}
         verified: frozenset[str] = frozenset()
         if reason is None and finite:
-            out = self._misplaced(s, q, rows, n)
-            out |= (failed := self._failed(s, q, mismatch, n))
-            verified = frozenset(
-                e.name for e, norm in zip(self.entries, q, strict=True) if e.name in mismatch and norm > 0
-            ) - failed.keys()
+            failed = self._failed(s, q, mismatch, n)
+            out = failed | self._misplaced(s, q, rows, n)
+            verified = (
+                frozenset(
+                    e.name for e, norm in zip(self.entries, q, strict=True) if e.name in mismatch and norm > 0
+                )
+                - failed.keys()
+            )
         out = {name: why for name, why in out.items() if name not in excluded}
         keep = np.array([e.name not in out and e.name not in excluded for e in self.entries])
         sums = self._record(s / scale**2, q / scale**2, keep, n, totals, reason, layout)
@@ -104,7 +109,9 @@ class OpenStep:
         return Closed(sums, out, verified - out.keys(), fired)
 
     def _unseen(self) -> Closed:
-        sums = StepSums(self.step, 0, math.nan, math.nan, learning_rate=self.learning_rate, reason=self.reason)
+        sums = StepSums(
+            self.step, 0, math.nan, math.nan, learning_rate=self.learning_rate, reason=self.reason
+        )
         return Closed(sums, {}, frozenset(), frozenset())
 
     def _misplaced(self, s: np.ndarray, q: np.ndarray, rows: np.ndarray, n: int) -> dict[str, str]:
@@ -133,8 +140,8 @@ class OpenStep:
             if mismatch[entry.name] > tolerance(dtype, math.sqrt(norm), math.sqrt(n * sq)):
                 off = mismatch[entry.name] / math.sqrt(norm) if norm > 0 else math.inf
                 out[entry.name] = (
-                    f"self-check failed: its examples' gradients sum to something {100 * off:.3g} % off `.grad` "
-                    "(weight also used outside its module, an auxiliary loss, a changed gradient, or an engine factor)"
+                    f"self-check failed: its examples' gradients sum to {100 * off:.3g} % off `.grad` (the weight "
+                    "is used outside its module too, an auxiliary loss, or an engine that scales gradients)"
                 )
         return out
 

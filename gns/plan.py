@@ -133,6 +133,7 @@ def _refuse_empty(model: nn.Module, covered: list, made: Plan) -> None:
         )
     example = next(iter(made.reasons.values()))
     raise ValueError(
-        f"none of the {len(made.reasons)} trainable parameters of {kind} can be measured, e.g. {example}. "
+        f"none of the {len(made.reasons)} trainable parameters of {kind} can be measured, "
+        f"e.g. {example}. "
         "Add a LoRA adapter, train linear layers, or register a rule in `gns/rules/`"
     )

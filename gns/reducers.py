@@ -51,7 +51,9 @@ def sum_sq_norms(rule: Rule, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
     if form is not None:
         t = x[0, ..., 0].numel()
         return _total([form(a, b).sum() for a, b in _chunks(x, dy, 2 * t * t)])
-    return _total([sq_norm(rule.blocks(a, b, parameter)) for a, b in _chunks(x, dy, _block_floats(x, dy, parameter))])
+    return _total(
+        [sq_norm(rule.blocks(a, b, parameter)) for a, b in _chunks(x, dy, _block_floats(x, dy, parameter))]
+    )
 
 
 def sum_of_blocks(rule: Rule, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
@@ -66,7 +68,9 @@ def sum_of_blocks(rule: Rule, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
     Returns:
         The parameter's shape, float32 or float64, in loss / parameter.
     """
-    return _total([rule.blocks(a, b, parameter).sum(0) for a, b in _chunks(x, dy, _block_floats(x, dy, parameter))])
+    return _total(
+        [rule.blocks(a, b, parameter).sum(0) for a, b in _chunks(x, dy, _block_floats(x, dy, parameter))]
+    )
 
 
 def sq_norm(block: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ ROUND = 100  # measured steps from one round to the next
 TRIES = 3  # steps that a parameter with a zero gradient is looked at in one round
 BUDGET_BYTES = 128 * 2**20  # of check sums alive in one step
 
-# Relative tolerance by dtype of the gradient, on ‖ḡ‖. float32: products of up to 10⁵ rows summed in two orders,
-# possibly in TF32. 16-bit: each entry of the gradient is rounded once, and again with each micro-batch.
+# Relative tolerance by dtype of the gradient, on ‖ḡ‖. float32: products of up to 10⁵ rows summed in two
+# orders, possibly in TF32. 16-bit: each entry of the gradient is rounded
+# once, and again with each micro-batch.
 _RTOL = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Relative to √n·(Σ‖cᵢ‖²)^½, for gradients that are what is left of a cancellation.
 _ATOL = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}

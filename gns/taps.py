@@ -46,11 +46,7 @@ class Tap:
         self.leaf = self._new_leaf()
 
     def failed(self, error: Exception) -> None:
-        """Hand on an error of a rule or reducer.
-
-        Raises:
-            Exception: `error` itself, where nobody handles it.
-        """
+        """Hand on an error of a rule or reducer; raise it where nobody handles it."""
         if self.on_error is None:
             raise error
         self.on_error(error)
@@ -108,7 +104,7 @@ class Tap:
 
 
 class Gather:
-    """Where the blocks of a parameter with several uses in one forward pass are added before they are squared.
+    """Where the blocks of a parameter with several uses in one call meet, before they are squared.
 
     Each call of the model makes one `carrier` of the blocks' shape. All uses return their blocks as its
     gradient; autograd adds them, cross terms included, and the carrier's own backward squares the sum.
@@ -132,14 +128,16 @@ class Gather:
     def site(self) -> Tensor:
         """Give what a use of the parameter returns its blocks to.
 
-        A recomputation gets a stand-in: without reentrance only what it saves is used, and with reentrance the
-        blocks of different uses cannot meet, which the collector sees as a gradient without its examples.
+        A recomputation gets a stand-in: without reentrance only what it saves is used, and with reentrance
+        the blocks of different uses cannot meet, which is seen later as a gradient without its examples.
         """
         return self.leaf.detach() if self.carrier is None else self.carrier
 
     def read(self) -> Tensor:
         """Σ of squared norms collected so far, []."""
-        return torch.zeros_like(self.leaf)[0].detach() if self.leaf.grad is None else self.leaf.grad.detach()[0]
+        return (
+            torch.zeros_like(self.leaf)[0].detach() if self.leaf.grad is None else self.leaf.grad.detach()[0]
+        )
 
 
 class _GatherFunction(torch.autograd.Function):

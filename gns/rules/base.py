@@ -42,7 +42,9 @@ def register(rule: Rule) -> Rule:
         ValueError: a rule for that kind is there already.
     """
     if rule.kind in _REGISTRY:
-        raise ValueError(f"a per-example rule for {rule.kind!r} is registered already; unregister it or rename this")
+        raise ValueError(
+            f"a per-example rule for {rule.kind!r} is registered already; unregister it or rename this"
+        )
     _REGISTRY[rule.kind] = rule
     return rule
 

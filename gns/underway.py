@@ -1,0 +1,129 @@
+"""The step under way: what the collector has noted since the last one closed, and how it is handed on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gns.examples import RowMap
+from gns.gradients import Stamp
+from gns.host import HostCopy
+from gns.openstep import OpenStep
+from gns.plan import Entry
+from gns.reasons import DISTRIBUTED, REPEATED, TWICE
+from gns.taps import Tap
+
+
+class Call:
+    """One forward pass of the model.
+
+    Args:
+        rows: its examples, or None where they cannot be read off its arguments.
+    """
+
+    def __init__(self, rows: RowMap | None):
+        self.rows = rows
+        self.uses: dict[int, int] = {}  # tap → how often it fired
+        self.task: int | None = None  # graph task that ran it backward
+
+
+@dataclass
+class StepUnderWay:
+    """Everything about one optimizer step that is not on a leaf."""
+
+    calls: list[Call] = field(default_factory=list)  # those that were run backward
+    reason: str | None = None
+    misfits: dict[str, str] = field(default_factory=dict)  # parameter → why its rows are not examples
+    to_gather: set[int] = field(default_factory=set)  # taps that fired more than once in a call
+    loss_scaled: bool = False
+    stamp: Stamp | None = None  # of the gradients when last read
+    sq_norms: list[Tensor] = field(default_factory=list)
+    mismatches: list[Tensor] = field(default_factory=list)
+    leftover: Tensor | None = None  # largest gradient entry before the first backward pass
+    scale: Tensor | None = None  # loss scale
+    learning_rate: float | None = None
+    looked: bool = False  # a step without any backward pass was looked into already
+
+    def count(self, running: Sequence[tuple[Call, int]]) -> None:
+        """Count the calls that a backward pass ran through, each with its graph task."""
+        for call, task in running:
+            if call.task is None:
+                call.task = task
+                self.calls.append(call)
+            elif call.task != task:
+                self.reason = TWICE
+
+    def discard(self) -> None:
+        """Forget the backward passes so far: the loop threw their gradients away."""
+        self.calls, self.reason, self.leftover, self.stamp = [], None, None, None
+
+    def hand_on(
+        self,
+        step: int,
+        reason: str | None,
+        taps: Sequence[Tap],
+        entries: Sequence[Entry],
+        checked: tuple[str, ...],
+    ) -> OpenStep:
+        """Start the copy to the host.
+
+        Args:
+            step: number of the optimizer step.
+            reason: why the boundary refuses it, or None.
+            taps: all taps.
+            entries: measured parameters.
+            checked: parameters of the self-check, as in `mismatches`.
+        """
+        rows = [call.rows for call in self.calls if call.rows is not None]
+        repeated = REPEATED if self.to_gather else None
+        totals = _totals(rows)
+        one = torch.ones(1)
+        tail = [
+            self.leftover.max().reshape(1) if self.leftover is not None else 0 * one,
+            self.scale.reshape(1) if self.scale is not None else one,
+        ]
+        sums = [tap.read() for tap in taps]
+        return OpenStep(
+            step=step,
+            entries=entries,
+            taps=taps,
+            n=sum(r.n for r in rows) if rows and len(rows) == len(self.calls) else None,
+            loss_scaled=self.loss_scaled,
+            learning_rate=self.learning_rate,
+            reason=reason or self.reason or repeated or (DISTRIBUTED if _distributed() else None),
+            misfits=self.misfits,
+            checked=checked if self.mismatches else (),
+            copy=HostCopy([*sums, *self.sq_norms, *self.mismatches, *totals, *tail]),
+            seen_backward=bool(self.sq_norms),
+            dtypes={e.name: _lowest(e) for e in entries} if self.mismatches else {},
+        )
+
+
+def _distributed() -> bool:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
+def _lowest(entry: Entry) -> torch.dtype:
+    """Lowest precision between an entry's activations and its gradient; 16-bit where it was not seen."""
+    seen = [tap.activation_dtype or torch.bfloat16 for tap, _ in entry.sites] + [entry.parameter.dtype]
+    return max(seen, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _totals(rows: list[RowMap]) -> list[Tensor]:
+    """Tokens, Σw and Σw² over the calls of a step: [3], NaN where unknown; empty without calls."""
+    if not rows:
+        return []
+    parts = [(r.n_tokens, r.weight_sum, r.weight_sq_sum) for r in rows]
+    return [_sum([p[i] for p in parts]) for i in range(3)]
+
+
+def _sum(parts: list[Tensor | None]) -> Tensor:
+    there = [p for p in parts if p is not None]
+    if len(there) < len(parts):
+        return torch.full((), float("nan"))
+    return functools.reduce(torch.add, [p.to(there[0].device) for p in there])
