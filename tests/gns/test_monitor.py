@@ -74,7 +74,7 @@ def truth(model, x, parameters):
             torch.cat(
                 [
                     torch.zeros(p.numel()).to(p) if g is None else g.flatten()
-                    for g, p in zip(found, parameters)
+                    for g, p in zip(found, parameters, strict=True)
                 ]
             )
         )
