@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from gns.estimate import MIN_STEPS, Estimate, format_count
 
@@ -235,7 +236,8 @@ def _check(name: str, value: Any, *, whole: bool = False) -> None:
     Raises:
         ValueError: it is none.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
+    value = value.item() if isinstance(value, np.generic) else value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0 or (whole and value != int(value)):
         kind = "a whole number, 1 or more," if whole else "a finite number > 0"
         raise ValueError(f"{name} is {value!r}; {kind} is needed")

@@ -28,11 +28,11 @@ class Estimate:
 
     Args:
         b_simple: X / Y in examples; NaN where Y ≤ 0.
-        low: lower end of the confidence set, in examples.
+        low: lower end of the confidence set, in examples; where Y < 0, no more than Y := 0 would give.
         high: upper end; `inf` where the data set no upper bound.
         level: nominal coverage of [low, high].
         status: "measured" (bounded set), "lower bound" (|G|² not distinguishable from 0), "not
-            detectable" (|G|² averages so far below 0 that no positive B fits; `low` then takes |G|² := 0),
+            detectable" (|G|² averages so far below 0 that no positive B fits),
             "collecting" (fewer than `MIN_STEPS` usable steps: the set is not yet trustworthy).
         trace_sigma: X, in (loss / parameter)².
         grad_sq_norm: Y, in (loss / parameter)²; may be negative.
@@ -246,8 +246,9 @@ def estimate(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
         )
     usable = [s for s in steps if s.usable]
     joint = _estimate(usable, level)
-    names = usable[0].groups if usable else ()
-    by_name = {name: [s.groups[name] for s in usable if name in s.groups] for name in names}
+    of_step = [s.groups for s in usable]
+    names = of_step[0] if of_step else ()
+    by_name = {name: [groups[name] for groups in of_step if name in groups] for name in names}
     groups = {name: _estimate(of_group, level) for name, of_group in by_name.items()}
     return replace(joint, groups=groups, n_skipped=len(steps) - len(usable))
 
@@ -280,11 +281,11 @@ def _estimate(steps: list[StepSums], level: float) -> Estimate:
     unit = 2.0 ** -np.ceil(np.log2(np.abs(np.concatenate([x, y])).max() or 1.0))  # exact: cubes stay in range
     moments = Moments.of(x * unit, y * unit, n - 1, n * (n - 1))
     low, high, empty = confidence_set(moments, level)
-    if empty:  # recompute the lower end as if |G|² averaged to exactly 0
-        low, high, _ = confidence_set(replace(moments, y=max(moments.y, 0.0)), level)
+    if moments.y < 0:  # the set slides to infinity, then vanishes: claim no more than |G|² := 0 would
+        low = np.fmin(low, confidence_set(replace(moments, y=0.0), level)[0])
     return Estimate(
         b_simple=moments.x / moments.y if moments.y > 0 else nan,
-        low=low,
+        low=float(low),
         high=high,
         status=_status(moments, high, empty),
         trace_sigma=moments.x / unit,

@@ -1,0 +1,132 @@
+"""The verdict on a run in words, for the terminal and for the top of the page. No numbers are made here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from gns.advice import Advice
+from gns.estimate import MIN_STEPS, Estimate, format_count
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reader takes home in ten seconds.
+
+    Args:
+        title: the answer.
+        sure: how sure it is.
+        meaning: what that means, in a sentence or two.
+        tone: "good", "open" or "early", for the colour and the mark beside it.
+    """
+
+    title: str
+    sure: str
+    meaning: str
+    tone: str
+
+
+def verdict(result: Estimate) -> Verdict:
+    """Put an estimate into words, by its status.
+
+    Raises:
+        ValueError: the status is unknown.
+    """
+    percent = f"{100 * result.level:g} %"
+    low = format_count(result.low)
+    if result.n_steps == 0:
+        return _nothing(result)
+    if result.status == "collecting":
+        known = (
+            "" if math.isnan(result.low) else f" So far the data allow {low} … {format_count(result.high)}."
+        )
+        return Verdict(
+            "Too early to tell",
+            f"{result.n_steps} usable steps so far; {MIN_STEPS} of equal size are needed.",
+            f"Fewer steps do not show their own spread well enough to be believed.{known}",
+            "early",
+        )
+    if result.status == "measured":
+        about = (
+            "is resolved only roughly"
+            if math.isnan(result.b_simple)
+            else f"≈ {format_count(result.b_simple)} examples"
+        )
+        return Verdict(
+            f"Noise scale {about}",
+            f"{percent} sure that it lies between {low} and {format_count(result.high)} examples.",
+            "Batches far smaller than this train on mostly noise, but waste few examples; far larger ones "
+            "save hardly any optimizer steps.",
+            "good",
+        )
+    if result.status == "lower bound":
+        return Verdict(
+            f"Noise scale ≥ {low} examples",
+            f"{percent} sure that it is at least that; no upper end is known.",
+            "The gradient's mean does not stand out of the noise, so this run cannot tell a large noise "
+            "scale from a very large one.",
+            "open",
+        )
+    if result.status == "not detectable":
+        return Verdict(
+            f"No signal seen; noise scale ≥ {low} examples",
+            f"{percent} sure that it is at least that; no upper end is known.",
+            "The estimate of |G|² came out below zero, as chance makes it where the gradient's mean is tiny: "
+            "these steps hold no sign of a direction they share.",
+            "open",
+        )
+    raise ValueError(f"status is {result.status!r}; one of gns.estimate.STATUSES is needed")
+
+
+def _nothing(result: Estimate) -> Verdict:
+    if result.n_skipped:
+        return Verdict(
+            "Nothing could be measured",
+            f"None of the {result.n_skipped} recorded steps can be used.",
+            "Why is listed under the steps left out.",
+            "early",
+        )
+    return Verdict(
+        "Nothing measured yet",
+        "No optimizer step has been recorded.",
+        "A step counts once a backward pass has run through measured layers and the optimizer has stepped.",
+        "early",
+    )
+
+
+def basis(result: Estimate) -> str:
+    """Say what the verdict rests on: steps, examples, unit."""
+    if not result.n_steps:
+        return "no usable step"
+    each = format_count(result.examples_per_step)
+    left = f", {result.n_skipped} left out" if result.n_skipped else ""
+    span = f" (steps {result.steps[0]}–{result.steps[1]}{left})" if result.steps else ""
+    return f"{result.n_steps:,} optimizer steps × {each} {result.unit}{span}"
+
+
+def render(result: Estimate, advice: Advice | None = None, *, page: str | Path | None = None) -> str:
+    """Write the summary for a terminal: the estimate, what batch range it suggests, where the report lies.
+
+    Args:
+        result: the estimate of the run.
+        advice: from `advise`, or None.
+        page: path of the report, or None.
+
+    Returns:
+        Some lines of plain text, without a newline at the end.
+    """
+    said = verdict(result)
+    lines = [said.title, said.sure, said.meaning, f"Measured over {basis(result)}."]
+    lines += [f"  {label_of(name)}: {group}" for name, group in result.groups.items()]
+    if advice is not None and advice.table:
+        lines += ["", "What batch size pays:", *(f"  - {s}" for s in advice.sentences)]
+        lines += [f"  ! {w}" for w in advice.warnings]
+    if page is not None:
+        lines += ["", f"Report: {page}"]
+    return "\n".join(lines)
+
+
+def label_of(group: str) -> str:
+    """Name a group of parameters for a reader."""
+    return {"all": "all together", "A": "factor A", "B": "factor B"}.get(group, group)

@@ -1,0 +1,57 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from gns.advice import advise
+from gns.estimate import STATUSES, Estimate, estimate
+from gns.report.text import basis, render, verdict
+
+MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800, steps=(0, 49))
+WORDS = {
+    "measured": ("Noise scale ≈ 212 examples", "95 % sure that it lies between 160 and 310 examples", "good"),
+    "lower bound": ("Noise scale ≥ 160 examples", "no upper end is known", "open"),
+    "not detectable": ("No signal seen; noise scale ≥ 160 examples", "no upper end is known", "open"),
+    "collecting": ("Too early to tell", "50 usable steps so far; 20 of equal size are needed", "early"),
+}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_every_status_has_its_words(status):
+    high = math.inf if status in ("lower bound", "not detectable") else 310.0
+    said = verdict(replace(MEASURED, status=status, high=high))
+    title, sure, tone = WORDS[status]
+    assert said.title == title and sure in said.sure and said.tone == tone
+
+
+def test_unknown_status_raises():
+    with pytest.raises(ValueError, match="status is 'odd'"):
+        verdict(replace(MEASURED, status="odd"))
+
+
+def test_nothing_measured_is_told_from_nothing_usable():
+    assert verdict(estimate([])).title == "Nothing measured yet"
+    skipped = replace(estimate([]), n_skipped=12)
+    assert "None of the 12 recorded steps" in verdict(skipped).sure
+
+
+def test_basis_names_steps_unit_and_what_was_left_out():
+    assert basis(MEASURED) == "50 optimizer steps × 16 examples (steps 0–49)"
+    odd = replace(MEASURED, unit="examples (mean 187 tokens)", n_skipped=3)
+    assert basis(odd) == "50 optimizer steps × 16 examples (mean 187 tokens) (steps 0–49, 3 left out)"
+
+
+def test_terminal_summary_holds_estimate_range_factors_and_place(runs):
+    result = estimate(runs["measured"])
+    advice = advise(result, batch_size=16)
+    text = render(result, advice, page="runs/a/report.html")
+    assert text.startswith(verdict(result).title)
+    assert advice.sentences[0] in text and "If time and examples both cost" in text
+    assert f"factor A: {result.groups['A']}" in text and "factor B: B_simple" in text
+    assert text.endswith("Report: runs/a/report.html")
+
+
+def test_terminal_summary_without_advice_promises_nothing(runs):
+    result = estimate(runs["collecting"])
+    text = render(result, advise(result, batch_size=16))
+    assert "What batch size pays" not in text and "Report:" not in text and "Too early" in text

@@ -1,0 +1,183 @@
+import json
+import os
+import re
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from gns import load
+from gns.estimate import estimate
+from gns.records import RecordsError, StepsWriter, read_steps, read_summary
+from gns.report import redraw, write_report
+from gns.report.text import verdict
+
+EVIL = '<script>alert("x")</script>'
+PNGS = {"noise_scale.png", "trade_off.png", "signal_and_noise.png", "factors.png"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would: tags, addresses and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.addresses, self.text = [], [], ""
+        self.feed(text)
+        self.text = re.sub(r"\s+", " ", self.text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "srcset") and v]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page_of(folder) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_report_writes_everything_and_returns_the_page(tmp_path, runs, coverage):
+    path = write_report(tmp_path / "a" / "b", runs["measured"], coverage=coverage)
+    assert path == tmp_path / "a" / "b" / "report.html"
+    assert set(os.listdir(path.parent)) == {"report.html", "steps.jsonl", "summary.json", *PNGS}
+    loaded = load(path.parent)
+    expected = estimate(runs["measured"])
+    assert replace(loaded, history=(), coverage=None) == expected
+    assert loaded.coverage == coverage.share
+
+
+def test_page_is_self_contained(tmp_path, runs):
+    page = page_of(write_report(tmp_path, runs["measured"]).parent)
+    assert "script" not in page.tags and "link" not in page.tags and page.tags.count("img") == 4
+    assert page.addresses and all(a.startswith("data:image/png;base64,") for a in page.addresses)
+    style = re.search(r"<style>.*?</style>", (tmp_path / "report.html").read_text(), re.S)
+    assert (
+        style and "url(" not in style[0] and "@import" not in style[0] and "prefers-color-scheme" in style[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "status", ["measured", "lower bound", "not detectable", "collecting", "skipped", "empty"]
+)
+def test_verdict_comes_first_for_every_status(tmp_path, runs, status):
+    page = page_of(write_report(tmp_path, runs[status]).parent)
+    result = estimate(runs[status])
+    if status not in ("skipped", "empty"):
+        assert result.status == status
+    said = verdict(result)
+    places = [
+        page.text.index(part)
+        for part in (said.title, said.sure, "What to do", "Settings of the run", "Words used")
+    ]
+    assert places == sorted(places)
+    assert "nan" not in page.text.lower().split() and "None of 0" in page.text or status != "empty"
+
+
+def test_page_answers_what_how_sure_and_what_to_do(tmp_path, runs, coverage):
+    settings = {"learning_rate": 2e-4, "dataset_size": 5000, "versions": {"torch": "2.13"}}
+    page = page_of(write_report(tmp_path, runs["measured"], coverage=coverage, settings=settings).parent)
+    for part in (
+        "in examples",
+        "examples (mean 100 tokens)",
+        "95 % sure that it lies between",
+        "If time and examples both cost",
+        "One epoch of 5,000 examples",
+        "Learning rate 0.0002 at batch 16 becomes",
+        "factor A",
+        "16 (in use)",
+        "versions.torch",
+        "8 of 9 trainable parameters, 80 % of their numbers",
+        "a gradient of this step is not finite",
+        "B_simple is not the critical batch size itself",
+    ):
+        assert part in page.text, part
+
+
+def test_texts_from_outside_are_escaped(tmp_path, runs, coverage):
+    settings = {EVIL: EVIL, "nested": {EVIL: [EVIL]}}
+    steps = [*runs["measured"], replace(runs["skipped"][0], reason=f"because {EVIL}")]
+    folder = tmp_path / "<script>alert(1)<" / "run"  # a hostile folder name above changes nothing either
+    text = write_report(folder, steps, coverage=coverage, settings=settings).read_text()
+    assert "<script" not in text
+    page = Page(text)
+    assert page.tags.count("script") == 0
+    assert page.text.count(EVIL) >= 6  # shown as text: two of coverage, one reason, four of settings
+
+
+def test_page_is_drawn_anew_from_the_records_alone(tmp_path, runs, coverage):
+    settings = {"note": "kept", "learning_rate": 1e-3}
+    path = write_report(
+        tmp_path, runs["measured"], coverage=coverage, settings=settings, batch_size=24, level=0.9
+    )
+    first, records = path.read_text(), (tmp_path / "steps.jsonl").read_bytes()
+    for name in (*PNGS, "report.html"):
+        (tmp_path / name).unlink()
+    assert redraw(str(tmp_path)) == path
+    assert path.read_text() == first
+    assert (tmp_path / "steps.jsonl").read_bytes() == records
+    summary = read_summary(tmp_path)
+    assert (summary.level, summary.batch_size, summary.settings["note"]) == (0.9, 24, "kept")
+
+
+def test_redraw_of_a_killed_run_keeps_the_good_records_and_says_so(tmp_path, runs):
+    writer = StepsWriter(tmp_path / "steps.jsonl")
+    for step in runs["measured"]:
+        writer.write(step)
+    cut = (tmp_path / "steps.jsonl").read_bytes()[:-30]
+    (tmp_path / "steps.jsonl").write_bytes(cut)
+    with pytest.warns(UserWarning, match="cut short"):
+        redraw(tmp_path)
+    page = page_of(tmp_path)
+    assert "cut short" in page.text and "Noise scale ≈" in page.text
+    assert (tmp_path / "steps.jsonl").read_bytes() == cut
+    assert json.loads((tmp_path / "summary.json").read_text())["estimate"]["n_steps"] == 58
+
+
+def test_redraw_refuses_what_is_not_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no steps\.jsonl"):
+        redraw(tmp_path)
+    (tmp_path / "steps.jsonl").write_text('{"text": "data"}\n')
+    with pytest.raises(RecordsError, match="not a gns-steps header"):
+        redraw(tmp_path)
+    assert os.listdir(tmp_path) == ["steps.jsonl"]
+
+
+def test_records_of_a_sink_are_not_written_again(tmp_path, runs):
+    writer = StepsWriter(tmp_path / "steps.jsonl")
+    for step in runs["measured"]:
+        writer.write(step)
+    before = os.stat(tmp_path / "steps.jsonl")
+    write_report(tmp_path, runs["measured"][20:])  # a bounded history has forgotten the first
+    after = os.stat(tmp_path / "steps.jsonl")
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert load(tmp_path).n_steps == estimate(runs["measured"]).n_steps
+    writer.write(replace(runs["measured"][-1], step=60))
+    assert len(read_steps(tmp_path / "steps.jsonl")) == 61
+
+
+def test_a_later_report_leaves_no_figure_of_an_earlier_one(tmp_path, runs):
+    write_report(tmp_path, runs["measured"])
+    write_report(tmp_path, runs["collecting"])
+    assert not (tmp_path / "trade_off.png").exists()
+    assert page_of(tmp_path).tags.count("img") == 3
+
+
+def test_batch_size_in_use_defaults_to_the_usual_step(tmp_path, runs):
+    write_report(tmp_path, runs["measured"])
+    assert read_summary(tmp_path).batch_size == 16
+
+
+def test_settings_that_make_no_sense_do_not_stop_the_report(tmp_path, runs):
+    settings = {"learning_rate": "cosine", "dataset_size": 3}
+    text = write_report(tmp_path, runs["measured"], settings=settings).read_text()
+    assert "cosine" in text and "One epoch" not in text
+
+
+def test_two_hundred_steps_take_under_three_seconds(tmp_path, runs):
+    steps = [replace(s, step=4 * s.step + k) for s in runs["measured"] for k in range(4)][:200]
+    write_report(tmp_path / "warm", steps[:40])
+    start = time.process_time()
+    write_report(tmp_path / "run", steps)
+    assert time.process_time() - start < 3
