@@ -2,85 +2,31 @@
 
 B_simple stands in for the critical batch size B_crit and for the B_noise of the learning-rate laws; every
 text that uses it says so. Every figure is a band, one end for each end of the confidence interval.
-
-Trade-off law: (S/S_min − 1)(E/E_min − 1) = 1 with S optimizer steps and E examples to reach one loss, so
-
-    E/E_min = 1 + B/B_crit        S/S_min = 1 + B_crit/B
-
-Source: McCandlish et al. 2018, arXiv:1812.06162, eq. (2.11), for the law.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gns.estimate import MIN_STEPS, Estimate, format_count
+from gns import wording
+from gns.estimate import MIN_STEPS, Estimate
+from gns.tradeoff import LAWS, band, dearer, examples_ratio, steps_ratio
 
 WASTE = 0.05  # "about as cheap as it gets": within 5 % of the cheapest
 # x + 1/x ≤ 2 + 4·WASTE, the solution for equal prices of time and examples: 0.64 … 1.56, 2.4× wide
 _HALF = 1 + 2 * WASTE
 NEAR = (_HALF - math.sqrt(_HALF**2 - 1), _HALF + math.sqrt(_HALF**2 - 1))
-DISAGREE = 1.5
 CAVEATS = (
     "B_simple is not the critical batch size itself: where both were measured, their ratio ran from 0.05 "
     "(autoencoders) to 4.5 (MNIST). Take the range as a place to start, and try half and double.",
     "no published evidence ties the best batch size of LoRA to its gradient noise scale yet.",
     "the noise scale moves with the learning rate and along training: a reading belongs to its settings.",
 )
-
-
-def examples_ratio(batch: float, b_crit: float) -> float:
-    """E/E_min = 1 + B/B_crit: examples to reach a loss, relative to the fewest possible."""
-    return 1 + (batch / b_crit if b_crit else math.inf)
-
-
-def steps_ratio(batch: float, b_crit: float) -> float:
-    """S/S_min = 1 + B_crit/B: optimizer steps to reach a loss, relative to the fewest possible."""
-    return 1 + b_crit / batch
-
-
-def dearer(batch: float, b_crit: float) -> float:
-    """Cost above the cheapest, 0 = cheapest, where S_min steps and E_min examples cost the same.
-
-    (S/S_min + E/E_min)/4 − 1, least at B = B_crit.
-    """
-    return (steps_ratio(batch, b_crit) + examples_ratio(batch, b_crit)) / 4 - 1
-
-
-def sgd(batch: float, reference: float, noise_scale: float) -> float:
-    """ε(B)/ε(B₀) = (1 + B_noise/B₀)/(1 + B_noise/B): linear far below B_noise, flat far above.
-
-    Source: McCandlish et al. 2018, arXiv:1812.06162, eq. (2.7).
-    """
-    if math.isinf(noise_scale):
-        return batch / reference
-    return (1 + noise_scale / reference) / (1 + noise_scale / batch)
-
-
-def adam_square_root(batch: float, reference: float, noise_scale: float) -> float:
-    """ε(B)/ε(B₀) = √(B/B₀), whatever the noise scale."""
-    return math.sqrt(batch / reference)
-
-
-def adam_surge(batch: float, reference: float, noise_scale: float) -> float:
-    """ε(B) = 2ε_max/(√(B_n/B) + √(B/B_n)): like √B below B_n, falling above it.
-
-    Source: Li et al. 2024, arXiv:2405.14578; its B_n is fitted from steps and examples, not measured so.
-    """
-    rise = math.sqrt(batch / reference)
-    return rise if math.isinf(noise_scale) else rise * (noise_scale + reference) / (noise_scale + batch)
-
-
-LAWS: dict[str, Callable[[float, float, float], float]] = {
-    "SGD law": sgd,
-    "Adam square-root law": adam_square_root,
-    "Adam surge law": adam_surge,
-}
 
 
 @dataclass(frozen=True)
@@ -278,13 +224,13 @@ def _advise(
         low=estimate.low,
         high=estimate.high,
         batch_size=batch,
-        headline=_headline(estimate),
-        sentences=tuple(_sentences(estimate, batch, ranges, data, rate, best)),
+        headline=wording.headline(estimate),
+        sentences=tuple(wording.sentences(estimate, batch, ranges, data, rate, best)),
         table=table,
         ranges=ranges,
         goodput=goodput,
         best_goodput=best,
-        warnings=tuple(_warnings(estimate, batch, table)),
+        warnings=tuple(wording.remarks(estimate, batch, table)),
     )
 
 
@@ -299,18 +245,14 @@ def _powers_of_two(batch: int, low: float, high: float, data: int | None) -> lis
     return [2**i for i in range(first, min(last, first + 23) + 1)]
 
 
-def _band(values: list[float]) -> tuple[float, float]:
-    return min(values), max(values)
-
-
 def _row(batch: int, reference: int, ends: tuple[float, float], data: int | None, rate: float | None) -> Row:
     rates = {}
     if rate is not None:
-        rates = {name: _band([rate * law(batch, reference, b) for b in ends]) for name, law in LAWS.items()}
+        rates = {name: band([rate * law(batch, reference, b) for b in ends]) for name, law in LAWS.items()}
     return Row(
         batch,
-        _band([steps_ratio(batch, b) for b in ends]),
-        _band([examples_ratio(batch, b) for b in ends]),
+        band([steps_ratio(batch, b) for b in ends]),
+        band([examples_ratio(batch, b) for b in ends]),
         rates,
         None if data is None else math.ceil(data / batch),
         None if data is None else batch / data,
@@ -339,127 +281,3 @@ def _ranges(low: float, high: float, data: int | None) -> tuple[BatchRange, ...]
         None if pick is None else max(dearer(pick, low), dearer(pick, high)),
     )
     return (*cheap, near)
-
-
-def _headline(estimate: Estimate) -> str:
-    sure = f"{100 * estimate.level:g} % sure"
-    if math.isinf(estimate.high):
-        bound = format_count(estimate.low)
-        return f"The noise scale is at least {bound} examples ({sure}); no upper end is known."
-    ends = f"{format_count(estimate.low)} … {format_count(estimate.high)}"
-    value = "" if math.isnan(estimate.b_simple) else f" about {format_count(estimate.b_simple)} examples,"
-    return f"The noise scale is{value} between {ends} ({sure})."
-
-
-def _percent(x: float) -> str:
-    """Write a share as a percentage; from ten times on, as a multiple."""
-    return f"{format_count(x)} ×" if x >= 10 else f"{100 * x:.0f} %" if x >= 0.01 else f"{100 * x:.1g} %"
-
-
-def _whole(batch: float) -> str:
-    """Write a batch size: no less than 1 exists."""
-    return format_count(max(1.0, float(round(batch))) if math.isfinite(batch) else batch)
-
-
-def _sentences(
-    estimate: Estimate,
-    batch: int,
-    ranges: tuple[BatchRange, ...],
-    data: int | None,
-    rate: float | None,
-    best: tuple[int, int] | None,
-) -> list[str]:
-    ends = (estimate.low, estimate.high)
-    lines = [_both_cost(ranges[-1]), _only_examples_cost(ranges), _batch_in_use(batch, ends)]
-    if best is not None:
-        which = f"{best[0]}" if best[0] == best[1] else f"{best[0]} … {best[1]}"
-        lines.append(f"On this machine the soonest in wall-clock time among the batches timed: {which}.")
-    target = ranges[-1].pick or max(1, round(estimate.low))
-    if rate is not None and target != batch:
-        lines.append(_transfer(rate, batch, target, ends))
-    if data is not None:
-        steps = math.ceil(data / target)
-        share = _percent(target / data)
-        lines.append(
-            f"One epoch of {data:,} examples at batch {target} is {steps:,} optimizer steps of {share} each."
-        )
-    if math.isinf(estimate.high):
-        lines.append(
-            "To know more, measure with a larger batch or more steps: the largest noise scale that can be "
-            f"seen, now {format_count(estimate.detection_limit)} examples, doubles with twice the batch or "
-            "four times the steps."
-        )
-    return lines
-
-
-def _both_cost(near: BatchRange) -> str:
-    """Say the range where time and examples cost alike."""
-    start = "If time and examples both cost (alike):"
-    if math.isinf(near.high):
-        return f"{start} a batch of at least {_whole(near.low)}; where it stops paying is not known."
-    if round(near.high) <= 1:
-        return f"{start} batch 1, the smallest there is."
-    text = f"{start} a batch of {_whole(near.low)} … {_whole(near.high)}"
-    if near.pick is None or near.pick_dearer is None:
-        return f"{text}; the lower end is not resolved."
-    return f"{text}; {near.pick} is at most {_percent(near.pick_dearer)} dearer than the cheapest there is."
-
-
-def _only_examples_cost(ranges: tuple[BatchRange, ...]) -> str:
-    """Say the upper ends where only examples cost."""
-    sure = [(r.waste, r.sure[1]) for r in ranges if r.priced == "examples" and r.sure]
-    parts = [f"{_whole(math.floor(top))} wastes at most {_percent(w)}" for w, top in sure if top >= 1]
-    if not parts:
-        return "If only examples cost (time is free): batch 1; no larger one is sure to waste less than 20 %."
-    return f"If only examples cost (time is free): small; a batch of up to {', up to '.join(parts)}."
-
-
-def _batch_in_use(batch: int, ends: tuple[float, float]) -> str:
-    more = _band([examples_ratio(batch, b) - 1 for b in ends])
-    steps = _band([steps_ratio(batch, b) for b in ends])
-    waste = f"{_percent(more[0])} … {_percent(more[1])}" if more[0] > 0 else f"at most {_percent(more[1])}"
-    many = f"{format_count(steps[0])} … {format_count(steps[1])}"
-    if math.isinf(steps[1]):
-        many = f"at least {format_count(steps[0])}"
-    return (
-        f"The batch of {batch} in use takes {waste} more examples than the fewest, {many} × the fewest steps."
-    )
-
-
-def _transfer(rate: float, batch: int, target: int, ends: tuple[float, float]) -> str:
-    """Say what each learning-rate law makes of the step from one batch to another."""
-    parts = []
-    for name, law in LAWS.items():
-        low, high = _band([rate * law(target, batch, b) for b in ends])
-        value = f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} … {high:.2g}"
-        parts.append(f"{value} ({name})")
-    return f"Learning rate {rate:g} at batch {batch} becomes at batch {target}: {', '.join(parts)}."
-
-
-def _spread(batch: int, reference: int, ends: tuple[float, float]) -> float:
-    """How far apart the learning-rate laws are at one batch, largest over smallest, at the worse end."""
-    at_each_end = [[law(batch, reference, b) for law in LAWS.values()] for b in ends]
-    return max(max(ratios) / min(ratios) for ratios in at_each_end)
-
-
-def _warnings(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]:
-    found = []
-    ends = (estimate.low, estimate.high)
-    spread = {row.batch_size: _spread(row.batch_size, batch, ends) for row in table if row.learning_rates}
-    if spread and max(spread.values()) > DISAGREE:
-        agree = [b for b, s in spread.items() if s <= DISAGREE]
-        where = f"outside batch {agree[0]} … {agree[-1]}" if agree else "at every batch in the table"
-        worst = max(spread, key=lambda b: spread[b])
-        found.append(
-            f"the learning-rate laws disagree by more than {DISAGREE:g}× {where} (up to "
-            f"{format_count(spread[worst])}× at {worst}): there, try several learning rates instead of "
-            "trusting one law."
-        )
-    if batch > estimate.high:
-        found.append(
-            f"the batch of {batch} in use is above the whole interval: readings taken so far above the "
-            "critical batch size calibrate badly. Measure again with a smaller batch."
-        )
-    if estimate.coverage is not None and estimate.coverage < 1:
-        found.append(f"only {100 * estimate.coverage:.3g} % of the trainable numbers are in the sums.")
-    return found

@@ -4,17 +4,9 @@ from dataclasses import FrozenInstanceError, replace
 import numpy as np
 import pytest
 
-from gns.advice import (
-    LAWS,
-    adam_square_root,
-    adam_surge,
-    advise,
-    dearer,
-    examples_ratio,
-    sgd,
-    steps_ratio,
-)
+from gns.advice import advise
 from gns.estimate import Estimate
+from gns.tradeoff import LAWS, adam_square_root, adam_surge, dearer, examples_ratio, sgd, steps_ratio
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800)
 BOUND = Estimate(math.nan, 175, math.inf, 0.95, "lower bound", 1.0, -0.001, 300, 50, 800)
