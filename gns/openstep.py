@@ -140,8 +140,8 @@ class OpenStep:
             if mismatch[entry.name] > tolerance(dtype, math.sqrt(norm), math.sqrt(n * sq)):
                 off = mismatch[entry.name] / math.sqrt(norm) if norm > 0 else math.inf
                 out[entry.name] = (
-                    f"self-check failed: its examples' gradients sum to {100 * off:.3g} % off `.grad` (the weight "
-                    "is used outside its module too, an auxiliary loss, or an engine that scales gradients)"
+                    f"self-check failed: its examples' gradients sum to {100 * off:.3g} % off `.grad` "
+                    "(weight also used outside its module, an auxiliary loss, or an engine that scales it)"
                 )
         return out
 

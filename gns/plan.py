@@ -129,7 +129,7 @@ def _refuse_empty(model: nn.Module, covered: list, made: Plan) -> None:
     if not made.reasons:
         raise ValueError(
             f"{kind} has no trainable parameter (all have requires_grad=False); "
-            "add an adapter, e.g. peft.get_peft_model(model, LoraConfig(...)), or unfreeze layers, then attach"
+            "add an adapter, e.g. peft.get_peft_model(model, config), or unfreeze layers, then attach"
         )
     example = next(iter(made.reasons.values()))
     raise ValueError(

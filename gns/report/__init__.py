@@ -11,6 +11,7 @@ from typing import Any
 
 from gns.advice import Advice, advise
 from gns.coverage import Coverage
+from gns.drift import drift
 from gns.estimate import Estimate, estimate
 from gns.records import (
     STEPS,
@@ -115,7 +116,8 @@ def _write(folder: Path, steps: list[StepSums], known: Summary, notes: Sequence[
     }
     write_summary(folder, result, **about)
     name = folder.resolve().name
-    text = page.html(name, steps, result, advice=advice, images=images, notes=notes, **about)
+    change = drift(steps, level=known.level)
+    text = page.html(name, steps, result, advice=advice, images=images, change=change, notes=notes, **about)
     write_atomically(folder / PAGE, [text.encode(errors="replace")])
     return folder / PAGE
 

@@ -14,8 +14,9 @@ from jinja2 import Environment, StrictUndefined
 from gns._version import __version__
 from gns.advice import Advice, Row
 from gns.coverage import Coverage
+from gns.drift import Drift
 from gns.estimate import Estimate, format_count
-from gns.report.text import basis, label_of, verdict
+from gns.report.text import basis, label_of, movement, verdict
 from gns.sums import StepSums
 
 CAPTIONS = {
@@ -137,6 +138,7 @@ def html(
     *,
     advice: Advice | None,
     images: Mapping[str, bytes],
+    change: Drift | None = None,
     coverage: Coverage | None = None,
     settings: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
@@ -150,6 +152,7 @@ def html(
         result: the estimate over them.
         advice: what follows from it, or None where nothing was measured.
         images: name of a figure → PNG.
+        change: how the noise scale moved along the run.
         coverage: which parameters are in the sums.
         settings: of the run.
         batch_size: in use, examples a step.
@@ -168,6 +171,7 @@ def html(
         verdict=verdict(result),
         result=result,
         basis=basis(result),
+        moved=movement(change),
         advice=advice,
         notes=notes,
         batch_size=batch_size,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gns.advice import Advice
+from gns.drift import Drift
 from gns.estimate import MIN_STEPS, Estimate, format_count
 
 
@@ -105,12 +106,29 @@ def basis(result: Estimate) -> str:
     return f"{result.n_steps:,} optimizer steps × {each} {result.unit}{span}"
 
 
-def render(result: Estimate, advice: Advice | None = None, *, page: str | Path | None = None) -> str:
+def movement(change: Drift | None) -> str | None:
+    """Warn that the noise scale moved along the run, or None where it did not or cannot be told."""
+    if change is None or not change.moved:
+        return None
+    return (
+        f"The noise scale moved during the run: {change}. The number over the whole run leans towards the "
+        "part where the gradient was largest; for what comes next, go by the later part."
+    )
+
+
+def render(
+    result: Estimate,
+    advice: Advice | None = None,
+    *,
+    change: Drift | None = None,
+    page: str | Path | None = None,
+) -> str:
     """Write the summary for a terminal: the estimate, what batch range it suggests, where the report lies.
 
     Args:
         result: the estimate of the run.
         advice: from `advise`, or None.
+        change: from `drift`, or None.
         page: path of the report, or None.
 
     Returns:
@@ -119,6 +137,8 @@ def render(result: Estimate, advice: Advice | None = None, *, page: str | Path |
     said = verdict(result)
     lines = [said.title, said.sure, said.meaning, f"Measured over {basis(result)}."]
     lines += [f"  {label_of(name)}: {group}" for name, group in result.groups.items()]
+    if moved := movement(change):
+        lines.append(f"! {moved}")
     if advice is not None and advice.table:
         lines += ["", "What batch size pays:", *(f"  - {s}" for s in advice.sentences)]
         lines += [f"  ! {w}" for w in advice.warnings]
