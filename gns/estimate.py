@@ -288,8 +288,8 @@ def _estimate(steps: list[StepSums], level: float) -> Estimate:
         low=float(low),
         high=high,
         status=_status(moments, high, empty),
-        trace_sigma=moments.x / unit,
-        grad_sq_norm=moments.y / unit,
+        trace_sigma=float(moments.x / unit),
+        grad_sq_norm=float(moments.y / unit),
         detection_limit=_detection_limit(moments, level),
         **about,
     )

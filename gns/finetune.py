@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import enable_progress_bars
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gns import records, runfolder
@@ -103,9 +104,9 @@ def run(
             raise ConfigError(
                 f"{out}: the run is complete, {runfolder.steps_of(checkpoint)} steps; nothing to resume"
             )
-        for line in prepared.remarks:
-            watcher.remark(line)
         with runfolder.claimed(out):
+            for line in prepared.remarks:
+                watcher.remark(line)
             return _Run(config, prepared, out, checkpoint, watcher).go()
 
 
@@ -171,7 +172,8 @@ class _Run:
         settings = {
             **asdict(self.config),
             "steps_made": self.trainer.state.global_step,
-            "n_train": len(self.prepared.train),
+            "learning_rate": self.config.lr,
+            "dataset_size": len(self.prepared.train),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "held_out_loss_before": self.loss_before,
             "held_out_loss_after": self.loss_after,
@@ -269,6 +271,7 @@ def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingAr
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
     )
     if (
         arguments.n_gpu > 1
@@ -285,12 +288,14 @@ def _pad_id(tokenizer: Any) -> int:
 
 @contextmanager
 def _without_bars() -> Generator[None]:
-    """Switch transformers' own progress bars off for a while; its warnings stay."""
+    """Switch transformers' own progress bars off for a while; downloads keep theirs, and warnings stay."""
     bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
+    if not bars.is_progress_bar_enabled():
+        yield
+        return
     bars.disable_progress_bar()
+    enable_progress_bars()  # of the hub's downloads, which were switched off with the others
     try:
         yield
     finally:
-        if shown:
-            bars.enable_progress_bar()
+        bars.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,10 @@ def prepare(config: FinetuneConfig) -> Prepared:
     model = _from_pretrained(AutoModelForCausalLM, config, dtype=config.base_dtype)
     _check_fit(config, model, tokenizer)
     transformers.set_seed(config.seed)  # the adapters' initial values
-    model = get_peft_model(model, _lora(config, model))
+    lora = _lora(config, model)
+    with warnings.catch_warnings():  # peft asks transformers for the old name of a property
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(model, lora)
     updates = math.ceil(math.ceil(len(train) / config.batch_size) / config.grad_accum)
     n_steps = config.steps or max(1, math.ceil((config.epochs or 1) * updates))
     remarks = list(examples.remarks())

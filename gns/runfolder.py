@@ -24,9 +24,7 @@ def refuse_used(out: Path) -> None:
     """
     if out.is_dir() and any(out.iterdir()):
         held = "another run" if (out / RUN).exists() or (out / STEPS).exists() else "files"
-        raise ConfigError(
-            f"{out}: holds {held}; give another folder, or resume an interrupted run with --resume"
-        )
+        raise ConfigError(f"{out}: holds {held}; give another, or resume an interrupted run with --resume")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; a folder is needed")
 
@@ -88,10 +86,17 @@ def write_config(out: Path, config: FinetuneConfig) -> None:
 
 @contextmanager
 def claimed(out: Path) -> Generator[None]:
-    """Make the folder; take away what was made if the run ends in an error before its first reading."""
+    """Make the folder; take away what was made if the run ends in an error before its first reading.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
     made = [path for path in (out, *out.parents) if not path.exists()]
     new = bool(made) or not any(out.iterdir())
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be made: {error.strerror}") from None
     try:
         yield
     except BaseException:

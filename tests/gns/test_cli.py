@@ -1,0 +1,375 @@
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from gns import load
+from gns.cli import DEMO, main
+from gns.display import Display, brief
+from gns.estimate import estimate
+from gns.finetune import Progress
+from gns.monitor import GNSWarning
+from gns.preparation import FinetuneConfig
+from gns.records import STEPS, write_steps
+from gns.sums import StepSums
+from tests.gns import tiny
+
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(__file__).parents[2]),
+    "COLUMNS": "200",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    tiny.save_model(folder / "llama")
+    tiny.save_jsonl(folder / "data.jsonl", [{"text": text} for text in tiny.sentences(53)])
+    return folder
+
+
+@pytest.fixture
+def gns(capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder; give exit code, lines of standard output and of standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return end.value.code, said.out.splitlines(), said.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def measure(gns, home):
+    def run(**changed):
+        options = {
+            "model": home / "llama",
+            "data": home / "data.jsonl",
+            "rank": 4,
+            "batch_size": 4,
+            "steps": 3,
+        }
+        options = {**options, "max_length": 32, **changed}
+        flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+        return gns("measure", *[flag for flag in flags if flag is not True])
+
+    return run
+
+
+def of(b, n=16):
+    """Forty noiseless-looking steps of noise scale `b`."""
+    return [
+        StepSums(
+            step=i,
+            n_examples=n,
+            mean_sq_norm=b + 1 + 0.1 * (i % 3),
+            sq_norm_of_mean=b / n + 1 + 0.05 * (i % 4),
+            learning_rate=1e-3,
+        )
+        for i in range(40)
+    ]
+
+
+# help
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    heavy = "('torch', 'transformers', 'peft', 'matplotlib', 'scipy', 'numpy', 'jinja2')"
+    code = f"""
+import sys
+from gns.cli import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    print(end.code, [name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+        times.append(time.perf_counter() - begin)
+        assert done.stderr.strip() == "0 []", done.stderr
+        assert all(command in done.stdout for command in ("demo", "measure", "report", "advise"))
+    assert min(times) < 1, times
+
+
+@pytest.mark.parametrize("command", ["demo", "measure", "report", "advise"])
+def test_every_command_explains_itself(gns, command):
+    code, out, err = gns(command, "--help")
+    assert code == 0 and out and not err
+
+
+def test_without_a_command_there_is_help(gns):
+    code, out, _ = gns()
+    assert code == 0 and "Usage: gns" in "\n".join(out)
+
+
+def test_defaults_in_the_help_are_the_defaults(gns):
+    text = " ".join(" ".join(gns("measure", "--help")[1]).replace("│", " ").split())
+    stated = dict(re.findall(r"--([a-z-]+) \S+ [^()]*\(default ([^):]+)\)", text))
+    defaults = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(FinetuneConfig)}
+    assert {"rank", "alpha", "batch-size", "lr", "schedule", "max-length", "dtype", "seed", "every"} <= set(
+        stated
+    )
+    assert stated == {name: str(defaults[name]) for name in stated}
+
+
+# a run
+
+
+def test_measure_reports_in_words(measure, tmp_path):
+    code, out, err = measure(out=tmp_path / "run", steps=24)
+    assert code == 0, err
+    text = "\n".join(out)
+    assert re.search(r"Held-out loss: \d\.\d+ → \d\.\d+ nats a token in 24 steps\.", text)
+    assert (
+        f"Report: {tmp_path / 'run' / 'report.html'}" in text and (tmp_path / "run" / "report.html").exists()
+    )
+    assert "24 optimizer steps × 4 examples (mean" in text
+    assert [line.split()[1] for line in err] == [f"{i}/24" for i in range(2, 25, 2)]
+    assert all("loss" in line and "B_simple" in line for line in err)
+    assert "Too early" not in text and load(tmp_path / "run").n_steps == 24
+
+
+def test_a_run_never_overwrites(measure, home, tmp_path):
+    assert measure()[0] == measure()[0] == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["measure", "measure-2"]
+    code, _, err = measure(out="runs/measure")
+    assert code == 2 and err == [
+        "gns: runs/measure: holds another run; give another, or resume an interrupted run with --resume"
+    ]
+
+
+def test_the_demo_runs_on_what_is_shipped(gns, tmp_path):
+    code, out, err = gns("demo", "--steps", 2, "--batch-size", 4)
+    assert code == 0 and (tmp_path / "runs" / "demo" / "report.html").exists()
+    assert out[-1] == "Report: runs/demo/report.html"
+    settings = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())["settings"]
+    assert {name: settings[name] for name in DEMO} == DEMO
+    assert settings["dataset_size"] > 1000
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_leaves_a_report_and_the_run_can_go_on(home, tmp_path, gns):
+    out = tmp_path / "run"
+    options = ["--model", home / "llama", "--data", home / "data.jsonl", "--out", out, "--max-length", 32]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "gns.cli",
+        "measure",
+        *map(str, options),
+        "--steps",
+        "100000",
+    ]
+    run = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while run.poll() is None and time.monotonic() < deadline:
+            if (out / STEPS).exists() and (out / STEPS).read_bytes().count(b'"step"') > 3:
+                break
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        said, complained = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130, complained
+    made = load(out).n_steps
+    assert made > 3 and (out / "report.html").exists() and (out / "summary.json").exists()
+    assert complained.splitlines()[-1] == (
+        f"gns: interrupted after {made} of 100000 steps; go on with: gns measure --resume --out {out}"
+    )
+    assert f"Report: {out}/report.html" in said
+
+    config = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**config, "steps": made + 2}))  # to come to an end in this test
+    code, _, _ = gns("measure", "--resume", "--out", out)
+    assert code == 0 and [step.step for step in load(out).history] == list(range(made + 2))
+    code, _, err = gns("measure", "--resume", "--out", out)
+    assert code == 2 and err == [f"gns: {out}: the run is complete, {made + 2} steps; nothing to resume"]
+    code, _, err = gns("measure", "--resume", "--out", out, "--rank", 3)
+    assert code == 2 and err == [f"gns: {out}: was started with rank 16, not 3; a resumed run keeps it"]
+
+
+def test_ctrl_c_before_the_first_reading_leaves_nothing(measure, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gns.finetune.mean_loss", interrupted)
+    code, out, err = measure()
+    assert (code, out) == (130, [])
+    assert err[-1] == "gns: interrupted before the first reading; nothing was written"
+    assert not list(tmp_path.iterdir())
+
+
+# bad input: one line, exit code 2, nothing written
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "./none"}, "./none: no such folder"),
+        ({"data": "none.jsonl"}, "none.jsonl: no such file or folder"),
+        ({"data": "bad.jsonl"}, "bad.jsonl, line 2: not JSON (Expecting value at column 10)"),
+        (
+            {"data": "unknown.jsonl"},
+            "unknown.jsonl, line 1: unknown fields `txt`; known: `text`, or `prompt`",
+        ),
+        ({"data": "empty.jsonl"}, "empty.jsonl: empty; at least one example is needed"),
+        ({"rank": 0}, "rank is 0; 1 or more is needed"),
+        ({"rank": -3}, "rank is -3; 1 or more is needed"),
+        ({"rank": "many"}, "Invalid value for '--rank'"),
+        ({"target_modules": "q_proj,nose"}, "target module 'nose' is not in"),
+        ({"batch_size": 1000}, "a batch of 1000 is larger than the data: 48 examples (after 5 are held out)"),
+        ({"schedule": "sawtooth"}, "schedule is 'sawtooth'; known: constant, cosine, linear"),
+        ({"dtype": "int8"}, "dtype is 'int8'; known: auto, float32, bfloat16, float16"),
+        ({"epochs": 1}, "steps is 3 and epochs is 1.0; give one of the two"),
+        ({"steps": 0}, "steps is 0; a number above 0 is needed"),
+        ({"resume": True}, "--resume needs --out, the folder of the interrupted run"),
+        ({"resume": True, "out": "none"}, "none: holds no run.json"),
+        ({"out": "bad.jsonl"}, "bad.jsonl: is a file; a folder is needed"),
+        ({"out": "bad.jsonl/run"}, "bad.jsonl/run: cannot be made: Not a directory"),
+        ({"colour": "red"}, "No such option: --colour"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input(measure, tmp_path, changed, message):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a b c"}\n{"text": oops}\n')
+    (tmp_path / "unknown.jsonl").write_text('{"txt": "a b c"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = measure(**changed)
+    assert (code, out) == (2, [])
+    assert len(err) == 1 and err[0].startswith(f"gns: {message}")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("given", ["model", "data"])
+def test_model_and_data_are_needed(gns, given):
+    missing = {"model": "data", "data": "model"}[given]
+    code, out, err = gns("measure", f"--{given}", "x")
+    assert (code, out, err) == (2, [], [f"gns: --{missing} is missing; a local path or a hub id is needed"])
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_leaves_nothing(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr("gns.finetune.mean_loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure()
+    assert not list(tmp_path.iterdir())
+
+
+# reports and advice of runs that are there
+
+
+def test_report_draws_anew(gns, tmp_path):
+    (tmp_path / "a").mkdir()
+    write_steps(tmp_path / "a" / STEPS, of(100))
+    code, out, err = gns("report", "a")
+    assert code == 0 and not err and out[-1] == "Report: a/report.html"
+    assert (tmp_path / "a" / "report.html").exists()
+    assert out[0].startswith("Noise scale ≈ ")
+
+
+def test_report_compares_several(gns, tmp_path):
+    for name, b in (("a", 100), ("b", 20)):
+        (tmp_path / name).mkdir()
+        write_steps(tmp_path / name / STEPS, of(b))
+    code, out, _ = gns("report", "a", "b")
+    assert code == 0 and out[:2] == ["Report: a/report.html", "Report: b/report.html"]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out if line.startswith("│")]
+    assert [row[0] for row in rows] == ["a", "b"]
+    assert all(row[4:7] == ["measured", "40 × 16", "0.001"] for row in rows)
+
+
+def test_report_of_a_damaged_run_keeps_the_good_records(gns, tmp_path):
+    (tmp_path / "a").mkdir()
+    write_steps(tmp_path / "a" / STEPS, of(100))
+    whole = (tmp_path / "a" / STEPS).read_bytes()
+    (tmp_path / "a" / STEPS).write_bytes(whole[:-30])
+    code, out, err = gns("report", "a")
+    assert code == 0 and "39 optimizer steps" in "\n".join(out)
+    assert len(err) == 1 and "39 good record(s)" in err[0]
+
+
+@pytest.mark.parametrize("command", ["report", "advise"])
+def test_a_folder_that_is_no_run(gns, tmp_path, command):
+    code, out, err = gns(command, tmp_path / "none")
+    assert (code, out) == (2, []) and len(err) == 1 and "none" in err[0]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / STEPS).write_text('{"loss": 3}\n')
+    code, out, err = gns(command, tmp_path / "foreign")
+    assert (code, out) == (2, []) and len(err) == 1 and "foreign" in err[0]
+
+
+def test_advise(gns, tmp_path):
+    (tmp_path / "a").mkdir()
+    write_steps(tmp_path / "a" / STEPS, of(100))
+    code, out, _ = gns("advise", "a")
+    assert code == 0 and "16" in "\n".join(out) and "0.001" in "\n".join(out)
+    code, out, _ = gns("advise", "a", "--batch-size", 64, "--throughput", "16=10", "--throughput", "64=30")
+    assert code == 0 and "batch of 64" in "\n".join(out)
+    for bad, message in (
+        (["--batch-size", 0], "gns: batch_size is 0; a whole number, 1 or more, is needed"),
+        (
+            ["--throughput", "fast"],
+            "gns: throughput 'fast': BATCH=EXAMPLES_PER_SECOND is needed, e.g. 16=3.5",
+        ),
+    ):
+        code, out, err = gns("advise", "a", *bad)
+        assert (code, out, err) == (2, [], [message])
+
+
+# the display
+
+
+def test_a_warning_of_the_monitor_becomes_a_line(capsys):
+    with warnings.catch_warnings(record=True) as others, Display():
+        warnings.simplefilter("always")
+        warnings.warn("one parameter is not measured", GNSWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "gns: one parameter is not measured\n"
+    assert [str(other.message) for other in others] == ["something else"]
+
+
+def test_the_bar_shows_loss_and_interval():
+    from io import StringIO
+
+    from rich.console import Console
+
+    screen = StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, legacy_windows=False)
+    with Display(console) as display:
+        display.remark("a remark [not markup]")
+        display.step(Progress(3, 10, 2.345678, estimate(of(100))))
+        display.bar.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert "gns: a remark [not markup]" in shown
+    assert "3/10" in shown and "loss 2.346" in shown
+    assert brief(estimate(of(100))) in shown
+
+
+def test_brief_words_for_every_state():
+    assert brief(None) == brief(estimate(of(100)[:1])) == "B_simple …"
+    assert re.fullmatch(r"B_simple \S+ \(\S+ … \S+\) measured", brief(estimate(of(100))))
+    steps = [StepSums(step=i, n_examples=4, mean_sq_norm=8.0 + i % 2, sq_norm_of_mean=1.0) for i in range(30)]
+    assert re.fullmatch(r"B_simple ≥ \S+ not detectable", brief(estimate(steps)))
