@@ -31,12 +31,20 @@ class Boundary:
     pending: bool = False  # a backward pass ended since the last close
     restarts: int = 0  # passes discarded since the last close or the last PRE with a closure
     consumed: bool = False  # an optimizer stepped inside the backward pass under way
+    stale: bool = False  # a pass ended before the PRE with a closure; the closure may discard it
     _closures: list[int] = field(default_factory=list)  # optimizers whose POST will close the step
 
-    def forward(self) -> None:
-        """Note a training forward pass; between measured steps it stands for its backward."""
-        if not self.measuring:
-            self.pending = True
+    def forward(self) -> Close | None:
+        """Note a training forward pass; between measured steps it stands for its backward.
+
+        Returns:
+            A close, if an optimizer stepped inside the backward pass before it and nothing else said so.
+        """
+        if self.measuring:
+            return None
+        closed = self._close(IN_BACKWARD) if self.consumed else None
+        self.pending = True
+        return closed
 
     def backward_begins(self, grads_empty: bool) -> bool:
         """Note the start of a backward pass.
@@ -49,7 +57,8 @@ class Boundary:
         """
         if self.pending and grads_empty:
             self.pending = False
-            self.restarts += 1
+            self.restarts += not self.stale
+            self.stale = False
             return True
         return False
 
@@ -73,7 +82,7 @@ class Boundary:
             return None
         if closure:
             self._closures.append(optimizer)
-            self.restarts = 0
+            self.restarts, self.stale = 0, self.pending
             return None
         return self._close() if self.pending else None
 
@@ -92,6 +101,6 @@ class Boundary:
         return self._close()
 
     def _close(self, reason: str | None = None) -> Close:
-        self.pending = self.consumed = False
+        self.pending = self.consumed = self.stale = False
         self.restarts = 0
         return Close(reason)

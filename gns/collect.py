@@ -37,6 +37,7 @@ def guarded(method: Callable) -> Callable:
     @functools.wraps(method)
     def run(self: Collector, *args: Any, **kwargs: Any) -> Any:
         if self.dead:
+            self.active = self.active and in_backward()
             return None
         try:
             return method(self, *args, **kwargs)
@@ -83,12 +84,11 @@ class Collector:
         self.handles: list[Any] = []
         self.now = StepUnderWay()
         self._call: Call | None = None  # the forward pass under way
-        self._running: list[
-            tuple[Call, int]
-        ] = []  # calls seen in the backward pass under way, with graph tasks
+        self._running: list[tuple[Call, int]] = []  # calls in the backward pass under way, with graph tasks
         self._queued = False  # the end of the backward pass under way is being waited for
         self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
         self._open = False  # it began and has not ended; one that raised never does
+        self._closed: Stamp | None = None  # of the gradients when the last step closed
 
     # life
 
@@ -123,8 +123,12 @@ class Collector:
             tap.on_leaf = tap.on_error = None
 
     def fail(self, error: Exception) -> None:
-        """Stand down: nothing is measured any more, training goes on."""
-        known, self.dead, self.active = self.dead, True, False
+        """Stand down: nothing is measured any more, training goes on.
+
+        The taps stay in the graph until the next forward pass or optimizer step: a checkpointed layer whose
+        recomputation saved other tensors than its first run would raise in the user's backward.
+        """
+        known, self.dead = self.dead, True
         if not known:
             self.on_error(error)
 
@@ -136,7 +140,7 @@ class Collector:
         if in_backward():
             return
         self._queued = False  # a backward pass that raised never came to its end
-        self.boundary.forward()
+        self._end(self.boundary.forward())
         if not self.active:
             return
         self._call = Call(row_map(self.model, args, kwargs, self.weights))
@@ -155,15 +159,18 @@ class Collector:
         for tensor in _outputs(out):
             tensor.register_hook(functools.partial(_notify, weakref.ref(self), call))
 
+    @guarded
     def forward_seen(self) -> None:
-        """Note a training forward pass between measured steps."""
-        self.boundary.forward()
+        """Note a layer's training forward pass between measured steps."""
+        if not in_backward():
+            self._end(self.boundary.forward())
 
-    def admits(self, tap: Tap, x: Tensor) -> bool:
-        """Whether a layer's call is tapped; the same answer in a recomputation."""
+    @guarded
+    def note(self, tap: Tap, x: Tensor) -> None:
+        """Note a layer's call on input x."""
         if x.ndim < 2:
             self._mark(tap, f"its input has shape {tuple(x.shape)}, without a batch dimension")
-            return False
+            return
         call = self._call
         if call is not None and call.rows is not None:
             if x.shape[0] != call.rows.n:
@@ -176,7 +183,6 @@ class Collector:
             self.now.loss_scaled = True
         tap.activation_dtype = x.dtype
         tap.follow_device()
-        return all(gather.n == x.shape[0] for gather in tap.gathers.values())
 
     def _mark(self, tap: Tap, why: str) -> None:
         for p in tap.parameters:
@@ -222,7 +228,10 @@ class Collector:
         if all(g is None for g in gradients):
             return True
         if self.now.stamp is None or self.now.stamp.untouched(gradients):
-            return False
+            # `grad.data.zero_()` leaves no trace but the values: look where looking does not stall a device
+            on_host = all(g is None or g.device.type == "cpu" for g in gradients)
+            was_there = on_host and from_output and any(bool(q) for q in self.now.sq_norms)
+            return was_there and all_empty(gradients)
         # without the output's hook some gradients of this very pass may be there already
         return all_empty(gradients) if from_output else self.now.stamp.replaced(gradients)
 
@@ -257,10 +266,8 @@ class Collector:
         if not in_backward():
             self._queued = False
         self.now.learning_rate = self._rate(optimizer)
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
-        blind = (
-            self.active and not closure and not self.boundary.pending and not in_backward() and self._blind()
-        )
+        closure = callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
+        blind = not closure and self._blind()
         close = self.boundary.optimizer_pre(id(optimizer), closure=closure, in_backward=in_backward())
         self._end(Close(UNSEEN) if blind else close)
 
@@ -270,9 +277,13 @@ class Collector:
             self._end(self.boundary.optimizer_post(id(optimizer), in_backward=in_backward()))
 
     def _blind(self) -> bool:
-        """Whether gradients are there though nothing was noticed since the last step closed."""
-        looked, self.now.looked = self.now.looked, True
-        return not looked and any(g is not None for g in self._gradients())
+        """Whether new gradients are there though no backward pass was noticed since the last step closed."""
+        if not self.active or self.boundary.pending or in_backward():
+            return False
+        gradients = self._gradients()
+        if self._closed is not None and self._closed.untouched(gradients):
+            return False  # a wrapped optimizer steps with the gradient its wrapper closed the step on
+        return any(g is not None for g in gradients)
 
     def _owns(self, optimizer: Any) -> bool:
         ours = {id(e.parameter) for e in self.entries}
@@ -299,7 +310,7 @@ class Collector:
         for entry in self.entries:
             if not entry.gathered and any(id(tap) in self.now.to_gather for tap, _ in entry.sites):
                 entry.gather()
-        self.now = StepUnderWay()
+        self.now, self._closed = StepUnderWay(), Stamp(self._gradients())
         self._activate()
 
     def _activate(self) -> None:

@@ -178,8 +178,12 @@ def confidence_set(moments: Moments, level: float) -> tuple[float, float, bool]:
     scale = _scale(moments)
 
     def margins(phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        t, h = moments.statistics(np.sin(phi) * scale, np.cos(phi))
+        kappa = np.where(phi == math.pi / 2, 0.0, np.cos(phi))  # exactly the point at infinity
+        t, h = moments.statistics(np.sin(phi) * scale, kappa)
         return np.minimum(t, h) - t_level, np.maximum(t, h) + t_level  # > 0: too small; < 0: too large
+
+    def outside(phi: np.ndarray) -> np.ndarray:
+        return np.maximum(margins(phi)[0], -margins(phi)[1])  # > 0: rejected, on either side
 
     phi = np.arctan(np.concatenate([[0.0], np.logspace(-9, 9, 2001), [np.inf]]))
     too_small, too_large = margins(phi)
@@ -187,14 +191,10 @@ def confidence_set(moments: Moments, level: float) -> tuple[float, float, bool]:
     if not len(inside):
         return _between_grid_points(moments, too_small, phi, scale)
     first, last = inside[0], inside[-1]
-    low = (
-        0.0
-        if first == 0
-        else _crossing(lambda p: margins(p)[0], float(phi[first - 1]), float(phi[first]), scale)
-    )
+    low = 0.0 if first == 0 else _crossing(outside, float(phi[first - 1]), float(phi[first]), scale)
     if last == len(phi) - 1:
         return low, math.inf, False
-    return low, _crossing(lambda p: margins(p)[1], float(phi[last]), float(phi[last + 1]), scale), False
+    return low, _crossing(outside, float(phi[last]), float(phi[last + 1]), scale), False
 
 
 def _scale(moments: Moments) -> float:
@@ -280,12 +280,10 @@ def _estimate(steps: list[StepSums], level: float) -> Estimate:
     y = np.array([s.grad_sq_norm for s in steps])
     unit = 2.0 ** -np.ceil(np.log2(np.abs(np.concatenate([x, y])).max() or 1.0))  # exact: cubes stay in range
     moments = Moments.of(x * unit, y * unit, n - 1, n * (n - 1))
-    low, high, empty = confidence_set(moments, level)
-    if moments.y < 0:  # the set slides to infinity, then vanishes: claim no more than |G|² := 0 would
-        low = np.fmin(low, confidence_set(replace(moments, y=0.0), level)[0])
+    low, high, empty = _honest_set(moments, level)
     return Estimate(
         b_simple=moments.x / moments.y if moments.y > 0 else nan,
-        low=float(low),
+        low=low,
         high=high,
         status=_status(moments, high, empty),
         trace_sigma=float(moments.x / unit),
@@ -293,6 +291,20 @@ def _estimate(steps: list[StepSums], level: float) -> Estimate:
         detection_limit=_detection_limit(moments, level),
         **about,
     )
+
+
+def _honest_set(moments: Moments, level: float) -> tuple[float, float, bool]:
+    """Widen the set where an average lies on the impossible side of zero.
+
+    With Y < 0 the positive part slides to infinity before it vanishes: no more is claimed than Y := 0 would.
+    With X < 0 (tr Σ, by chance and only under unequal weights) no less is allowed than X := 0 would.
+    """
+    low, high, empty = confidence_set(moments, level)
+    if moments.y < 0:
+        low = float(np.fmin(low, confidence_set(replace(moments, y=0.0), level)[0]))
+    elif moments.x < 0:
+        low, high, empty = 0.0, float(np.fmax(high, confidence_set(replace(moments, x=0.0), level)[1])), False
+    return low, high, empty
 
 
 def _status(moments: Moments, high: float, empty: bool) -> str:

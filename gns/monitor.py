@@ -283,8 +283,7 @@ class GNSMonitor:
         self._verified |= closed.verified
         self._fired |= closed.fired
         if self._collector is not None:
-            for name in closed.verified:
-                self._collector.check.settle(name)
+            self._collector.check.conclude(step.checked, closed.verified, usable=closed.sums.usable)
         if closed.excluded:
             self._exclude(closed.excluded)
         self._history.append(closed.sums)
@@ -301,12 +300,16 @@ class GNSMonitor:
         """Leave parameters out of both sums, also of the steps measured before."""
         self._excluded |= reasons
         self._verified -= reasons.keys()
-        if self._history and self._history[-1].layout is not None:
-            left = tuple(n for n in self._history[-1].layout.names if n not in reasons)
-            kept = [step.without(reasons, self._layout(left)) for step in self._history]
-            self._history.clear()
-            self._history.extend(kept)
+        kept = [step.without(reasons, self._left(step, reasons)) for step in self._history]
+        self._history.clear()
+        self._history.extend(kept)
         self._warn_unmeasured(reasons)
+
+    def _left(self, step: StepSums, reasons: dict[str, str]) -> Layout | None:
+        """Give the layout of a step without some parameters: one object for all steps alike."""
+        if step.layout is None:
+            return None
+        return self._layout(tuple(name for name in step.layout.names if name not in reasons))
 
     def _warn_unmeasured(self, reasons: dict[str, str]) -> None:
         name, why = next(iter(reasons.items()))

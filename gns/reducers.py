@@ -49,7 +49,7 @@ def sum_sq_norms(rule: Rule, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
     choose = _SQ_NORM_FORMS.get(rule.kind)
     form = choose(x, dy, parameter) if choose else None
     if form is not None:
-        t = x[0, ..., 0].numel()
+        t = x.shape[1:-1].numel()
         return _total([form(a, b).sum() for a, b in _chunks(x, dy, 2 * t * t)])
     return _total(
         [sq_norm(rule.blocks(a, b, parameter)) for a, b in _chunks(x, dy, _block_floats(x, dy, parameter))]

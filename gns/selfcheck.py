@@ -7,7 +7,7 @@ three tries. The extra memory of a step is bounded by `BUDGET_BYTES`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 from gns.plan import Entry
 
 ROUND = 100  # measured steps from one round to the next
-TRIES = 3  # steps that a parameter with a zero gradient is looked at in one round
+TRIES = 3  # usable steps that a parameter with a zero gradient is looked at in one round
+SHOWN = 30  # steps in all, usable or not: fp16 may overflow for a while
 BUDGET_BYTES = 128 * 2**20  # of check sums alive in one step
 
 # Relative tolerance by dtype of the gradient, on ‖ḡ‖. float32: products of up to 10⁵ rows summed in two
@@ -48,12 +49,15 @@ class SelfCheck:
         self._entries = entries
         self._todo: list[Entry] = []
         self._tries: dict[str, int] = {}
+        self._shown: dict[str, int] = {}
         self._open: list[Entry] = []
 
     def begin(self, measured: int) -> None:
         """Open the sums of this step's share of the round; `measured` counts measured steps from 0."""
         if measured % ROUND == 0 or not self._tries:
-            self._todo, self._tries = list(self._entries), {e.name: 0 for e in self._entries}
+            self._todo = list(self._entries)
+            self._tries = {e.name: 0 for e in self._entries}
+            self._shown = dict(self._tries)
         budget = BUDGET_BYTES
         self._open = []
         for entry in self._todo:
@@ -87,14 +91,22 @@ class SelfCheck:
         return tuple(e.name for e in self._open)
 
     def end(self) -> None:
-        """Close the step's sums; what was looked at often enough leaves the round."""
+        """Close the step's sums; what was shown too often leaves the round."""
         for entry in self._open:
-            self._tries[entry.name] += 1
+            self._shown[entry.name] += 1
             for tap, _ in entry.sites:
                 tap.close_checks()
-        self._todo = [e for e in self._todo if self._tries[e.name] < TRIES]
+        self._todo = [e for e in self._todo if self._shown[e.name] < SHOWN]
         self._open = []
 
-    def settle(self, name: str) -> None:
-        """Take a parameter out of the round: it was compared with a non-zero gradient."""
-        self._todo = [e for e in self._todo if e.name != name]
+    def conclude(self, checked: Collection[str], verified: Collection[str], *, usable: bool) -> None:
+        """Take out of the round what was settled, or was looked at often enough without a gradient.
+
+        Args:
+            checked: parameters compared in a step.
+            verified: those of them that had a non-zero gradient.
+            usable: whether the step was.
+        """
+        for name in checked:
+            self._tries[name] += usable
+        self._todo = [e for e in self._todo if e.name not in verified and self._tries[e.name] < TRIES]

@@ -196,6 +196,10 @@ class StepSums:
         keep = np.array([name not in gone for name in self.layout.names])
         if keep.all():
             return self
+        if not keep.any():
+            return replace(
+                self, reason=self.reason or "every measured parameter of this step was left out since"
+            )
         left = layout or Layout(tuple(n for n in self.layout.names if n not in gone))
         return from_rows(self.rows[keep], left, like=self)
 

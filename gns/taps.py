@@ -74,6 +74,10 @@ class Tap:
         self.on_leaf = on_leaf
         self.leaf = self._new_leaf()
 
+    def admits(self, x: Tensor) -> bool:
+        """Whether a call on x can be tapped; the same answer in a recomputation, whatever has happened."""
+        return x.ndim >= 2 and all(gather.n == x.shape[0] for gather in self.gathers.values())
+
     def follow_device(self) -> None:
         """Move the leaf to where the layer is now."""
         if self.leaf.device != self.parameter(self.parameters[0]).device:
@@ -245,7 +249,9 @@ class OutputHook(_Hook):
         x, _ = _layer_input(args, kwargs)
         if x is None or not isinstance(out, Tensor) or not out.requires_grad:
             return None
-        if not torch.compiler.is_compiling() and not collector.admits(tap, x):
+        if not torch.compiler.is_compiling():
+            collector.note(tap, x)
+        if not tap.admits(x):
             return None
         sites = [gather.site() for gather in tap.gathers.values()]
         # outside any guard: checkpointing stops its recomputation by an exception out of this call

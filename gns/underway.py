@@ -46,7 +46,6 @@ class StepUnderWay:
     leftover: Tensor | None = None  # largest gradient entry before the first backward pass
     scale: Tensor | None = None  # loss scale
     learning_rate: float | None = None
-    looked: bool = False  # a step without any backward pass was looked into already
 
     def count(self, running: Sequence[tuple[Call, int]]) -> None:
         """Count the calls that a backward pass ran through, each with its graph task."""

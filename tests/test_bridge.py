@@ -1,6 +1,6 @@
 """Where measurement and theory meet: a real LoRA layer at initialisation against the laws of `theory`.
 
-The layer is `peft`'s, on a frozen linear base; factor A has orthonormal rows and factor B is zero, so that only
+The layer is `peft`'s, on a frozen linear base; factor A has orthonormal rows and factor B is zero, so only
 B has a gradient, s·g·(A x)ᵀ. Each optimizer step of learning rate 0 is one data set. False-alarm rate of the
 family: see `theory.verdict`.
 """

@@ -47,7 +47,7 @@ def linear_blocks(x: Tensor, dy: Tensor, parameter: str) -> Tensor:
 
 def gram_is_cheaper(x: Tensor, dy: Tensor) -> bool:
     """Compare the two forms' multiply-adds: T²(I + O) for the Gram form against T·I·O for the product."""
-    t, i, o = x[0, ..., 0].numel(), x.shape[-1], dy.shape[-1]
+    t, i, o = x.shape[1:-1].numel(), x.shape[-1], dy.shape[-1]
     return t * (i + o) < i * o
 
 

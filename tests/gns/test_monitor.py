@@ -421,6 +421,30 @@ def test_an_exception_in_the_users_backward_is_survived():
     agree(monitor.latest, expected)
 
 
+class Wrapper(torch.optim.Optimizer):
+    """Steps another optimizer, as Lookahead and schedule-free wrappers do: PRE and POST fire twice."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure=None):
+        return self.inner.step()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_wrapped_optimizer_is_one_step(every):
+    model = mlp()
+    optimizer = Wrapper(torch.optim.SGD(model.parameters(), lr=0.05))
+    with GNSMonitor(model, every=every, on_error="raise") as monitor:
+        for x in batches(6):
+            optimizer.zero_grad()
+            loss_of(model, x).backward()
+            optimizer.step()
+    assert [s.step for s in monitor.history] == list(range(0, 6, every))
+    assert not any(s.reason for s in monitor.history)
+
+
 def test_sink_and_state_carry_the_readings_on():
     model, received = mlp(), []
     with GNSMonitor(model, sink=received.append, on_error="raise") as monitor:

@@ -166,3 +166,28 @@ def test_a_plain_model_compiles_without_a_graph_break():
             found.append([(s.n_examples, s.mean_sq_norm, s.sq_norm_of_mean) for s in monitor.history])
     for eager, compiled in zip(*found, strict=True):
         assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
+@pytest.mark.parametrize("where", ["backward", "forward"])
+def test_standing_down_in_the_middle_of_a_step_leaves_the_training_alone(checkpoint, where, monkeypatch):
+    from gns import reducers
+    from gns.monitor import GNSWarning
+    from gns.taps import Tap
+
+    plain = train(build(checkpoint=checkpoint), steps=4)
+    model, calls = build(checkpoint=checkpoint), []
+
+    def after_a_while(*args):
+        calls.append(1)
+        if len(calls) > 40:
+            raise ArithmeticError("planted")
+        return original(*args)
+
+    place, name = (reducers, "sum_sq_norms") if where == "backward" else (Tap, "follow_device")
+    original = getattr(place, name)
+    monkeypatch.setattr(place, name, after_a_while)
+    with pytest.warns(GNSWarning, match="stands down.*planted") as seen, GNSMonitor(model):
+        watched = train(model, steps=4)
+    assert len(seen) == 1
+    assert all(torch.equal(p, q) for p, q in zip(plain, watched, strict=True))
