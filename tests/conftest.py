@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+# before anything imports torch, and for subprocesses: on small tensors a second thread costs more than it
+# gives, ten times over when two processes share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
     "tests",
