@@ -56,7 +56,8 @@ def verdict(result: Estimate) -> Verdict:
         )
         return Verdict(
             f"Noise scale {about}",
-            f"{percent} sure that it lies between {low} and {format_count(result.high)} examples.",
+            f"{percent} sure that its average over these steps lies between {low} and "
+            f"{format_count(result.high)} examples.",
             "Batches far smaller than this train on mostly noise, but waste few examples; far larger ones "
             "save hardly any optimizer steps.",
             "good",

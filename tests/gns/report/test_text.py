@@ -9,7 +9,11 @@ from gns.report.text import basis, render, verdict
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800, steps=(0, 49))
 WORDS = {
-    "measured": ("Noise scale ≈ 212 examples", "95 % sure that it lies between 160 and 310 examples", "good"),
+    "measured": (
+        "Noise scale ≈ 212 examples",
+        "95 % sure that its average over these steps lies between 160 and 310 examples",
+        "good",
+    ),
     "lower bound": ("Noise scale ≥ 160 examples", "no upper end is known", "open"),
     "not detectable": ("No signal seen; noise scale ≥ 160 examples", "no upper end is known", "open"),
     "collecting": ("Too early to tell", "50 usable steps so far; 20 of equal size are needed", "early"),

@@ -81,7 +81,7 @@ def test_page_answers_what_how_sure_and_what_to_do(tmp_path, runs, coverage):
     for part in (
         "in examples",
         "examples (mean 100 tokens)",
-        "95 % sure that it lies between",
+        "95 % sure that its average over these steps lies between",
         "If time and examples both cost",
         "One epoch of 5,000 examples",
         "Learning rate 0.0002 at batch 16 becomes",
