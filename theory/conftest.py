@@ -45,11 +45,27 @@ def caught() -> Callable[[str, Estimate, float], None]:
     """Assert that a broken formula or a broken simulation is rejected at the sample size used."""
 
     def check(name: str, estimate: Estimate, wrong: float) -> None:
+        assert np.isfinite([estimate.value, estimate.se, wrong]).all(), (
+            f"a control must fail by a number: {name}"
+        )
         row = Comparison(f"[control] {name}", estimate, wrong)
         _LEDGER.append(str(row))
         assert not estimate.agrees(wrong), f"a broken control got through: {row}"
 
     return check
+
+
+@pytest.fixture
+def record() -> Callable[[str, np.ndarray, float], float]:
+    """The share of hits, put on the ledger beside its nominal value; the test states its own bounds."""
+
+    def book(name: str, hits: np.ndarray, nominal: float) -> float:
+        rate = float(np.mean(hits))
+        se = float(np.sqrt(nominal * (1 - nominal) / hits.size))
+        _book(str(Comparison(f"[rate] {name}", Estimate(rate, se, hits.size), nominal)))
+        return rate
+
+    return book
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import permutations, product
+from numbers import Real
 
 from theory.domain import choice, count
 
@@ -40,11 +41,16 @@ def as_vectors(examples: Sequence[Sequence[int | Fraction]]) -> tuple[Vector, ..
         The same numbers as fractions.
 
     Raises:
-        ValueError: if there are fewer than two or their lengths differ.
+        ValueError: if there are fewer than two, their lengths differ, or an entry is no finite number.
     """
-    vectors = tuple(tuple(Fraction(v) for v in g) for g in examples)
-    if len(vectors) < 2 or len({len(g) for g in vectors}) != 1:
-        raise ValueError(f"examples: needs at least 2 vectors of one length, got {examples!r}")
+    try:
+        if any(not isinstance(v, Real) or isinstance(v, bool) for g in examples for v in g):
+            raise TypeError("text and truth values are no numbers")
+        vectors = tuple(tuple(Fraction(v) for v in g) for g in examples)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"examples: needs vectors of finite numbers, got {examples!r}") from None
+    if len(vectors) < 2 or len({len(g) for g in vectors}) != 1 or not vectors[0]:
+        raise ValueError(f"examples: needs at least 2 vectors of one length >= 1, got {examples!r}")
     return vectors
 
 
@@ -56,6 +62,9 @@ def population(examples: Sequence[Sequence[int | Fraction]]) -> tuple[Fraction, 
 
     Returns:
         The squared norm of their mean and the trace of their covariance. {1, 3} gives (4, 1).
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     vectors = as_vectors(examples)
     q, m = _sums(vectors)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 from theory.any_signal import hall_statistic
-from theory.domain import Floats, count, positive, probability, spectrum, vector
+from theory.domain import Floats, count, finite_array, like, positive, probability, spectrum, vector
 
 INTERVAL, TWO_RAYS, WHOLE_LINE = "interval", "two rays", "whole line"
 _SCAN = 721
@@ -54,26 +54,32 @@ def fieller(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> RatioSet:
     Returns:
         The set.
 
+    Raises:
+        ValueError: if an argument is outside its domain.
+
     Source: E. C. Fieller 1954, J. R. Statist. Soc. B 16, 175.
     """
     x, y, t = _paired(x, y, level)
-    k = x.size
-    v = np.cov(x, y) / k
+    x, y, unit = _unit_scale(x, y)
+    v = np.cov(x, y) / x.size
     a = float(y.mean() ** 2 - t**2 * v[1, 1])
     b = float(x.mean() * y.mean() - t**2 * v[0, 1])
     c = float(x.mean() ** 2 - t**2 * v[0, 0])
-    return _solve_quadratic(a, b, c)
+    return _solve_quadratic(a, b, c, unit)
 
 
-def _solve_quadratic(a: float, b: float, c: float) -> RatioSet:
-    """{θ: aθ² - 2bθ + c <= 0} as one of the three shapes; the roots without cancellation."""
+def _solve_quadratic(a: float, b: float, c: float, unit: float) -> RatioSet:
+    """{θ: aθ² - 2bθ + c <= 0} · unit as one of the three shapes; the roots without cancellation."""
     discriminant = b * b - a * c
-    if discriminant < 0 or (a == 0 and b == 0):  # a < 0 here: for a > 0 the estimate itself is inside
+    if a > 0:  # the estimate itself is inside, so a negative discriminant is rounding: the set is a point
+        discriminant = max(discriminant, 0.0)
+    if discriminant < 0 or (a == 0 and b == 0):
         return RatioSet(WHOLE_LINE, -np.inf, np.inf)
     far = b + np.copysign(np.sqrt(discriminant), b)
     if a == 0:
-        return RatioSet(INTERVAL, c / (2 * b), np.inf) if b > 0 else RatioSet(INTERVAL, -np.inf, c / (2 * b))
-    low, high = sorted((far / a, c / far if far != 0 else 0.0))
+        end = c / (2 * b) * unit
+        return RatioSet(INTERVAL, end, np.inf) if b > 0 else RatioSet(INTERVAL, -np.inf, end)
+    low, high = sorted((far / a * unit, c / far * unit if far != 0 else 0.0))
     return RatioSet(INTERVAL if a > 0 else TWO_RAYS, float(low), float(high))
 
 
@@ -86,20 +92,34 @@ def ratio_statistics(x: ArrayLike, y: ArrayLike, theta: ArrayLike) -> tuple[Floa
         theta: ratio(s) to test, a scalar or [...] without the last axis.
 
     Returns:
-        T = √K D̄/s and its skewness-corrected H, each [...].
+        T = √K D̄/s and its skewness-corrected H, each [...]; ±inf where all D_k are one number but zero.
+
+    Raises:
+        ValueError: if the shapes do not match, K < 2, or a value is not finite.
     """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    return _skew_statistics(x - np.asarray(theta, dtype=float)[..., None] * y)
+    x, y, theta = finite_array("x", x), finite_array("y", y), finite_array("theta", theta)
+    if x.ndim == 0 or x.shape[-1] < 2:
+        raise ValueError(f"x: needs at least 2 values on the last axis, got shape {x.shape}")
+    if x.shape != y.shape:
+        raise ValueError(f"y: needs the shape {x.shape} of x, got {y.shape}")
+    if theta.ndim and theta.shape != x.shape[:-1]:
+        raise ValueError(f"theta: needs a scalar or the shape {x.shape[:-1]}, got {theta.shape}")
+    return _skew_statistics(x - theta[..., None] * y)
 
 
 def _skew_statistics(d: Floats) -> tuple[Floats, Floats]:
-    """T and H of the mean along the last axis."""
-    k = count("K", d.shape[-1], 2)
+    """T and H of the mean along the last axis; a constant run is infinitely significant, or zero."""
+    k = d.shape[-1]
+    size = np.max(np.abs(d), axis=-1, keepdims=True)
+    d = d / np.where(size > 0, size, 1.0)
     mean = d.mean(-1, keepdims=True)
-    spread = np.sqrt(((d - mean) ** 2).sum(-1) / (k - 1))
-    skewness = ((d - mean) ** 3).mean(-1) / spread**3
+    constant = np.ptp(d, axis=-1) == 0
+    spread = np.where(constant, 1.0, np.sqrt(((d - mean) ** 2).sum(-1) / (k - 1)))
+    skewness = np.where(constant, 0.0, (((d - mean) / spread[..., None]) ** 3).mean(-1))
     t = np.sqrt(k) * mean[..., 0] / spread
-    return t, hall_statistic(t, skewness, k)
+    h = hall_statistic(t, skewness, k)
+    certain = np.where(d[..., 0] == 0, 0.0, np.copysign(np.inf, d[..., 0]))
+    return np.where(constant, certain, t), np.where(constant, certain, h)
 
 
 def hull_accepts(x: ArrayLike, y: ArrayLike, theta: ArrayLike, level: float = 0.95) -> NDArray[np.bool_]:
@@ -116,6 +136,9 @@ def hull_accepts(x: ArrayLike, y: ArrayLike, theta: ArrayLike, level: float = 0.
 
     Returns:
         Booleans, [...].
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     t_stat, h_stat = ratio_statistics(x, y, theta)
     t = t_quantile(np.shape(x)[-1], level)
@@ -127,7 +150,8 @@ def hall_hull(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> RatioSet:
 
     With θ = tan φ the values x - θy become x cos φ - y sin φ and infinity is an ordinary point of a circle.
     There the rejected angles are found on a grid, their longest run is refined by root finding, and the set
-    is what that run leaves: one arc around the estimate, hence one of Fieller's three shapes.
+    is what that run leaves: one arc around the estimate, hence one of Fieller's three shapes. With five
+    values or fewer H may reject in several runs; what lies between them then counts as accepted.
 
     Args:
         x: [K], numerators (trΣ per step).
@@ -136,10 +160,14 @@ def hall_hull(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> RatioSet:
 
     Returns:
         The set.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     x, y, t = _paired(x, y, level)
-    unit = float(np.abs(x).mean() / np.abs(y).mean())
-    xs, ys = x / unit, y
+    xs, ys, unit = _unit_scale(x, y)
+    if np.ptp(xs) == 0 and np.ptp(ys) == 0:
+        return RatioSet(INTERVAL, float(xs[0] / ys[0] * unit), float(xs[0] / ys[0] * unit))
     centre = float(np.arctan2(xs.mean(), ys.mean()))
     angles = centre + np.linspace(-np.pi / 2, np.pi / 2, _SCAN)[:-1]
     run = _longest_run(_margin(angles, xs, ys, t) > 0)
@@ -188,8 +216,13 @@ def delta_interval(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> RatioSet:
 
     Returns:
         An interval around x̄/ȳ.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     x, y, t = _paired(x, y, level)
+    if y.mean() == 0:
+        raise ValueError("y: needs a mean other than 0 for the delta method, got 0.0")
     theta = x.mean() / y.mean()
     half = t * np.std(x - theta * y, ddof=1) / np.sqrt(x.size) / abs(y.mean())
     return RatioSet(INTERVAL, float(theta - half), float(theta + half))
@@ -204,6 +237,9 @@ def t_quantile(k: int, level: float = 0.95) -> float:
 
     Returns:
         The quantile.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     return float(stats.t.ppf((1 + probability("level", level)) / 2, count("K", k, 2) - 1))
 
@@ -218,8 +254,16 @@ def detection_limit(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> float:
 
     Returns:
         The limit, in examples.
+
+    Raises:
+        ValueError: if the lengths differ, an argument is outside its domain, the mean of x is not positive,
+            or all y are equal.
     """
     x, y, t = _paired(x, y, level)
+    if x.mean() <= 0:
+        raise ValueError(f"x: needs a mean > 0, got {float(x.mean())!r}")
+    if np.ptp(y) == 0:
+        raise ValueError(f"y: needs values that differ, got {float(y[0])!r} in every step")
     return float(x.mean() / (t * np.std(y, ddof=1) / np.sqrt(y.size)))
 
 
@@ -237,6 +281,9 @@ def planned_detection_limit(batch: int, steps: int, r_eff: float, t: float = 1.6
 
     Returns:
         The limit, in examples.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     b, k = count("batch", batch, 2), count("steps", steps)
     return float(np.sqrt(b * (b - 1) * k * positive("r_eff", r_eff) / 2) / positive("t", t))
@@ -257,13 +304,15 @@ def step_variances(eigenvalues: ArrayLike, mean: ArrayLike, batch: int) -> tuple
         (Var[x], Var[y], Cov[x, y]).
 
     Raises:
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ or an argument is outside its domain.
     """
-    lam, g, b = spectrum("eigenvalues", eigenvalues), vector("mean", mean), count("batch", batch, 2)
-    if g.shape != lam.shape:
-        raise ValueError(f"mean: needs {lam.size} components, one per eigenvalue, got {g.size}")
-    square = 2 * float(np.sum(lam * lam))
-    drift = 4 * float(np.sum(lam * g * g)) / b
+    lam, b = spectrum("eigenvalues", eigenvalues), count("batch", batch, 2)
+    g = like("mean", mean, "eigenvalues", lam)
+    with np.errstate(over="ignore"):
+        square = 2 * float(np.sum(lam * lam))
+        drift = 4 * float(np.sum(lam * g * g)) / b
+    if not np.isfinite(square + drift):
+        raise ValueError(f"eigenvalues: needs squares within the range of a float, got {float(lam.max())!r}")
     return square / (b - 1), square / (b * (b - 1)) + drift, -square / (b * (b - 1))
 
 
@@ -271,9 +320,17 @@ def _paired(x: ArrayLike, y: ArrayLike, level: float) -> tuple[Floats, Floats, f
     """Two checked arrays of one length and the t quantile.
 
     Raises:
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ, a value is not finite, or all y are zero.
     """
-    x, y = vector("x", x, 2), vector("y", y, 2)
-    if x.shape != y.shape:
-        raise ValueError(f"y: needs {x.size} values, one per numerator, got {y.size}")
+    x = vector("x", x, 2)
+    y = like("y", y, "x", x)
+    if not np.any(y):
+        raise ValueError("y: needs a value other than 0, got all zero")
     return x, y, t_quantile(x.size, level)
+
+
+def _unit_scale(x: Floats, y: Floats) -> tuple[Floats, Floats, float]:
+    """Both divided by their largest magnitude, and the unit that takes their ratio back."""
+    top = float(np.abs(x).max()) or 1.0
+    bottom = float(np.abs(y).max())
+    return x / top, y / bottom, top / bottom

@@ -28,6 +28,7 @@ from theory.intervals import (
     planned_detection_limit,
     ratio_statistics,
     step_variances,
+    t_quantile,
 )
 from theory.lemma_law import LemmaLaw, lemma_mean, lemma_mean_biased, lemma_variance
 from theory.lora_init import (
@@ -151,4 +152,5 @@ __all__ = [
     "planned_detection_limit",
     "ratio_statistics",
     "step_variances",
+    "t_quantile",
 ]

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from theory.domain import Floats, count, positive, probability
+from theory.domain import Floats, count, positive, probability, real_array
 
 _STIRLING_FROM = 16.0
+_SMALLEST_RANK, _LARGEST_RANK = 0.1, 1e9
 
 
 def lemma_mean(r: float, n: int) -> float:
@@ -28,7 +29,10 @@ def lemma_mean(r: float, n: int) -> float:
         n: number of examples N in the data set, >= 2.
 
     Returns:
-        The mean, in examples. Bad arguments raise ValueError.
+        The mean, in examples.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
 
     Source: arXiv:2602.09492, Lemma 4.1 (there with "≈"; `theory.lemma` shows it is "=").
     """
@@ -45,6 +49,9 @@ def lemma_mean_biased(r: float, n: int) -> float:
 
     Returns:
         The mean, in examples; `inf` for r <= 2, for `lemma_mean`'s reason.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, n = positive("r", r), count("n", n, 2)
     return float("inf") if r <= 2 else (n - 1) * (r / (r - 2))
@@ -61,11 +68,14 @@ def lemma_variance(r: float, n: int) -> float:
 
     Returns:
         The variance, in examples².
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, n = positive("r", r), count("n", n, 2)
     if r <= 4:
         return float("inf")
-    return n * (n / (n - 1)) * 2 * (r / (r - 2)) * ((r * n - 2) / (r - 2)) / (r - 4)
+    return n * (n / (n - 1)) * 2 * (r / (r - 2)) * (n / (1 - 2 / r) - 2 / (r - 2)) / (r - 4)
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,11 @@ class LemmaLaw:
     """The distribution N · F(r(N-1), r), stable from r = 1 to 10⁶ and N to 10⁹.
 
     Attributes:
-        r: rank, > 0.
+        r: rank, in [0.1, 10⁹]; beyond, the incomplete beta function gives out.
         n: number of examples N, >= 2.
+
+    Raises:
+        ValueError: if r or n is outside its domain.
     """
 
     r: float
@@ -83,6 +96,11 @@ class LemmaLaw:
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", positive("r", self.r))
         object.__setattr__(self, "n", count("n", self.n, 2))
+        if not _SMALLEST_RANK <= self.r <= _LARGEST_RANK:
+            domain = (
+                f"a number from {_SMALLEST_RANK:g} to {_LARGEST_RANK:g}, where the law is computed stably"
+            )
+            raise ValueError(f"r: needs {domain}, got {self.r!r}")
 
     @property
     def dof(self) -> tuple[float, float]:
@@ -112,12 +130,15 @@ class LemmaLaw:
 
         Returns:
             The probabilities, in x's shape.
+
+        Raises:
+            ValueError: if x holds nan or is no array of numbers.
         """
-        return special.fdtr(*self.dof, np.maximum(np.asarray(x, dtype=float), 0.0) / self.n)
+        return special.fdtr(*self.dof, np.maximum(_places(x), 0.0) / self.n)
 
     def sf(self, x: ArrayLike) -> Floats:
-        """P(tr(S)/|ḡ|² > x), accurate in the far tail; arguments as in `cdf`."""
-        return special.fdtrc(*self.dof, np.maximum(np.asarray(x, dtype=float), 0.0) / self.n)
+        """P(tr(S)/|ḡ|² > x), accurate in the far tail; arguments and errors as in `cdf`."""
+        return special.fdtrc(*self.dof, np.maximum(_places(x), 0.0) / self.n)
 
     def quantile(self, p: float) -> float:
         """The value below which the quantity falls with probability p.
@@ -127,8 +148,14 @@ class LemmaLaw:
 
         Returns:
             The quantile, in examples.
+
+        Raises:
+            ValueError: if an argument is outside its domain.
         """
-        return float(self.n * special.fdtri(*self.dof, probability("p", p)))
+        value = float(self.n * special.fdtri(*self.dof, probability("p", p)))
+        if not np.isfinite(value):
+            raise ValueError(f"p: needs a quantile within the range of a float, got {p!r} at r = {self.r:g}")
+        return value
 
     def logpdf(self, x: ArrayLike) -> Floats:
         """Log density at x > 0 (-inf elsewhere); see `log_f_density` for why it is stable.
@@ -138,9 +165,12 @@ class LemmaLaw:
 
         Returns:
             Log of the density per example, in x's shape.
+
+        Raises:
+            ValueError: if x holds nan or is no array of numbers.
         """
-        x = np.asarray(x, dtype=float)
-        inside = x > 0
+        x = _places(x)
+        inside = (x / self.n > 0) & (x < np.inf)
         z = np.where(inside, x, 1.0) / self.n
         return np.where(inside, log_f_density(z, *self.dof) - np.log(self.n), -np.inf)
 
@@ -158,7 +188,8 @@ def log_f_density(z: ArrayLike, d1: float, d2: float) -> Floats:
         a·L(b(z-1)/s) + b·L(-a(z-1)/s) + ½ log(ab/(a+b)) - ½ log 2π - log z + c(a+b) - c(a) - c(b)
 
     where L(e) = log(1+e) - e and c(x) is Stirling's remainder. The first-order terms of L cancel exactly
-    because a·b(z-1)/s = b·a(z-1)/s. (scipy 1.17's `f.logpdf` is off by 1 or more from d1 = 10¹⁵ on.)
+    because a·b(z-1)/s = b·a(z-1)/s. (scipy 1.17's `f.logpdf`, in the textbook form, is off by 1 or more from
+    d1 = 10¹⁵ on.) Numerators and s are divided by max(z, 1), so that no z > 0 overflows.
 
     Args:
         z: > 0, any shape.
@@ -168,16 +199,34 @@ def log_f_density(z: ArrayLike, d1: float, d2: float) -> Floats:
     Returns:
         Log density, in z's shape.
 
+    Raises:
+        ValueError: if a degree of freedom or a z is not a finite number > 0.
+
     Source: C. Loader 2000, "Fast and accurate computation of binomial probabilities".
     """
-    z = np.asarray(z, dtype=float)
+    z = real_array("z", z)
+    if not np.all((z > 0) & (z < np.inf)):
+        raise ValueError(f"z: needs finite numbers > 0, got {z[~((z > 0) & (z < np.inf))].flat[0]!r}")
     a, b = positive("d1", d1) / 2, positive("d2", d2) / 2
-    s = a * z + b
-    deviance = a * _log1p_minus(b * (z - 1) / s, z * (a + b) / s) + b * _log1p_minus(
-        -a * (z - 1) / s, (a + b) / s
+    down = np.maximum(z, 1.0)
+    lever, s = z / down - 1 / down, a * (z / down) + b / down  # (z-1)/max(z, 1) and s/max(z, 1)
+    deviance = a * _log1p_minus(b * lever / s, z / down * (a + b) / s) + b * _log1p_minus(
+        -a * lever / s, (a + b) / down / s
     )
     stirling = _stirling_remainder(a + b) - _stirling_remainder(a) - _stirling_remainder(b)
     return deviance + 0.5 * np.log(b / (1 + b / a)) - 0.5 * np.log(2 * np.pi) - np.log(z) + stirling
+
+
+def _places(x: ArrayLike) -> Floats:
+    """Places on the real line, infinities included.
+
+    Raises:
+        ValueError: if one is nan or no number.
+    """
+    places = real_array("x", x)
+    if np.any(np.isnan(places)):
+        raise ValueError("x: needs numbers, got nan")
+    return places
 
 
 def _log1p_minus(e: Floats, one_plus: Floats) -> Floats:

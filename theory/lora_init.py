@@ -9,13 +9,16 @@ PiSSA or MiLoRA, whose subspaces are not random, they are not claimed.
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
-from theory.domain import Floats, choice, count, positive, probability
+from theory.domain import Floats, choice, count, finite, matrix, non_negative, positive, probability
+from theory.domain import seed as check_seed
 from theory.spectra import plugin_mean, repeated_reciprocal_moment
 
 _KURTOSIS = {"gaussian": 3.0, "kaiming_uniform": 1.8}
 INITIALISATIONS = ("gaussian", "kaiming_uniform", "orthonormal")
+_ROUNDING = 1e-9
+_LABEL_DEVIATIONS = 10.0
 
 
 def lora_null_factor(r: int, d_out: int) -> float:
@@ -32,6 +35,9 @@ def lora_null_factor(r: int, d_out: int) -> float:
 
     Returns:
         The factor on N; `inf` for r·d_out <= 2.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     entries = count("r", r) * count("d_out", d_out)
     return float("inf") if entries <= 2 else entries / (entries - 2)
@@ -53,23 +59,36 @@ def b_factor_null_mean_given(r: int, label_gram: ArrayLike, n: int) -> float:
         The conditional mean, in examples; `inf` when Q has two degrees of freedom or fewer.
 
     Raises:
-        ValueError: if the matrix is not square.
+        ValueError: if the matrix is not square, symmetric and positive semidefinite with N on its diagonal.
     """
     r, n = count("r", r), count("n", n, 2)
-    gram = np.asarray(label_gram, dtype=float)
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"label_gram: needs a square matrix, got shape {gram.shape}")
+    gram = matrix("label_gram", label_gram, square=True)
+    if gram.ndim != 2 or not np.allclose(gram, gram.T, rtol=_ROUNDING):
+        raise ValueError(f"label_gram: needs one symmetric matrix, got {gram.tolist()}")
+    if not np.allclose(np.diag(gram), n, rtol=_ROUNDING):
+        raise ValueError(f"label_gram: needs n = {n} on the diagonal, got {np.diag(gram).tolist()}")
     kappa = np.linalg.eigvalsh(gram)
-    kappa = np.where(kappa < 1e-9 * kappa.max(), 0.0, kappa)
+    if kappa.min() < -_ROUNDING * kappa.max():
+        raise ValueError(f"label_gram: needs eigenvalues >= 0, got {float(kappa.min())!r}")
+    kappa = np.where(kappa < _ROUNDING * kappa.max(), 0.0, kappa)
     inverse = repeated_reciprocal_moment(kappa, r)
-    return (gram.shape[0] * n * n * (r * n - 2) * inverse - n) / (n - 1)
+    return inverse if np.isinf(inverse) else _null_mean(inverse, r, gram.shape[0], n)
+
+
+def _null_mean(inverse: float, r: int, d_out: int, n: int) -> float:
+    """From E[1/Q] to E[tr(S)/|ḡ_B|²]: (d_out N² (rN-2) E[1/Q] - N)/(N-1)."""
+    return (d_out * n * (r * n - 2) * inverse - 1) * (n / (n - 1))
 
 
 def b_factor_null_mean(r: int, d_out: int, n: int) -> float:
     """E[tr(S)/|ḡ_B|²] over labels too, for one or two outputs, by enumeration of the labels.
 
-    For two outputs YᵀY = N[[1, c], [c, 1]] with c the mean of N fair signs, so the N+1 values of c are
-    summed with binomial weights. Over N it tends to r·d_out/(r·d_out-2) as N grows: from above for a handful
+    For two outputs YᵀY = N[[1, c], [c, 1]] with c the mean of N fair signs, and given c
+
+        E[1/Q] = ∫₀^∞ ((1+2tN)² - (2tNc)²)^(-r/2) dt = ₂F₁(½, 1; (r+1)/2; c²) / (2N(r-1)),
+
+    so the N+1 values of c are summed with binomial weights (those within ten standard deviations, the rest
+    has probability below 1e-22). Over N it tends to r·d_out/(r·d_out-2) as N grows: from above for a handful
     of examples (labels may agree), then from slightly below.
 
     Args:
@@ -81,18 +100,19 @@ def b_factor_null_mean(r: int, d_out: int, n: int) -> float:
         The mean, in examples; `inf` if it is infinite for some labels (r <= 2: all labels may agree).
 
     Raises:
-        ValueError: if d_out is not 1 or 2; use `theory.montecarlo` there.
+        ValueError: if d_out is not 1 or 2 (use `theory.montecarlo` there), or r or n is outside its domain.
     """
-    n = count("n", n, 2)
+    r, n = count("r", r), count("n", n, 2)
     if count("d_out", d_out) > 2:
         raise ValueError(f"d_out: needs 1 or 2 for enumeration, got {d_out}")
+    if r <= 2:
+        return float("inf")
     if d_out == 1:
         return b_factor_null_mean_given(r, [[float(n)]], n)
-    total = 0.0
-    for k, weight in enumerate(stats.binom.pmf(np.arange(n + 1), n, 0.5)):
-        off = float(2 * k - n)
-        total += float(weight) * b_factor_null_mean_given(r, [[n, off], [off, n]], n)
-    return total
+    reach = min(n, _LABEL_DEVIATIONS * np.sqrt(n) / 2)
+    agreeing = np.arange(max(0, np.ceil(n / 2 - reach)), min(n, np.floor(n / 2 + reach)) + 1)
+    inverse = special.hyp2f1(0.5, 1.0, (r + 1) / 2, (2 * agreeing / n - 1) ** 2) / (2 * n * (r - 1))
+    return _null_mean(float(stats.binom.pmf(agreeing, n, 0.5) @ inverse), r, 2, n)
 
 
 def gaussian_a_mean(r: int, d_in: int, n: int) -> float:
@@ -131,12 +151,12 @@ def init_factor_a(kind: str, r: int, d_in: int, seed: int | np.random.Generator)
         [r, d_in].
 
     Raises:
-        ValueError: if d_in < r.
+        ValueError: if d_in < r or an argument is outside its domain.
     """
     kind, r, d = choice("kind", kind, INITIALISATIONS), count("r", r), count("d_in", d_in)
     if d < r:
         raise ValueError(f"d_in: needs at least r = {r}, got {d_in}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed("seed", seed))
     if kind == "kaiming_uniform":
         return rng.uniform(-1, 1, (r, d)) * np.sqrt(3 / d)
     a = rng.standard_normal((r, d)) / np.sqrt(d)
@@ -154,12 +174,13 @@ def a_factor_mean(a: ArrayLike, n: int) -> float:
         The mean over data sets, in examples.
 
     Raises:
-        ValueError: if A is not a matrix.
+        ValueError: if A is not a finite matrix other than zero, or n is outside its domain.
     """
-    matrix = np.asarray(a, dtype=float)
-    if matrix.ndim != 2:
-        raise ValueError(f"a: needs a matrix [r, d_in], got shape {matrix.shape}")
-    return plugin_mean(np.linalg.svd(matrix, compute_uv=False) ** 2, n)
+    factor, n = matrix("a", a), count("n", n, 2)
+    if not np.any(factor):
+        raise ValueError("a: needs a matrix other than zero, got all zero")
+    singular = np.linalg.svd(factor / np.abs(factor).max(), compute_uv=False)
+    return plugin_mean(np.where(singular < 1e-14 * singular.max(), 0.0, singular) ** 2, n)
 
 
 def a_effective_rank(kind: str, r: int, d_in: int) -> float:
@@ -175,8 +196,13 @@ def a_effective_rank(kind: str, r: int, d_in: int) -> float:
 
     Returns:
         The effective rank (dimensionless).
+
+    Raises:
+        ValueError: if d_in < r or an argument is outside its domain.
     """
     kind, r, d = choice("kind", kind, INITIALISATIONS), count("r", r), count("d_in", d_in)
+    if d < r:
+        raise ValueError(f"d_in: needs at least r = {r}, got {d_in}")
     return float(r) if kind == "orthonormal" else r * d / (d + r - 2 + _KURTOSIS[kind])
 
 
@@ -192,12 +218,13 @@ def subspace_snr(captured: float, sq_signal: float, noise_variance: float) -> fl
         The effective signal to noise ratio; `inf` when all is captured and there is no noise.
 
     Raises:
-        ValueError: if more is captured than there is.
+        ValueError: if more is captured than there is, or an argument is outside its domain.
     """
-    total = positive("sq_signal", sq_signal)
+    total, noise = positive("sq_signal", sq_signal), non_negative("noise_variance", noise_variance)
+    captured = finite("captured", captured)
     if not 0 <= captured <= total:
         raise ValueError(f"captured: needs a number in [0, sq_signal = {total}], got {captured!r}")
-    rest = noise_variance + total - captured
+    rest = noise + (total - captured)
     return float("inf") if rest == 0 else captured / rest
 
 
@@ -213,6 +240,9 @@ def subspace_b_ratio_of_means(d: int, snr: float) -> float:
 
     Returns:
         The noise scale, in examples.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     return count("d", d) * (1 + 1 / positive("snr", snr)) + 1
 
@@ -229,7 +259,10 @@ def subspace_b_mean(r: int, d: int, snr: float) -> float:
         snr: |w|²/s² of the full problem, > 0.
 
     Returns:
-        The mean, in examples; `inf` for r <= 2 < d. ValueError if r > d.
+        The mean, in examples; `inf` for r <= 2 and r < d.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, d = _subspace(r, d)
     inverse = 1.0 if r == d else (float("inf") if r <= 2 else (d - 2) / (r - 2))
@@ -247,9 +280,13 @@ def subspace_b_quantile(p: float, r: int, d: int, snr: float) -> float:
 
     Returns:
         The quantile, in examples.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, d = _subspace(r, d)
-    share = 1.0 if r == d else float(stats.beta.isf(probability("p", p), r / 2, (d - r) / 2))
+    p = probability("p", p)
+    share = 1.0 if r == d else float(stats.beta.isf(p, r / 2, (d - r) / 2))
     return r / share * (1 + 1 / positive("snr", snr)) + 1
 
 

@@ -63,11 +63,15 @@ def chunks(sampler: Sampler, draws: int, seed: int, numbers_per_draw: int = 1) -
 
     Yields:
         Arrays whose lengths add up to `draws`.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     draws = count("draws", draws)
     size = max(1, CHUNK_NUMBERS // count("numbers_per_draw", numbers_per_draw))
     sizes = [size] * (draws // size) + ([draws % size] if draws % size else [])
-    for child, length in zip(np.random.SeedSequence(seed).spawn(len(sizes)), sizes, strict=True):
+    streams = np.random.SeedSequence(count("seed", seed, 0)).spawn(len(sizes))
+    for child, length in zip(streams, sizes, strict=True):
         yield np.asarray(sampler(np.random.default_rng(child), length))
 
 
@@ -92,6 +96,9 @@ def simulate_columns(sampler: Sampler, draws: int, seed: int, numbers_per_draw: 
 
     Returns:
         One `Estimate` a column.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     total, mean, scatter = 0, np.zeros(1), np.zeros(1)
     for values in chunks(sampler, count("draws", draws, 2), seed, numbers_per_draw):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from theory.domain import Floats, choice, positive, sorted_sizes
+from theory.domain import Floats, choice, positive, real_array, sorted_sizes, vector
 from theory.quadratic import NoisyQuadratic
 from theory.tradeoff import TradeOff, fit_tradeoff
 
@@ -29,6 +29,9 @@ def loss_table(model: NoisyQuadratic, sizes: ArrayLike, batches: ArrayLike, sche
 
     Returns:
         [k, m], expected excess losses.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     n, b = sorted_sizes("sizes", sizes), sorted_sizes("batches", batches)
     rows = [[model.best_loss(e, c, schedule) if c <= e else np.nan for c in b] for e in n]
@@ -45,8 +48,13 @@ def largest_batch(losses: ArrayLike, batches: ArrayLike, bound: float) -> float:
 
     Returns:
         The batch; nan if none is good enough or if all are (the answer is outside the table).
+
+    Raises:
+        ValueError: if the lengths differ, a loss is not positive, or the bound is outside its domain.
     """
-    b, values = sorted_sizes("batches", batches), np.asarray(losses, dtype=float)
+    b, values = sorted_sizes("batches", batches), real_array("losses", losses)
+    if values.shape != b.shape or np.any(values <= 0):
+        raise ValueError(f"losses: needs {b.size} numbers > 0 or nan, one per batch, got {values.tolist()}")
     known = np.isfinite(values)
     b, values = b[known], values[known]
     good = np.flatnonzero(values <= positive("bound", bound))
@@ -69,9 +77,15 @@ def one_epoch_batches(table: ArrayLike, batches: ArrayLike, criterion: str, boun
 
     Returns:
         [k], with nan where the table has no answer.
+
+    Raises:
+        ValueError: if the table is not [k, m] or has an empty row, or an argument is outside its domain.
     """
-    criterion = choice("criterion", criterion, CRITERIA)
-    rows = np.asarray(table, dtype=float)
+    criterion, bound = choice("criterion", criterion, CRITERIA), positive("bound", bound)
+    b, rows = sorted_sizes("batches", batches), real_array("table", table)
+    if rows.ndim != 2 or rows.shape[1] != b.size or np.any(np.all(np.isnan(rows), axis=1)):
+        domain = f"rows of {b.size} losses, none all nan"
+        raise ValueError(f"table: needs {domain}, got shape {rows.shape}")
     best = np.nanmin(rows, axis=1)
     limits = {
         "target": np.full(rows.shape[0], bound),
@@ -79,7 +93,7 @@ def one_epoch_batches(table: ArrayLike, batches: ArrayLike, criterion: str, boun
         "relative": best * (1 + bound),
     }
     pairs = zip(rows, limits[criterion], strict=True)
-    return np.array([largest_batch(row, batches, float(limit)) for row, limit in pairs])
+    return np.array([largest_batch(row, b, float(limit)) for row, limit in pairs])
 
 
 def growth_exponent(sizes: ArrayLike, batches: ArrayLike) -> float:
@@ -91,8 +105,13 @@ def growth_exponent(sizes: ArrayLike, batches: ArrayLike) -> float:
 
     Returns:
         The exponent; nan with fewer than three points.
+
+    Raises:
+        ValueError: if the lengths differ, sizes do not increase, or a batch is not positive.
     """
-    n, b = sorted_sizes("sizes", sizes), np.asarray(batches, dtype=float)
+    n, b = sorted_sizes("sizes", sizes), real_array("batches", batches)
+    if b.shape != n.shape or np.any(b <= 0):
+        raise ValueError(f"batches: needs {n.size} numbers > 0 or nan, one per size, got {b.tolist()}")
     known = np.isfinite(b)
     return float(np.polyfit(np.log(n[known]), np.log(b[known]), 1)[0]) if known.sum() >= 3 else float("nan")
 
@@ -133,6 +152,9 @@ def critical_batch(
 
     Returns:
         The measurement.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     b = sorted_sizes("batches", batches)
     steps = np.array([model.steps_to(target, float(v)) for v in b])
@@ -158,6 +180,9 @@ def run_averages(per_step: ArrayLike, train_batch: float) -> dict[str, float]:
 
     Returns:
         name → average. With constant trΣ the ratio of means is the harmonic mean of B_k.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     b = _noise_scales(per_step)
     weights = 1 / (1 + b / positive("train_batch", train_batch))
@@ -181,9 +206,7 @@ def _noise_scales(per_step: ArrayLike) -> Floats:
     Raises:
         ValueError: if one is not a finite number > 0.
     """
-    b = np.asarray(per_step, dtype=float)
-    if b.ndim != 1 or b.size == 0 or not np.all(np.isfinite(b) & (b > 0)):
-        raise ValueError(
-            f"per_step: needs a one-dimensional array of finite numbers > 0, got shape {b.shape}"
-        )
+    b = vector("per_step", per_step)
+    if np.any(b <= 0):
+        raise ValueError(f"per_step: needs numbers > 0, got {float(b.min())!r}")
     return b

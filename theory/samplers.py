@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from theory.domain import Floats, choice, count, non_negative, positive, spectrum, vector
-from theory.lora_init import init_factor_a
+from theory.domain import Floats, choice, count, finite_array, like, non_negative, positive, spectrum
+from theory.lora_init import INITIALISATIONS, init_factor_a
 
 Sampler = Callable[[np.random.Generator, int], Floats]
 
@@ -27,7 +27,13 @@ def step_estimates(gradients: Floats) -> tuple[Floats, Floats]:
 
     Returns:
         trΣ [M] and |G|² [M].
+
+    Raises:
+        ValueError: if the array is not [M, n, d] with n >= 2, or a value is not finite.
     """
+    gradients = finite_array("gradients", gradients)
+    if gradients.ndim != 3 or gradients.shape[1] < 2:
+        raise ValueError(f"gradients: needs [M, n, d] with n >= 2, got shape {gradients.shape}")
     n = gradients.shape[1]
     m = np.einsum("mnd,mnd->m", gradients, gradients) / n
     mean = gradients.mean(1)
@@ -46,6 +52,9 @@ def lemma_data(r: int, n: int, d: int | None = None, divisor: str = "N-1") -> Sa
 
     Returns:
         A sampler of tr(S)/|ḡ|², r·N numbers a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, n = count("r", r), count("n", n, 2)
     scale = 1.0 if choice("divisor", divisor, DIVISORS) == "N-1" else (n - 1) / n
@@ -74,6 +83,9 @@ def lemma_law(r: float, n: int) -> Sampler:
 
     Returns:
         A sampler of tr(S)/|ḡ|², two numbers a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, n = positive("r", r), count("n", n, 2)
 
@@ -93,6 +105,9 @@ def population_norm_control(r: int, n: int) -> Sampler:
 
     Returns:
         A sampler of tr(S)/(r/N).
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, n = count("r", r), count("n", n, 2)
 
@@ -112,9 +127,12 @@ def spectrum_plugin(eigenvalues: ArrayLike, n: int, mean: ArrayLike | None = Non
 
     Returns:
         A sampler, 2d numbers a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     lam, n = spectrum("eigenvalues", eigenvalues), count("n", n, 2)
-    mu = np.zeros_like(lam) if mean is None else vector("mean", mean)
+    mu = np.zeros_like(lam) if mean is None else like("mean", mean, "eigenvalues", lam)
 
     def sample(rng: np.random.Generator, size: int) -> Floats:
         full = mu + rng.standard_normal((size, lam.size)) * np.sqrt(lam / n)
@@ -133,6 +151,9 @@ def noncentral_reciprocal(r: float, noncentrality: float) -> Sampler:
 
     Returns:
         A sampler, one number a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, lam = positive("r", r), non_negative("noncentrality", noncentrality)
     return lambda rng, size: (
@@ -150,8 +171,12 @@ def gaussian_step(eigenvalues: ArrayLike, mean: ArrayLike, batch: int) -> Sample
 
     Returns:
         A sampler of [size, 2], 2d numbers a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
-    lam, mu, b = spectrum("eigenvalues", eigenvalues), vector("mean", mean), count("batch", batch, 2)
+    lam, b = spectrum("eigenvalues", eigenvalues), count("batch", batch, 2)
+    mu = like("mean", mean, "eigenvalues", lam)
 
     def sample(rng: np.random.Generator, size: int) -> Floats:
         full = mu + rng.standard_normal((size, lam.size)) * np.sqrt(lam / b)
@@ -171,6 +196,9 @@ def regression_step(r: int, snr: float, batch: int) -> Sampler:
 
     Returns:
         A sampler of [size, 2], batch·(r+1) numbers a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, b, deviation = count("r", r), count("batch", batch, 2), 1 / np.sqrt(positive("snr", snr))
 
@@ -198,7 +226,11 @@ def lora_null(kind: str, r: int, d_in: int, d_out: int, n: int, scale: float = 1
 
     Returns:
         A sampler, n·(d_in + d_out) + r·d_in numbers a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
+    kind, r, d_in = choice("kind", kind, INITIALISATIONS), count("r", r), count("d_in", d_in, count("r", r))
     n, d_out, s = count("n", n, 2), count("d_out", d_out), positive("scale", scale)
 
     def one(rng: np.random.Generator) -> float:
@@ -223,6 +255,9 @@ def captured_share(r: int, d: int) -> Sampler:
 
     Returns:
         A sampler, d numbers a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, d = count("r", r), count("d", d, r)
 
@@ -248,8 +283,15 @@ def sgd_second_moment(
 
     Returns:
         A sampler of [size, d], S·d numbers a draw.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
-    h, c, m0 = spectrum("curvature", curvature), spectrum("noise", noise), vector("start", start)
+    h = spectrum("curvature", curvature)
+    c, m0 = like("noise", noise, "curvature", h), like("start", start, "curvature", h)
+    for name, value in (("noise", c), ("start", m0)):
+        if np.any(value < 0):
+            raise ValueError(f"{name}: needs numbers >= 0, got {float(value.min())!r}")
     eps, b, s = positive("rate", rate), positive("batch", batch), count("steps", steps)
 
     def sample(rng: np.random.Generator, size: int) -> Floats:

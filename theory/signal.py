@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from theory.domain import count, finite, non_negative, positive, spectrum, vector
+from theory.domain import count, finite, like, non_negative, positive, spectrum
 from theory.spectra import isotropic_reciprocal_moment
 
 
@@ -30,9 +30,12 @@ def plugin_from_population(b_simple: float, n: int) -> float:
 
     Returns:
         The plug-in number, in examples.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
-    n = count("n", n, 2)
-    return float(n) if b_simple == np.inf else 1.0 / (1.0 / positive("b_simple", b_simple) + 1.0 / n)
+    b, n = _noise_scale(b_simple), count("n", n, 2)
+    return float(n) if b == np.inf else b * (n / (b + n))
 
 
 def population_from_plugin(b_plugin: float, n: int) -> float:
@@ -44,10 +47,12 @@ def population_from_plugin(b_plugin: float, n: int) -> float:
 
     Returns:
         The implied population noise scale, in examples.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     b_plugin, n = positive("b_plugin", b_plugin), count("n", n, 2)
-    inverse = 1.0 / b_plugin - 1.0 / n
-    return float("inf") if inverse == 0 else 1.0 / inverse
+    return float("inf") if b_plugin == n else b_plugin * (n / (n - b_plugin))
 
 
 def plugin_ratio_mean(r: float, n: int, b_simple: float) -> float:
@@ -64,9 +69,14 @@ def plugin_ratio_mean(r: float, n: int, b_simple: float) -> float:
 
     Returns:
         The mean, in examples; `inf` for r <= 2.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
-    r, n = positive("r", r), count("n", n, 2)
-    noncentrality = 0.0 if b_simple == np.inf else r * n / positive("b_simple", b_simple)
+    r, b, n = positive("r", r), _noise_scale(b_simple), count("n", n, 2)
+    noncentrality = r * n / b
+    if noncentrality > 1e300:
+        raise ValueError(f"b_simple: needs at least rn/1e300, got {b_simple!r}")
     return r * n * isotropic_reciprocal_moment(r, noncentrality)
 
 
@@ -80,8 +90,21 @@ def mean_of_ratios_factor(r: float, n: int, b_simple: float) -> float:
 
     Returns:
         `plugin_ratio_mean / plugin_from_population`, dimensionless.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     return plugin_ratio_mean(r, n, b_simple) / plugin_from_population(b_simple, n)
+
+
+def _noise_scale(b_simple: float) -> float:
+    """A population noise scale, > 0 or infinite.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    infinite = isinstance(b_simple, float | np.floating) and b_simple == np.inf
+    return float("inf") if infinite else positive("b_simple", b_simple)
 
 
 @dataclass(frozen=True)
@@ -93,12 +116,21 @@ class GradientMoments:
         grad_sq_norm: |G|².
         trace_h_sigma: tr(HΣ).
         g_h_g: GᵀHG.
+
+    Raises:
+        ValueError: if one is not a finite number, or a trace or square is negative.
     """
 
     trace_sigma: float
     grad_sq_norm: float
     trace_h_sigma: float
     g_h_g: float
+
+    def __post_init__(self) -> None:
+        for name in ("trace_sigma", "grad_sq_norm"):
+            non_negative(name, getattr(self, name))
+        for name in ("trace_h_sigma", "g_h_g"):
+            finite(name, getattr(self, name))
 
     @property
     def b_simple(self) -> float:
@@ -127,15 +159,15 @@ def regression_moments(input_spectrum: ArrayLike, error: ArrayLike, noise_varian
         The four moments.
 
     Raises:
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ or an argument is outside its domain.
     """
-    h, e = spectrum("input_spectrum", input_spectrum), vector("error", error)
-    if e.shape != h.shape:
-        raise ValueError(f"error: needs {h.size} components, one per eigenvalue, got {e.size}")
-    rho = float(np.sum(h * e * e)) + non_negative("noise_variance", noise_variance)
-    g = h * e
-    sq, ghg = float(np.sum(g * g)), float(np.sum(h * g * g))
-    return GradientMoments(rho * float(h.sum()) + sq, sq, rho * float(np.sum(h * h)) + ghg, ghg)
+    h = spectrum("input_spectrum", input_spectrum)
+    e = like("error", error, "input_spectrum", h)
+    noise = non_negative("noise_variance", noise_variance)
+    with np.errstate(over="ignore"):
+        rho, g = float(np.sum(h * e * e)) + noise, h * e
+        sq, ghg = float(np.sum(g * g)), float(np.sum(h * g * g))
+        return GradientMoments(rho * float(h.sum()) + sq, sq, rho * float(np.sum(h * h)) + ghg, ghg)
 
 
 def signal_b_simple(r: float, snr: float) -> float:
@@ -149,20 +181,9 @@ def signal_b_simple(r: float, snr: float) -> float:
 
     Returns:
         The population noise scale, in examples.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     r, snr = positive("r", r), non_negative("snr", snr)
     return float("inf") if snr == 0 else r * (1 + 1 / snr) + 1
-
-
-def relative_link_error(claimed: float, b_simple: float, n: int) -> float:
-    """How far a claimed plug-in number is from the link, relative to it.
-
-    Args:
-        claimed: the plug-in number in question, in examples.
-        b_simple: population noise scale, > 0 or `inf`.
-        n: examples averaged in ḡ, >= 2.
-
-    Returns:
-        claimed/link - 1.
-    """
-    return finite("claimed", claimed) / plugin_from_population(b_simple, n) - 1

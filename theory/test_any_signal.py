@@ -1,5 +1,6 @@
 """Is there any signal? The F-test is exact on isotropic noise and wrong on every other; three tests hold."""
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
@@ -76,7 +77,7 @@ def noise_grams(lam: np.ndarray, n: int, repeats: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_estimated_effective_rank_test_holds_its_size(name: str) -> None:
+def test_estimated_effective_rank_test_holds_its_size(name: str, record) -> None:
     """The same with r_eff estimated from the data: between 3 and 7 % at nominal 5."""
     lam, n = SPECTRA[name], 40
     gram = noise_grams(lam, n, 4000, 12)
@@ -84,29 +85,29 @@ def test_estimated_effective_rank_test_holds_its_size(name: str) -> None:
     ratio = gram.sum((1, 2)) / n / trace
     r_eff = estimated_effective_rank(gram)
     p = np.array([float(any_signal_p_value(v, float(r), n)) for v, r in zip(ratio, r_eff, strict=True)])
-    assert 0.03 < (p < 0.05).mean() < 0.07
+    assert 0.03 < record(f"F-test with estimated r_eff on {name}", p < 0.05, 0.05) < 0.07
     if name != "isotropic":
         assert (any_signal_p_value(ratio, 64, n) < 0.05).mean() > 0.12  # control: the lemma's own test
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_studentised_test_holds_its_size(name: str) -> None:
+def test_studentised_test_holds_its_size(name: str, record) -> None:
     """50 steps of 16: Hall's H is near 5 %, the plain t stays below it (it is conservative upwards)."""
     lam, k = SPECTRA[name], 50
     y = mc.collect(mc.gaussian_step(lam, np.zeros(64), 16), 6000 * k, 13, 128)[:, 1].reshape(-1, k)
     t, h = studentised_statistic(y)
     bound = stats.t.isf(0.05, k - 1)
-    assert 0.035 < (h > bound).mean() < 0.065
-    assert (t > bound).mean() < 0.05 + 0.01
+    assert 0.035 < record(f"studentised test, Hall's H on {name}", h > bound, 0.05) < 0.065
+    assert record(f"studentised test, plain t on {name}", t > bound, 0.05) < 0.05 + 0.01
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_sign_flips_hold_their_size_exactly(name: str) -> None:
+def test_sign_flips_hold_their_size_exactly(name: str, agree) -> None:
     """P(p <= 0.05) = 0.05 under symmetric noise, whatever the spectrum."""
     grams = noise_grams(SPECTRA[name], 12, 1500, 14)
     p = np.array([sign_flip_p_value(g, 39, seed) for seed, g in enumerate(grams)])
-    rate, repeats = (p <= 0.05).mean(), len(p)
-    assert abs(rate - 0.05) < 4.75 * np.sqrt(0.05 * 0.95 / repeats)
+    se = float(np.sqrt(0.05 * 0.95 / len(p)))
+    agree(f"sign-flip test's size on {name}", mc.Estimate(float((p <= 0.05).mean()), se, len(p)), 0.05)
 
 
 def test_every_test_finds_a_real_signal() -> None:
@@ -147,7 +148,7 @@ def test_trace_of_squared_covariance_is_unbiased(draw: str, agree, caught) -> No
     agree(f"tr(Σ²) by Himeno-Yamada, {draw}", unbiased, truth)
 
 
-def test_hall_correction_centres_a_skewed_mean() -> None:
+def test_hall_correction_centres_a_skewed_mean(record) -> None:
     """Exponential values, K = 100: P(H <= 0) = ½ to 0.5 %, where the plain t is off by γ/(6√(2πK)) = 1.3 %.
 
     Any other constant than γ/(6K) would shift P(H <= 0) by as much again.
@@ -157,7 +158,7 @@ def test_hall_correction_centres_a_skewed_mean() -> None:
         [np.random.default_rng(s).exponential(size=(10_000, k)) - 1 for s in range(repeats // 10_000)]
     )
     t, h = studentised_statistic(y)
-    assert abs((h <= 0).mean() - 0.5) < 0.005
+    assert abs(record("Hall's H <= 0, exponential values", h <= 0, 0.5) - 0.5) < 0.005
     assert (t <= 0).mean() - 0.5 == pytest.approx(2 / (6 * np.sqrt(2 * np.pi * k)), abs=0.006)
     assert (t <= 0).mean() - 0.5 > 0.008
 
@@ -175,3 +176,35 @@ def test_quadratic_form_of_two_equals_the_f_distribution(a: float, b: float) -> 
     """P(aχ²₇ > bχ²₉) from the F distribution."""
     exact = stats.f.sf((b / 7) / (a / 9) * 1.0, 7, 9)
     assert quadratic_form_positive([a, -b], [7, 9]) == pytest.approx(exact, abs=1e-8)
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+@pytest.mark.parametrize("n", [1000, 10**6, 10**9])
+def test_size_integral_settles_for_millions_of_examples(r: int, n: int) -> None:
+    """N - 1 degrees of freedom make the integrand oscillate; the step is refined until it settles."""
+    assert f_test_size(np.ones(r), n, 0.05) == pytest.approx(0.05, abs=1e-9)
+
+
+def test_critical_ratio_keeps_its_digits_at_tiny_levels() -> None:
+    """Upper quantile at 1e-17, where 1 - level is 1: against the incomplete beta function, 30 digits."""
+    c = critical_ratio(3, 10, 1e-17)
+    with mpmath.workdps(30):
+        tail = mpmath.betainc(13.5, 1.5, 0, 27 / (27 + 3 * mpmath.mpf(c)), regularized=True)
+    assert float(tail) == pytest.approx(1e-17, rel=1e-10)
+
+
+@given(st.integers(2, 4), st.integers(0, 10**6), st.floats(1e-6, 1e6))
+def test_ties_among_sign_flips_count_against_the_signal(n: int, seed: int, scale: float) -> None:
+    """All signs equal give |Σgᵢ|² again, with probability 2^(1-N): rounding must not lose them."""
+    g = scale * np.random.default_rng(seed).standard_normal((n, 3))
+    flips = 400
+    equal = np.abs(np.random.default_rng(seed).choice([-1.0, 1.0], size=(flips, n)).sum(1)) == n
+    assert sign_flip_p_value(g @ g.T, flips, seed) >= (1 + equal.sum()) / (flips + 1) - 1e-12
+
+
+@given(st.floats(-6, 6), st.floats(0.05, 2), st.integers(5, 200))
+def test_hall_statistic_is_a_cube(t: float, skewness: float, k: int) -> None:
+    """W + γW²/3 + γ²W³/27 = ((1 + γW/3)³ - 1)/γ: the cubic term is what makes H monotone for every γ."""
+    cube = ((1 + skewness * t / np.sqrt(k) / 3) ** 3 - 1) / skewness
+    exact = np.sqrt(k) * (cube + skewness / (6 * k))
+    assert hall_statistic(t, skewness, k) == pytest.approx(exact, rel=1e-9, abs=1e-9)

@@ -80,10 +80,10 @@ def test_hull_contains_fieller_and_agrees_with_its_own_test(sample) -> None:
         assert hull.contains(theta) or not plain.contains(theta) or theta == 0
 
 
-@given(SAMPLES, st.floats(1e-12, 1e12), st.floats(1e-12, 1e12))
-def test_sets_scale_with_the_units(sample, a: float, b: float) -> None:
-    """X → ax, y → by moves the set by a/b: LoRA's tiny gradients and a loss scale cost nothing."""
-    x, y = sample
+@given(SAMPLES, st.integers(-150, 150), st.integers(-150, 150))
+def test_sets_scale_with_the_units(sample, i: int, j: int) -> None:
+    """X → ax, y → by moves the set by a/b, over 300 decades: tiny gradients and a loss scale cost nothing."""
+    (x, y), a, b = sample, 10.0**i, 10.0**j
     for method in (fieller, hall_hull):
         one, two = method(x, y), method(a * x, b * y)
         assert one.shape == two.shape
@@ -156,7 +156,7 @@ def test_detection_limit_of_a_run_agrees_with_planning() -> None:
 
 def coverage(
     b_simple: float, repeats: int, seed: int, k: int = 50, exponent: float = 1.0
-) -> tuple[float, float, float]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Coverage of Fieller, hull and delta: steps of 16, 64 directions, the gradient flat in them."""
     lam = power_law_spectrum(64, exponent)
     mean = np.full(64, np.sqrt(lam.sum() / b_simple / 64))
@@ -167,21 +167,23 @@ def coverage(
     theta = x.mean(1) / y.mean(1)
     half = t * np.std(x - theta[:, None] * y, axis=1, ddof=1) / np.sqrt(k) / np.abs(y.mean(1))
     return (
-        float((np.abs(t_true) <= t).mean()),
-        float(hull_accepts(x, y, b_simple).mean()),
-        float((np.abs(theta - b_simple) <= half).mean()),
+        np.abs(t_true) <= t,
+        np.asarray(hull_accepts(x, y, b_simple)),
+        np.abs(theta - b_simple) <= half,
     )
 
 
 @pytest.mark.parametrize(
     ("b_simple", "golden_fieller", "golden_delta"), [(20, 95.0, 94.4), (200, 94.0, 87.8), (2000, 94.5, 40.1)]
 )
-def test_golden_coverage(b_simple: float, golden_fieller: float, golden_delta: float) -> None:
+def test_golden_coverage(b_simple: float, golden_fieller: float, golden_delta: float, record) -> None:
     """Nominal 95 %: Fieller holds at every B, the delta method falls to 40 %.
 
     FACTS §3 (2,000 repeats, ±0.5 and ±1.1) within 4.75 standard errors of the difference of two such runs.
     """
-    plain, hull, delta = coverage(b_simple, 2000, 65)
+    names = ("Fieller", "Fieller and Hall", "delta method")
+    hits = zip(names, coverage(b_simple, 2000, 65), strict=True)
+    plain, hull, delta = (record(f"coverage of {name}, B = {b_simple}", hit, 0.95) for name, hit in hits)
     spread = 4.75 * 100 * np.sqrt(2 / 2000)
     assert abs(100 * plain - golden_fieller) < spread * np.sqrt(0.95 * 0.05)
     assert abs(100 * delta - golden_delta) < spread * np.sqrt(golden_delta / 100 * (1 - golden_delta / 100))
@@ -194,7 +196,7 @@ def test_golden_coverage(b_simple: float, golden_fieller: float, golden_delta: f
 )
 def test_worst_cell_on_a_steep_spectrum(k: int, fieller_golden: float, hull_golden: float) -> None:
     """j⁻² spectrum: Hall's correction adds 2.5 to 4 points to the worst cell over B = 20, 200, 2,000."""
-    cells = [coverage(b, 4000, 66, k, 2.0)[:2] for b in (5, 20, 200, 2000, 5000)]
+    cells = [[hit.mean() for hit in coverage(b, 4000, 66, k, 2.0)[:2]] for b in (5, 20, 200, 2000, 5000)]
     worst = 100 * np.min(cells, axis=0)
     assert worst[1] - worst[0] > 1.5
     assert abs(worst[1] - hull_golden) < 1.5
@@ -211,3 +213,33 @@ def test_delta_interval_is_always_bounded_and_wrong() -> None:
 def test_t_quantile() -> None:
     """Two-sided."""
     assert t_quantile(50) == pytest.approx(stats.t.ppf(0.975, 49))
+
+
+@given(st.floats(0.1, 10), st.floats(0.1, 10), st.integers(2, 60))
+def test_identical_steps_leave_one_point(a: float, b: float, k: int) -> None:
+    """No scatter at all: the set is the ratio itself; rounding must not turn it into the whole line."""
+    x, y = np.full(k, a), np.full(k, b)
+    for result in (fieller(x, y), hall_hull(x, y)):
+        assert result.shape == "interval"
+        assert (result.low, result.high) == pytest.approx((a / b, a / b), rel=1e-6)
+    assert hull_accepts(np.ones(k), np.ones(k), 1.0) and not hull_accepts(np.ones(k), np.ones(k), 1.1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_hull_against_a_scan_of_its_own_test(seed: int) -> None:
+    """Slow twin: θ on a fine grid of both signs, accepted one by one; the arc has the same ends."""
+    rng = np.random.default_rng(700 + seed)
+    k = int(rng.integers(8, 40))
+    x, y = rng.gamma(3, 1, k), rng.uniform(-0.8, 1.5) + rng.gamma(1, 0.7, k)
+    hull, unit = hall_hull(x, y), float(x.mean() / abs(y.mean()))
+    grid = unit * np.concatenate([-np.geomspace(1e6, 1e-6, 1500), np.geomspace(1e-6, 1e6, 1500)])
+    differ = [bool(hull_accepts(x, y, v)) != hull.contains(float(v)) for v in grid]
+    assert sum(differ) == 0
+
+
+@given(st.floats(0.01, 100), st.integers(8, 40), st.integers(0, 10**6))
+def test_a_ratio_known_exactly_is_a_point(theta: float, k: int, seed: int) -> None:
+    """X = θy in every step, y significant: Fieller's two roots coincide, whichever way they round."""
+    y = 5 + np.random.default_rng(seed).standard_normal(k)
+    result = fieller(theta * y, y)
+    assert result.shape == "interval" and (result.low, result.high) == pytest.approx((theta, theta), rel=1e-6)

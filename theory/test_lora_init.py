@@ -1,9 +1,12 @@
 """LoRA at initialisation: only factor B has a gradient, its null factor, and why rank may not matter."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from theory import montecarlo as mc
 from theory.laws import (
@@ -67,25 +70,42 @@ def test_at_rank_two_the_finite_n_mean_is_infinite_whatever_d_out() -> None:
     assert lora_null_factor(2, 2) == 2 and b_factor_null_mean(2, 2, 10) == np.inf
 
 
-@pytest.mark.parametrize(("r", "d_out", "n"), [(6, 2, 6), (8, 3, 10)])
+def mean_over_three_outputs(r: int, n: int) -> float:
+    """Labels enumerated: the other two outputs agree with the first or not in four ways, k times each."""
+    total = 0.0
+    for k in itertools.product(range(n + 1), repeat=3):
+        if sum(k) <= n:
+            both, second, third = k
+            ways = stats.multinomial.pmf([*k, n - sum(k)], n, [0.25] * 4)
+            a, b = 2 * (both + second) - n, 2 * (both + third) - n
+            c = 2 * (both + n - sum(k)) - n
+            total += float(ways) * b_factor_null_mean_given(r, [[n, a, b], [a, n, c], [b, c, n]], n)
+    return total
+
+
+@pytest.mark.parametrize(("r", "d_out", "n"), [(6, 2, 6), (8, 3, 8)])
 def test_null_mean_by_simulation_of_the_layer(r: int, d_out: int, n: int, agree, caught) -> None:
-    """Real matrices, orthonormal A, against the exact finite-N mean (labels enumerated or drawn)."""
+    """Real matrices, orthonormal A, against the exact finite-N mean: all labels enumerated."""
     estimate = mc.simulate(mc.lora_null("orthonormal", r, r + 4, d_out, n, scale=0.25), 20_000, 32, 400)
     if d_out == 2:
         exact = b_factor_null_mean(r, d_out, n)
     else:
-        labels = np.random.default_rng(33).choice([-1.0, 1.0], size=(3000, n, d_out))
-        exact = float(np.mean([b_factor_null_mean_given(r, y.T @ y, n) for y in labels]))
+        exact = mean_over_three_outputs(r, n)
     agree(f"factor B on noise, r = {r}, d_out = {d_out}, N = {n}", estimate, exact)
     caught(f"counting r instead of r·d_out, d_out = {d_out}", estimate, lemma_mean(r, n))
 
 
 @pytest.mark.parametrize(("r", "d_in", "n"), [(8, 64, 20), (12, 16, 10), (3, 200, 7)])
-def test_gaussian_a_closed_form_equals_the_wishart_average(r: int, d_in: int, n: int) -> None:
+def test_gaussian_a_closed_form_equals_the_wishart_average(r: int, d_in: int, n: int, agree) -> None:
     """N(rd-2)/((r-2)(d-2)) against exact spectrum integrals over drawn AAᵀ."""
-    means = [a_factor_mean(init_factor_a("gaussian", r, d_in, seed), n) for seed in range(600)]
-    exact, se = gaussian_a_mean(r, d_in, n), float(np.std(means, ddof=1)) / np.sqrt(600)
-    assert abs(float(np.mean(means)) - exact) < 4.75 * se
+    means = integrals_over_a("gaussian", r, d_in, n, 600)
+    agree(f"Gaussian A by spectrum integrals, r = {r}, d_in = {d_in}", means, gaussian_a_mean(r, d_in, n))
+
+
+def integrals_over_a(kind: str, r: int, d_in: int, n: int, draws: int) -> mc.Estimate:
+    """Spectrum integral of drawn AAᵀ, averaged."""
+    means = [a_factor_mean(init_factor_a(kind, r, d_in, seed), n) for seed in range(draws)]
+    return mc.Estimate(float(np.mean(means)), float(np.std(means, ddof=1)) / np.sqrt(draws), draws)
 
 
 def test_gaussian_a_by_simulation_of_the_layer(agree, caught) -> None:
@@ -98,8 +118,9 @@ def test_gaussian_a_by_simulation_of_the_layer(agree, caught) -> None:
 def test_kaiming_uniform_a_by_simulation_of_the_layer(agree) -> None:
     """Peft's default: the layer against the average of spectrum integrals over its own AAᵀ."""
     estimate = mc.simulate(mc.lora_null("kaiming_uniform", 12, 24, 1, 10), 15_000, 35, 400)
-    exact = np.mean([a_factor_mean(init_factor_a("kaiming_uniform", 12, 24, s), 10) for s in range(2000)])
-    agree("factor B, Kaiming-uniform A, r = 12, d_in = 24", estimate, float(exact))
+    route = integrals_over_a("kaiming_uniform", 12, 24, 10, 600)
+    both = mc.Estimate(estimate.value, float(np.hypot(estimate.se, route.se)), estimate.n)
+    agree("factor B, Kaiming-uniform A, r = 12, d_in = 24", both, route.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,3 +216,19 @@ def test_whole_multi_output_layer_reads_the_full_models_noise_scale(agree) -> No
     agree("trΣ of factor B, 3 outputs", trace, r * (sq + d_out * noise**2) + 2 * exact_grad - exact_grad)
     full = (d * (sq + d_out * noise**2) + sq) / sq
     assert trace.value / grad.value == pytest.approx(full, rel=0.05)
+
+
+@pytest.mark.parametrize(("r", "n"), [(3, 2), (4, 5), (8, 20), (3, 41)])
+def test_hypergeometric_mean_equals_the_sum_of_spectrum_integrals(r: int, n: int) -> None:
+    """Two outputs: ₂F₁(½, 1; (r+1)/2; c²)/(2N(r-1)) against the integral for every c, binomially weighted."""
+    weights = stats.binom.pmf(np.arange(n + 1), n, 0.5)
+    integrals = [b_factor_null_mean_given(r, [[n, 2 * k - n], [2 * k - n, n]], n) for k in range(n + 1)]
+    assert b_factor_null_mean(r, 2, n) == pytest.approx(float(weights @ integrals), rel=1e-12)
+
+
+def test_null_mean_at_the_extremes() -> None:
+    """Rank one and two examples are infinite, not nan; a billion examples are at the asymptote."""
+    assert b_factor_null_mean(1, 1, 2) == b_factor_null_mean(1, 2, 2) == np.inf
+    assert b_factor_null_mean_given(1, [[2.0]], 2) == np.inf
+    assert b_factor_null_mean(3, 2, 10**9) / 1e9 == pytest.approx(lora_null_factor(3, 2), rel=1e-9)
+    assert b_factor_null_mean(10**6, 2, 10**6) / 1e6 == pytest.approx(1, rel=1e-5)

@@ -1,5 +1,6 @@
 """The noisy quadratic and the one-epoch law: exact recursions, then what data size does to the batch."""
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
@@ -186,3 +187,15 @@ def test_largest_batch_interpolates_and_says_when_it_cannot() -> None:
     assert np.isnan(largest_batch(b, b, 0.5)) and np.isnan(largest_batch(b, b, 100.0))
     assert growth_exponent([10.0, 100.0, 1000.0], [1.0, 10.0, 100.0]) == pytest.approx(1.0)
     assert np.isnan(growth_exponent([10.0, 100.0, 1000.0], [1.0, np.nan, 100.0]))
+
+
+@pytest.mark.parametrize("rate", [1e-20, 1e-12, 1e-6, 0.3, 1.0, 1.999])
+def test_closed_form_from_vanishing_rates_to_the_edge(rate: float) -> None:
+    """ε(1-aˢ)/(1-a) has no cancellation: against 60 digits, where 1-εh is 1 in floats and where it is 0."""
+    q = NoisyQuadratic.power_law(3, 1.0)
+    with mpmath.workdps(60):
+        for j, value in enumerate(q.after_constant(50.0, 4.0, rate)):
+            a = (1 - mpmath.mpf(rate) * mpmath.mpf(float(q.curvature[j]))) ** 2
+            noise = mpmath.mpf(rate) ** 2 * mpmath.mpf(float(q.noise[j])) / 4
+            exact = a**50 + noise * (1 - a**50) / (1 - a)
+            assert value == pytest.approx(float(exact), rel=1e-12)

@@ -185,3 +185,11 @@ def test_with_signal_the_noise_scale_grows_with_rank_and_falls_with_snr(
     assert signal_b_simple(2 * r, snr) - 1 == pytest.approx(2 * (signal_b_simple(r, snr) - 1), rel=1e-12)
     assert signal_b_simple(r, snr + more) < signal_b_simple(r, snr)
     assert signal_b_simple(r, 0.0) == np.inf
+
+
+def test_link_at_the_ends_of_the_float_range() -> None:
+    """A tiny B_simple is read as itself, and next to n the inverse keeps its digits."""
+    assert plugin_from_population(1e-320, 10) == 1e-320
+    b = 64 * (1 - 2.0**-50)
+    assert population_from_plugin(b, 64) == pytest.approx(64 * (2.0**50 - 1), rel=1e-12)
+    assert plugin_ratio_mean(8, 10**9, 1e-9) == pytest.approx(1e-9, rel=1e-12)

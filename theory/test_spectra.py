@@ -71,10 +71,10 @@ def test_integral_against_adaptive_quadrature(eigenvalues: list[float], means: l
 
     def integrand(v: float) -> float:
         t = np.exp(v) / unit
-        return np.exp(v - 0.5 * np.log1p(2 * t * lam).sum() - (t * mu**2 / (1 + 2 * t * lam)).sum()) / unit
+        return np.exp(v - 0.5 * np.log1p(2 * t * lam).sum() - (t * mu**2 / (1 + 2 * t * lam)).sum())
 
-    value = integrate.quad(integrand, -45, 0, limit=400)[0] + integrate.quad(integrand, 0, 120, limit=800)[0]
-    assert reciprocal_moment(lam, mu) == pytest.approx(value, rel=1e-6)
+    pieces = [integrate.quad(integrand, *ends, limit=400, epsabs=1e-12)[0] for ends in ((-45, 0), (0, 120))]
+    assert unit * reciprocal_moment(lam, mu) == pytest.approx(sum(pieces), rel=1e-9)
 
 
 @given(SPECTRA, st.floats(1e-8, 1e8), st.integers(2, 10**6))
@@ -163,3 +163,43 @@ def test_a_million_eigenvalues() -> None:
     lam = np.repeat(power_law_spectrum(10), 10**5)
     factor = plugin_mean(lam, 10**9) / 1e9
     assert factor == pytest.approx(1 + 2 / effective_rank(lam), rel=1e-9)
+
+
+TINY = 1e-320
+FLOAT_RANGE = [
+    ([5e-324] * 5, 1 / 3 * 5, "subnormal"),
+    ([1e308] * 5, 1 / 3 * 5, "near overflow"),
+    ([1.0, TINY, TINY], np.pi / 2 * 1e160, "π/2√ε"),
+    ([1e300, 1e-300, 1e-300], np.pi / 2 * 1e300, "π/2√ε over 600 decades"),
+    ([1.0, 1.0, 1e-300], np.log(4e300), "log(4/ε)"),
+    ([1.0, 1e-300, 1e-300, 1e-300], 1e150, "1/√ε"),
+]
+
+
+@pytest.mark.parametrize(("eigenvalues", "factor", "why"), FLOAT_RANGE, ids=[c[2] for c in FLOAT_RANGE])
+def test_any_spectrum_that_floats_can_hold(eigenvalues: list[float], factor: float, why: str) -> None:
+    """E[plug-in]/N in closed form for two scales 1 ≫ ε, from subnormals to 1e308; nothing overflows."""
+    assert plugin_mean(eigenvalues, 100) == pytest.approx(
+        100 * factor, rel=1e-3 if TINY in eigenvalues else 1e-9
+    )
+
+
+def test_a_mean_of_any_size_is_felt() -> None:
+    """One noisy direction and a mean m outside it: E[1/Q] → √(π/2)/m, down to m = 1e-200."""
+    for m in (1e-8, 1e-100, 1e-200):
+        assert reciprocal_moment([1.0, 0.0], [0.0, m]) * m == pytest.approx(np.sqrt(np.pi / 2), rel=1e-7)
+
+
+@pytest.mark.parametrize("excess", [1e-3, 1e-7, 1e-10, 1e-14])
+def test_just_above_two_degrees_of_freedom(excess: float) -> None:
+    """1/(r-2) keeps its digits as r → 2⁺."""
+    r = 2 + excess
+    assert isotropic_reciprocal_moment(r) == pytest.approx(1 / (r - 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("r", [3, 8, 10**6])
+def test_strong_signal_limit(r: int) -> None:
+    """E[1/χ'²_r(λ)] = 1/λ · (1 - (r-4)/λ + O(1/λ²)): the sign of λ is right and large λ loses nothing."""
+    for noncentrality in (1e12, 1e15, 1e300):
+        expected = (1 - (r - 4) / noncentrality) / noncentrality
+        assert isotropic_reciprocal_moment(r, noncentrality) == pytest.approx(expected, rel=1e-11)

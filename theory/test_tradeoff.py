@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import optimize
+from scipy import optimize, special
 
 from theory.laws import (
     TradeOff,
@@ -15,6 +15,7 @@ from theory.laws import (
     sign_descent_rate,
     surge_learning_rate,
 )
+from theory.verdict import Estimate
 
 SIZE = st.floats(1e-2, 1e6)
 
@@ -134,9 +135,9 @@ def test_surge_law_fails_outside_its_range() -> None:
     assert exact > 1.5 * law
 
 
-def test_expected_sign_is_the_error_function() -> None:
+def test_expected_sign_is_the_error_function(agree) -> None:
     """E[sign of a batch mean] = erf(√(B/2) μ/σ), from draws."""
-    from scipy import special
-
     draws = np.random.default_rng(51).normal(0.3, 1.0, (200_000, 4)).mean(1)
-    assert np.sign(draws).mean() == pytest.approx(special.erf(np.sqrt(2) * 0.3), abs=4.75 / np.sqrt(200_000))
+    signs = np.sign(draws)
+    estimate = Estimate(float(signs.mean()), float(signs.std(ddof=1) / np.sqrt(signs.size)), signs.size)
+    agree("E[sign] of a batch mean, B = 4", estimate, float(special.erf(np.sqrt(2) * 0.3)))

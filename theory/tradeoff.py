@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from theory.domain import Floats, positive, sorted_sizes, vector
+from theory.domain import Floats, finite_array, like, matrix, positive, sorted_sizes, vector
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class TradeOff:
     Attributes:
         s_min: steps needed at infinite batch, > 0.
         e_min: examples needed at vanishing batch, > 0.
+
+    Raises:
+        ValueError: if one of them is not a finite number > 0.
 
     Source: arXiv:1812.06162, eq. 2.11.
     """
@@ -58,6 +61,9 @@ class TradeOff:
 
         Returns:
             B_max(N), in examples.
+
+        Raises:
+            ValueError: if an argument is outside its domain.
         """
         return (positive("n", n) - self.e_min) / self.s_min
 
@@ -69,6 +75,9 @@ class TradeOff:
 
         Returns:
             The local exponent; nan for N < E_min, where there is no batch.
+
+        Raises:
+            ValueError: if an argument is outside its domain.
         """
         n = positive("n", n)
         return float("inf") if n == self.e_min else (n / (n - self.e_min) if n > self.e_min else float("nan"))
@@ -89,8 +98,11 @@ def fit_tradeoff(batches: ArrayLike, steps: ArrayLike) -> TradeOff:
     Raises:
         ValueError: if the lengths differ, a step count is not positive, or the fit has no positive solution.
     """
-    b, s = sorted_sizes("batches", batches), vector("steps", steps, 2)
-    if s.shape != b.shape or np.any(s <= 0):
+    b = sorted_sizes("batches", batches)
+    s = like("steps", steps, "batches", b)
+    if b.size < 2:
+        raise ValueError(f"batches: needs at least 2, got {b.size}")
+    if np.any(s <= 0):
         raise ValueError(f"steps: needs {b.size} numbers > 0, one per batch, got {s.tolist()}")
     design = np.stack([1 / s, 1 / (b * s)], axis=1)
     s_min, e_min = np.linalg.lstsq(design, np.ones(b.size), rcond=None)[0]
@@ -113,6 +125,9 @@ def sgd_learning_rate(batch: ArrayLike, eps_max: float, b_noise: float) -> Float
     Returns:
         Step sizes in batch's shape.
 
+    Raises:
+        ValueError: if an argument is outside its domain.
+
     Source: arXiv:1812.06162, eq. 2.6 and 2.7.
     """
     return positive("eps_max", eps_max) / (1 + positive("b_noise", b_noise) / _batch(batch))
@@ -127,6 +142,9 @@ def progress_share(batch: ArrayLike, b_noise: float) -> Floats:
 
     Returns:
         Shares in (0, 1), in batch's shape.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     return 1.0 / (1 + positive("b_noise", b_noise) / _batch(batch))
 
@@ -145,6 +163,9 @@ def surge_learning_rate(batch: ArrayLike, eps_max: float, b_peak: float) -> Floa
 
     Returns:
         Learning rates in batch's shape.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
 
     Source: Li et al. 2024, arXiv:2405.14578, eq. 17 to 20.
     """
@@ -171,11 +192,7 @@ def sign_descent_rate(batch: float, mean: ArrayLike, deviation: ArrayLike, hessi
     Raises:
         ValueError: if shapes do not match, a deviation is not positive, or the curvature is not positive.
     """
-    mu, sigma, h = vector("mean", mean), vector("deviation", deviation), np.asarray(hessian, dtype=float)
-    if sigma.shape != mu.shape or np.any(sigma <= 0):
-        raise ValueError(f"deviation: needs {mu.size} numbers > 0, got {sigma.tolist()}")
-    if h.shape != (mu.size, mu.size):
-        raise ValueError(f"hessian: needs shape {(mu.size, mu.size)}, got {h.shape}")
+    mu, sigma, h = _sign_problem(mean, deviation, hessian)
     signs = special.erf(np.sqrt(positive("batch", batch) / 2) * mu / sigma)
     off = h - np.diag(np.diag(h))
     curvature = float(np.trace(h) + signs @ off @ signs)
@@ -198,19 +215,42 @@ def sign_descent_peak(mean: ArrayLike, deviation: ArrayLike, hessian: ArrayLike)
         B_n and ε_max.
 
     Raises:
-        ValueError: if the off-diagonal curvature is not positive: then the rate never turns down.
+        ValueError: if the off-diagonal curvature is not positive (then the rate never turns down), the trace
+            is not positive, or an argument is outside its domain.
     """
-    mu, sigma, h = vector("mean", mean), vector("deviation", deviation), np.asarray(hessian, dtype=float)
+    mu, sigma, h = _sign_problem(mean, deviation, hessian)
     slope = np.sqrt(2 / np.pi) * mu / sigma
     off = float(slope @ (h - np.diag(np.diag(h))) @ slope)
     diagonal = float(np.trace(h))
+    if diagonal <= 0:
+        raise ValueError(f"hessian: needs a trace > 0, got {diagonal}")
     if off <= 0:
         raise ValueError(f"hessian: needs positive off-diagonal curvature along the signal, got {off}")
     return diagonal / off, float(mu @ slope) / (2 * np.sqrt(diagonal * off))
 
 
+def _sign_problem(mean: ArrayLike, deviation: ArrayLike, hessian: ArrayLike) -> tuple[Floats, Floats, Floats]:
+    """μ, σ and H, checked against one another.
+
+    Raises:
+        ValueError: if shapes do not match, a deviation is not positive, or H is not symmetric.
+    """
+    mu, h = vector("mean", mean), matrix("hessian", hessian)
+    sigma = like("deviation", deviation, "mean", mu)
+    if np.any(sigma <= 0):
+        raise ValueError(f"deviation: needs {mu.size} numbers > 0, got {sigma.tolist()}")
+    if h.shape != (mu.size, mu.size) or not np.allclose(h, h.T):
+        raise ValueError(f"hessian: needs a symmetric matrix of shape {(mu.size, mu.size)}, got {h.tolist()}")
+    return mu, sigma, h
+
+
 def _batch(batch: ArrayLike) -> Floats:
-    values = np.asarray(batch, dtype=float)
-    if values.size == 0 or not np.all(np.isfinite(values) & (values > 0)):
-        raise ValueError(f"batch: needs finite numbers > 0, got {values!r}")
+    """Batch sizes of any shape.
+
+    Raises:
+        ValueError: if there is none, or one is not a finite number > 0.
+    """
+    values = finite_array("batch", batch)
+    if values.size == 0 or np.any(values <= 0):
+        raise ValueError(f"batch: needs finite numbers > 0, got {values.tolist()}")
     return values

@@ -26,6 +26,9 @@ def alarm_level(family: float = FAMILY_FALSE_ALARM, comparisons: int = COMPARISO
 
     Returns:
         The rate of one; 2e-6 with the suite's own numbers.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
     """
     return probability("family", family) / count("comparisons", comparisons)
 
