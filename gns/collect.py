@@ -6,7 +6,9 @@ is an `OpenStep`: device values on their way to the host.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +18,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gns.boundary import Boundary, Close
-from gns.examples import row_map
+from gns.examples import row_map, tensors_in
 from gns.gradients import Stamp, all_empty, largest_entries, sq_norms
 from gns.openstep import OpenStep
 from gns.plan import Plan
-from gns.reasons import ABORTED, UNSEEN
+from gns.reasons import ABORTED, NOT_OURS, UNSEEN
 from gns.selfcheck import SelfCheck
 from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
 from gns.underway import Call, StepUnderWay
+
+FOREIGN = 5  # steps of such optimizers before something is said; a critic's may come in between
 
 
 def in_backward() -> bool:
@@ -59,6 +63,7 @@ class Collector:
         scaler: the loop's gradient scaler, or None.
         on_step: receives each measured step when it ends.
         on_error: receives an exception of ours; may raise it.
+        on_notice: receives what the user should know beyond steps.
         first_step: number of the next optimizer step.
     """
 
@@ -72,11 +77,12 @@ class Collector:
         scaler: Any,
         on_step: Callable[[OpenStep], None],
         on_error: Callable[[Exception], None],
+        on_notice: Callable[[str], None] = warnings.warn,
         first_step: int = 0,
     ):
         self.model, self.taps, self.entries = model, plan.taps, plan.entries
         self.every, self.weights, self.scaler = every, weights, scaler
-        self.on_step, self.on_error = on_step, on_error
+        self.on_step, self.on_error, self.on_notice = on_step, on_error, on_notice
         self.dead = False
         self.step = first_step
         self.check = SelfCheck(plan.entries)
@@ -88,6 +94,7 @@ class Collector:
         self._queued = False  # the end of the backward pass under way is being waited for
         self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
         self._open = False  # it began and has not ended; one that raised never does
+        self._foreign = 0  # steps in a row of optimizers that own none of our parameters
         self._closed: Stamp | None = None  # of the gradients when the last step closed
 
     # life
@@ -171,18 +178,19 @@ class Collector:
         if x.ndim < 2:
             self._mark(tap, f"its input has shape {tuple(x.shape)}, without a batch dimension")
             return
+        if x.dtype is torch.float16 and self.scaler is None:
+            self.now.loss_scaled = True
+        tap.activation_dtype, self.now.eager = x.dtype, True
+        tap.follow_device()
         call = self._call
         if call is not None and call.rows is not None:
-            if x.shape[0] != call.rows.n:
+            if x.shape[0] != call.rows.n:  # decided in backward: DoRA calls its factors on an identity too
                 seen = f"its input has {x.shape[0]} rows where the model's call has {call.rows.n} examples"
                 self._mark(tap, seen)
+                return
             uses = call.uses[id(tap)] = call.uses.get(id(tap), 0) + 1
             if uses > 1 and any(p not in tap.gathers for p in tap.parameters):
                 self.now.to_gather.add(id(tap))
-        if x.is_floating_point() and x.dtype is torch.float16 and self.scaler is None:
-            self.now.loss_scaled = True
-        tap.activation_dtype = x.dtype
-        tap.follow_device()
 
     def _mark(self, tap: Tap, why: str) -> None:
         for p in tap.parameters:
@@ -221,7 +229,8 @@ class Collector:
         if aborted:
             self._drop()
         there = [g for g in gradients if g is not None]
-        self.now.leftover = largest_entries(there) if there and from_output else None
+        # in eager mode the first leaf hears of a pass before any parameter receives its gradient
+        self.now.leftover = largest_entries(there) if there and (from_output or self.now.eager) else None
 
     def _discarded(self, gradients: list[Tensor | None], from_output: bool) -> bool:
         """Whether the loop threw away the gradients that were summed so far."""
@@ -250,6 +259,9 @@ class Collector:
         self.now.sq_norms = sq_norms(gradients, [e.parameter for e in self.entries])
         self.now.mismatches = self.check.compare(gradients)
         self.now.stamp = Stamp(gradients)
+        self.now.without_gradient = {
+            e.name for e, g in zip(self.entries, gradients, strict=True) if g is None
+        }
         scale = getattr(self.scaler, "_get_scale_async", lambda: None)()
         self.now.scale = None if scale is None else scale.detach().clone()
         self._end(self.boundary.backward_ends())
@@ -262,7 +274,11 @@ class Collector:
     @guarded
     def _on_pre(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         if not self._owns(optimizer):
+            self._foreign += self.boundary.pending and not in_backward()
+            if self._foreign == FOREIGN:
+                self.on_notice(NOT_OURS)
             return
+        self._foreign = 0
         if not in_backward():
             self._queued = False
         self.now.learning_rate = self._rate(optimizer)
@@ -322,8 +338,9 @@ class Collector:
 
 def _outputs(out: Any) -> list[Tensor]:
     """Give the tensors of a model's output that a loss can be made of."""
-    items = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else [out]
-    return [t for t in items if isinstance(t, Tensor) and t.requires_grad]
+    if dataclasses.is_dataclass(out) and not isinstance(out, (type, dict)):
+        out = vars(out)
+    return [t for t in tensors_in(out) if t.requires_grad]
 
 
 def _notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:

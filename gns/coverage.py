@@ -15,12 +15,14 @@ class Coverage:
         unmeasured: trainable parameters left out of both sums, name → number of scalars.
         reasons: for each name in `unmeasured`, why it is left out.
         verified: measured parameters whose contributions have summed to their gradient in a self-check.
+        stopped: the error after which the monitor stood down, or None.
     """
 
     measured: Mapping[str, int]
     unmeasured: Mapping[str, int]
     reasons: Mapping[str, str]
     verified: frozenset[str] = frozenset()
+    stopped: str | None = None
 
     @property
     def share(self) -> float:
@@ -35,4 +37,6 @@ class Coverage:
             f"({100 * self.share:.4g} % of their scalars), {len(self.verified)} verified by the self-check"
         ]
         lines += [f"  not measured: {name}: {self.reasons[name]}" for name in self.unmeasured]
+        if self.stopped is not None:
+            lines.append(f"  measuring stopped: {self.stopped}")
         return "\n".join(lines)

@@ -303,7 +303,8 @@ def _honest_set(moments: Moments, level: float) -> tuple[float, float, bool]:
     if moments.y < 0:
         low = float(np.fmin(low, confidence_set(replace(moments, y=0.0), level)[0]))
     elif moments.x < 0:
-        low, high, empty = 0.0, float(np.fmax(high, confidence_set(replace(moments, x=0.0), level)[1])), False
+        wide = confidence_set(replace(moments, x=0.0), level)[1]
+        low, high, empty = 0.0, wide if empty else max(high, wide), False
     return low, high, empty
 
 
@@ -323,6 +324,8 @@ def _detection_limit(moments: Moments, level: float) -> float:
 
 def _unit(steps: list[StepSums]) -> str:
     """Say what one example is: "examples (mean 187 tokens)" where the tokens are known."""
+    if any(not s.call_seen for s in steps):
+        return "rows of the layers' input (the model's own call was not seen: equal weights assumed)"
     counted = [(s.n_tokens, s.n_examples) for s in steps if s.n_tokens is not None]
     if not counted or len(counted) < len(steps):
         return "examples"

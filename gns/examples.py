@@ -31,23 +31,23 @@ class RowMap:
     weight_sq_sum: Tensor | None = None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Walk the tensors of nested call arguments."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _batch_size(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
     named = (kwargs.get(name) for name in _BATCH_FIRST)
     first = next((t for t in named if isinstance(t, Tensor)), None)
     if first is None:
-        first = next((t for t in _tensors((args, dict(kwargs))) if t.ndim > 0), None)
+        first = next((t for t in tensors_in((args, dict(kwargs))) if t.ndim > 0), None)
     return None if first is None else int(first.shape[0])
 
 

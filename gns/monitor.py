@@ -17,8 +17,8 @@ from gns.coverage import Coverage
 from gns.estimate import Estimate, estimate
 from gns.examples import WEIGHTS
 from gns.openstep import Closed, OpenStep
-from gns.plan import Plan, plan
-from gns.reasons import UNREACHED
+from gns.plan import Plan, batch_norms, plan, trainable
+from gns.reasons import BATCH_NORM, LATE, NO_CALL, UNREACHED
 from gns.sums import Layout, StepSums
 from gns.taps import hooked
 
@@ -113,6 +113,7 @@ class GNSMonitor:
         self._fired: frozenset[str] = frozenset()
         self._next_step = 0
         self._warned: set[str] = set()
+        self._stopped: str | None = None
         self._layout = functools.cache(Layout)
 
     # life
@@ -141,11 +142,14 @@ class GNSMonitor:
             scaler=self.scaler,
             on_step=self._arrive,
             on_error=self._fail,
+            on_notice=self._notice,
             first_step=self._next_step,
         )
         self._collector.attach()
         if self._plan.reasons:
             self._warn_unmeasured(self._plan.reasons)
+        for name in batch_norms(self.model)[:1]:
+            self._notice(BATCH_NORM.format(name=f"`{name}`"))
         return self
 
     def detach(self) -> None:
@@ -214,12 +218,16 @@ class GNSMonitor:
                 for e in self._plan.entries
                 if e.name not in self._fired and e.name not in out
             }
+        late = trainable(self.model) if self.attached else {}
+        known = {e.name for e in self._plan.entries} | self._plan.reasons.keys()
+        late = {name: size for name, size in late.items() if name not in known}
         sizes = {e.name: e.scalars for e in self._plan.entries}
         return Coverage(
             measured={name: size for name, size in sizes.items() if name not in out},
-            unmeasured={**self._plan.scalars, **{name: sizes[name] for name in out}},
-            reasons={**self._plan.reasons, **out},
+            unmeasured={**self._plan.scalars, **{name: sizes[name] for name in out}, **late},
+            reasons={**self._plan.reasons, **out, **dict.fromkeys(late, LATE)},
             verified=self._verified,
+            stopped=self._stopped,
         )
 
     def report(
@@ -287,14 +295,25 @@ class GNSMonitor:
         if closed.excluded:
             self._exclude(closed.excluded)
         self._history.append(closed.sums)
-        if closed.sums.reason is not None and closed.sums.reason not in self._warned:
-            self._warned.add(closed.sums.reason)
-            text = (
-                f"optimizer step {closed.sums.step} (and any like it) gives no estimate: {closed.sums.reason}"
-            )
-            warnings.warn(text, GNSWarning, stacklevel=3)
+        self._tell(closed.sums)
         if self._sink is not None:
             self._sink(closed.sums)
+
+    def _tell(self, sums: StepSums) -> None:
+        """Warn, once each, of what is wrong with a step."""
+        if sums.reason is not None:
+            if sums.reason not in self._warned:
+                self._warned.add(sums.reason)
+                text = f"optimizer step {sums.step} (and any like it) gives no estimate: {sums.reason}"
+                warnings.warn(text, GNSWarning, stacklevel=4)
+        elif not sums.call_seen:
+            self._notice(NO_CALL)
+
+    def _notice(self, text: str) -> None:
+        """Warn of something once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, GNSWarning, stacklevel=4)
 
     def _exclude(self, reasons: dict[str, str]) -> None:
         """Leave parameters out of both sums, also of the steps measured before."""
@@ -322,11 +341,11 @@ class GNSMonitor:
         )
 
     def _fail(self, error: Exception) -> None:
+        self._stopped = f"{type(error).__name__}: {error}"
         if self.on_error == "raise":
             raise error
         warnings.warn(
-            "GNSMonitor stands down after an error of its own, training goes on: "
-            f"{type(error).__name__}: {error}",
+            f"GNSMonitor stands down after an error of its own, training goes on: {self._stopped}",
             GNSWarning,
             stacklevel=3,
         )

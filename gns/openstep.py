@@ -12,7 +12,7 @@ import torch
 
 from gns.host import HostCopy
 from gns.plan import Entry
-from gns.reasons import LEFTOVER, NO_TAP, SILENT_TAP, SPLIT_USES
+from gns.reasons import AMBIGUOUS, LEFTOVER, NO_GRADIENT, NO_TAP, SILENT_TAP, SPLIT_USES
 from gns.selfcheck import tolerance
 from gns.sums import Contributions, Layout, StepSums
 from gns.taps import Tap
@@ -46,7 +46,8 @@ class OpenStep:
         loss_scaled: gradients carry an unknown loss scale.
         learning_rate: of the optimizer.
         reason: why the step is not usable, if that is known already.
-        misfits: parameter → why its rows are not examples.
+        misfits: parameter → why rows of it are not examples, if those rows count.
+        without_gradient: parameters whose `.grad` is None.
         checked: parameters of the self-check.
         copy: after the taps: ‖ḡ‖² an entry, ‖Σcᵢ − ḡ‖ a checked parameter, token and weight totals, leftover
             gradient, loss scale.
@@ -61,6 +62,7 @@ class OpenStep:
     learning_rate: float | None
     reason: str | None
     misfits: Mapping[str, str]
+    without_gradient: Collection[str]
     checked: tuple[str, ...]
     copy: HostCopy
     seen_backward: bool
@@ -91,6 +93,8 @@ class OpenStep:
         n = self.n if self.n is not None else int(rows.max())
         finite = bool(np.isfinite(s).all() and np.isfinite(q).all())
         reason = self.reason or (LEFTOVER if leftover > 0 else None)
+        if reason is None and self.n is None and len(set(rows[rows > 0])) > 1:
+            reason = AMBIGUOUS
         out: dict[str, str] = {}
         verified: frozenset[str] = frozenset()
         if reason is None and finite:
@@ -118,15 +122,17 @@ class OpenStep:
         """Find parameters whose rows are not this step's examples."""
         out = {}
         for entry, sq, norm, seen in zip(self.entries, s, q, rows, strict=True):
-            strict = not entry.gathered and (seen > n or (self.n is None and 0 < seen < n))
-            if any(tap.full_name(local) in self.misfits for tap, local in entry.sites):
+            misfit = any(tap.full_name(local) in self.misfits for tap, local in entry.sites)
+            if sq > 0 and entry.name in self.without_gradient:
+                out[entry.name] = NO_GRADIENT
+            elif misfit and seen != n and not entry.gathered:
                 tap, local = next(p for p in entry.sites if p[0].full_name(p[1]) in self.misfits)
                 out[entry.name] = self.misfits[tap.full_name(local)]
             elif norm > 0 and seen == 0:
                 out[entry.name] = NO_TAP
             elif norm > 0 and sq == 0:
                 out[entry.name] = SPLIT_USES if entry.gathered else SILENT_TAP
-            elif strict:
+            elif seen > n and not entry.gathered:
                 out[entry.name] = f"its tap saw {seen:.0f} rows in a step of {n} examples"
         return out
 
@@ -162,7 +168,12 @@ class OpenStep:
         if not names and reason is None:
             reason = "no trainable parameter could be measured in this step; `monitor.coverage()` says why"
         part = Contributions(s[keep], n, w, ww, None if math.isnan(tokens) else round(tokens))
-        about = {"step": self.step, "learning_rate": self.learning_rate, "loss_scaled": self.loss_scaled}
+        about = {
+            "step": self.step,
+            "learning_rate": self.learning_rate,
+            "loss_scaled": self.loss_scaled,
+            "call_seen": self.n is not None,
+        }
         wide = any(e.parameter.dtype is torch.float64 for e in self.entries)
         sums = part.close(q[keep], layout(names), reason=reason, **about)
         if sums.rows is not None and not wide:  # joint sums are taken in float64 first

@@ -137,3 +137,20 @@ def _refuse_empty(model: nn.Module, covered: list, made: Plan) -> None:
         f"e.g. {example}. "
         "Add a LoRA adapter, train linear layers, or register a rule in `gns/rules/`"
     )
+
+
+def trainable(model: nn.Module) -> dict[str, int]:
+    """Name the trainable parameters as they are now, each with its number of scalars."""
+    found = {}
+    for places in _sites(model).values():
+        path, module, local = places[0]
+        parameter = module._parameters[local]
+        assert parameter is not None
+        found[f"{path}.{local}" if path else local] = parameter.numel()
+    return found
+
+
+def batch_norms(model: nn.Module) -> list[str]:
+    """Name the layers that mix the examples of a batch while training."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [name for name, m in model.named_modules() if isinstance(m, kind) and m.training]

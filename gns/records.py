@@ -107,6 +107,7 @@ def write_summary(
     if coverage is not None:
         parts = {name: _plain(getattr(coverage, name)) for name in ("measured", "unmeasured", "reasons")}
         data["coverage"] = {"share": coverage.share, **parts, "verified": sorted(coverage.verified)}
+        data["coverage"]["stopped"] = coverage.stopped
     path = Path(folder) / SUMMARY
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, [json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"])
@@ -129,7 +130,8 @@ def read_summary(folder: str | Path) -> Summary:
         coverage = None
         if covered:
             verified = frozenset(covered["verified"])
-            coverage = Coverage(covered["measured"], covered["unmeasured"], covered["reasons"], verified)
+            parts = [covered[name] for name in ("measured", "unmeasured", "reasons")]
+            coverage = Coverage(*parts, verified, covered.get("stopped"))
         summary = Summary(level, coverage, data["settings"], data["batch_size"], data["estimate"])
     except (KeyError, TypeError, ValueError):
         seen = None

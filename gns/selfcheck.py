@@ -1,8 +1,8 @@
 """The self-check: contributions must sum to the gradient, Σᵢ cᵢ = ḡ, parameter by parameter.
 
-It runs on the first measured step and every hundredth, in rounds that go on over the following measured steps
-until every parameter had a non-zero gradient to be compared with (factor A has none at initialisation) or had
-three tries. The extra memory of a step is bounded by `BUDGET_BYTES`.
+It runs on the first measured step, a few early ones and every hundredth, in rounds that go on over the
+following measured steps until every parameter had a non-zero gradient to be compared with (factor A has none
+at initialisation) or had three tries. The extra memory of a step is bounded by `BUDGET_BYTES`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from gns.plan import Entry
 
 ROUND = 100  # measured steps from one round to the next
+EARLY = (3, 10, 30)  # measured steps that begin a round too: what is wrong shows early in a run
 TRIES = 3  # usable steps that a parameter with a zero gradient is looked at in one round
 SHOWN = 30  # steps in all, usable or not: fp16 may overflow for a while
 BUDGET_BYTES = 128 * 2**20  # of check sums alive in one step
@@ -54,7 +55,7 @@ class SelfCheck:
 
     def begin(self, measured: int) -> None:
         """Open the sums of this step's share of the round; `measured` counts measured steps from 0."""
-        if measured % ROUND == 0 or not self._tries:
+        if measured % ROUND == 0 or measured in EARLY or not self._tries:
             self._todo = list(self._entries)
             self._tries = {e.name: 0 for e in self._entries}
             self._shown = dict(self._tries)

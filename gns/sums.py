@@ -96,6 +96,8 @@ class StepSums:
         finite: whether both sums are finite.
         reason: why the step is not usable for an estimate, else None.
         loss_scaled: the sums still carry an unknown loss scale; ratios hold, tr Σ and |G|² do not.
+        call_seen: n and the weights come from the model's own call; else from the rows its layers saw, with
+            equal weights.
         rows: [P, 2], (m, q) of each parameter, float32 or float64; None for sums built by hand.
         layout: names of those rows.
     """
@@ -110,6 +112,7 @@ class StepSums:
     finite: bool = True
     reason: str | None = None
     loss_scaled: bool = False
+    call_seen: bool = True
     rows: np.ndarray | None = field(default=None, repr=False, compare=False)
     layout: Layout | None = field(default=None, repr=False, compare=False)
 

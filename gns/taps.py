@@ -8,6 +8,8 @@ and compiled regions. The gradient of the output goes on unchanged.
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +79,10 @@ class Tap:
     def admits(self, x: Tensor) -> bool:
         """Whether a call on x can be tapped; the same answer in a recomputation, whatever has happened."""
         return x.ndim >= 2 and all(gather.n == x.shape[0] for gather in self.gathers.values())
+
+    def live(self) -> tuple[str, ...]:
+        """Name the parameters that train now; some may have been frozen since the tap was made."""
+        return tuple(p for p in self.parameters if self.parameter(p).requires_grad)
 
     def follow_device(self) -> None:
         """Move the leaf to where the layer is now."""
@@ -158,42 +164,41 @@ class _TapFunction(torch.autograd.Function):
     """Identity on the output; the sums leave as gradients of the leaves."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, tap: Tap, leaf: Tensor, *extra: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.tap, ctx.dtype, ctx.n_extra = tap, leaf.dtype, len(extra)
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, tap: Tap, live: tuple[str, ...], leaf: Tensor, *extra: Tensor
+    ) -> Tensor:
+        if any(p in tap.rule.needs_input for p in live):  # else the layer itself does not keep x either
+            ctx.save_for_backward(x)
+        ctx.tap, ctx.live, ctx.dtype, ctx.n_extra = tap, live, leaf.dtype, len(extra)
         ctx.gathered, ctx.checked = tuple(tap.gathers), tuple(tap.checks)
         return out.detach()  # neither a view nor the input itself: users change outputs in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
+        saved = ctx.saved_tensors  # to be asked for once only: checkpointing recomputes on demand
+        x = saved[0] if saved else dy
         if torch.compiler.is_compiling():
-            return dy, None, None, *_leaf_gradients(ctx, x, dy)
+            return dy, None, None, None, *_leaf_gradients(ctx, x, dy)
         try:
-            return dy, None, None, *_leaf_gradients(ctx, x, dy)
+            return dy, None, None, None, *_leaf_gradients(ctx, x, dy)
         except Exception as error:  # nothing of ours may reach the user's backward
             ctx.tap.failed(error)
-            return (dy, *[None] * (3 + ctx.n_extra))
+            return (dy, *[None] * (4 + ctx.n_extra))
 
 
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-        sums, extra = _reduce(ctx.tap, x, dy, ctx.gathered, ctx.checked, ctx.dtype)
-    return sums, *extra
-
-
-def _reduce(
-    tap: Tap, x: Tensor, dy: Tensor, gathered: tuple[str, ...], checked: tuple[str, ...], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
     """Gradients of a tap's leaves: [P + 1] (sums of squared norms, rows), then blocks, then check sums."""
-    rule, rows = tap.rule, torch.full((), x.shape[0], dtype=dtype, device=x.device)
-    blocks = [rule.blocks(x, dy, p) for p in gathered]
-    sums = [
-        torch.zeros_like(rows) if p in gathered else reducers.sum_sq_norms(rule, x, dy, p).to(dtype)
-        for p in tap.parameters
-    ]
-    totals = [reducers.sum_of_blocks(rule, x, dy, p) for p in checked]
-    return torch.stack([*sums, rows]), [*blocks, *totals]
+    tap, rule = ctx.tap, ctx.tap.rule
+    with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+        rows = torch.full((), dy.shape[0], dtype=ctx.dtype, device=dy.device)
+        blocks = [rule.blocks(x, dy, p) for p in ctx.gathered]
+        summed = [p for p in ctx.live if p not in ctx.gathered]
+        sums = [
+            reducers.sum_sq_norms(rule, x, dy, p).to(ctx.dtype) if p in summed else torch.zeros_like(rows)
+            for p in tap.parameters
+        ]
+        totals = [reducers.sum_of_blocks(rule, x, dy, p) for p in ctx.checked]
+        return torch.stack([*sums, rows]), *blocks, *totals
 
 
 class _Hook:
@@ -202,22 +207,19 @@ class _Hook:
     def __init__(self, collector: Collector, tap: Tap | None = None):
         self.collector, self.tap = collector, tap
 
-    def __deepcopy__(self, memo: dict) -> Inert:
-        return Inert()
+    def __deepcopy__(self, memo: dict) -> Callable[..., None]:
+        return INERT
 
-    def __copy__(self) -> Inert:
-        return Inert()
+    def __copy__(self) -> Callable[..., None]:
+        return INERT
 
     def __reduce__(self) -> tuple:
-        return Inert, ()
+        return functools.partial, (INERT.func, *INERT.args)
 
 
-class Inert:
-    """What a copied or unpickled hook becomes: it does nothing."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Change nothing."""
-        return None
+# What a copied or unpickled hook becomes. It takes any arguments, returns None and is made of the standard
+# library alone: a model that was saved whole while a monitor was attached loads without this package.
+INERT = functools.partial(sys.audit, "gns.inert")
 
 
 class InputHook(_Hook):
@@ -241,7 +243,8 @@ class OutputHook(_Hook):
         """Give the tapped output, or None to leave it."""
         tap, collector = self.tap, self.collector
         assert tap is not None
-        if not torch.is_grad_enabled():
+        compiling = torch.compiler.is_compiling()
+        if not torch.is_grad_enabled() or (not compiling and _transformed()):
             return None
         if not collector.active:
             collector.forward_seen()
@@ -249,13 +252,14 @@ class OutputHook(_Hook):
         x, _ = _layer_input(args, kwargs)
         if x is None or not isinstance(out, Tensor) or not out.requires_grad:
             return None
-        if not torch.compiler.is_compiling():
+        if not compiling:
             collector.note(tap, x)
-        if not tap.admits(x):
+        live = tap.live()
+        if not live or not tap.admits(x):
             return None
         sites = [gather.site() for gather in tap.gathers.values()]
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
-        return _TapFunction.apply(out, x, tap, tap.leaf, *sites, *tap.checks.values())
+        return _TapFunction.apply(out, x, tap, live, tap.leaf, *sites, *tap.checks.values())
 
 
 class RootInput(_Hook):
@@ -282,6 +286,15 @@ def _layer_input(args: tuple, kwargs: dict) -> tuple[Tensor | None, str | None]:
         return args[0], None
     found = [(v, k) for k, v in kwargs.items() if isinstance(v, Tensor)]
     return found[0] if len(found) == 1 and not args else (None, None)
+
+
+def _transformed() -> bool:
+    """Whether a function transform or a trace is under way, which no tap may enter."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[reportAttributeAccessIssue]
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -46,6 +46,8 @@ class StepUnderWay:
     leftover: Tensor | None = None  # largest gradient entry before the first backward pass
     scale: Tensor | None = None  # loss scale
     learning_rate: float | None = None
+    eager: bool = False  # layers were called outside compiled regions
+    without_gradient: set[str] = field(default_factory=set)  # parameters whose `.grad` is None
 
     def count(self, running: Sequence[tuple[Call, int]]) -> None:
         """Count the calls that a backward pass ran through, each with its graph task."""
@@ -95,6 +97,7 @@ class StepUnderWay:
             learning_rate=self.learning_rate,
             reason=reason or self.reason or repeated or (DISTRIBUTED if _distributed() else None),
             misfits=self.misfits,
+            without_gradient=self.without_gradient,
             checked=checked if self.mismatches else (),
             copy=HostCopy([*sums, *self.sq_norms, *self.mismatches, *totals, *tail]),
             seen_backward=bool(self.sq_norms),

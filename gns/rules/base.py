@@ -20,12 +20,14 @@ class Rule:
         parameters: names of the parameters that the rule knows.
         blocks: (x [B, ..., I], dy [B, ..., O], parameter name) → [B, *parameter.shape], the gradient that
             each example adds to that parameter, in float32 or wider.
+        needs_input: parameters whose blocks depend on x; for the others x may be anything of dy's batch.
     """
 
     kind: str
     layer: type[nn.Module]
     parameters: tuple[str, ...]
     blocks: Blocks
+    needs_input: tuple[str, ...] = ()  # parameters whose blocks depend on the layer's input
 
     def applies(self, module: nn.Module) -> bool:
         """Whether `module` computes what this rule differentiates."""

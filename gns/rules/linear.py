@@ -73,4 +73,4 @@ def linear_sq_norms_gram(x: Tensor, dy: Tensor) -> Tensor:
     return (torch.bmm(x, x.mT) * torch.bmm(dy, dy.mT)).sum((1, 2))
 
 
-LINEAR = register(Rule("Linear", nn.Linear, ("weight", "bias"), linear_blocks))
+LINEAR = register(Rule("Linear", nn.Linear, ("weight", "bias"), linear_blocks, needs_input=("weight",)))

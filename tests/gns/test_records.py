@@ -421,3 +421,11 @@ def test_load_refuses_truncated_steps_and_keeps_the_good_ones(tmp_path):
     with pytest.raises(RecordsError, match="is cut short") as caught:
         load(tmp_path)
     assert all_same(draw(2), caught.value.steps)
+
+
+def test_why_measuring_stopped_is_kept(tmp_path):
+    steps = [StepSums(k, 8, 2.0 + k, 1.0) for k in range(3)]
+    write_steps(tmp_path / "steps.jsonl", steps)
+    stopped = Coverage({"a": 3}, {}, {}, frozenset("a"), "ValueError: planted")
+    write_summary(tmp_path, estimate(steps), coverage=stopped)
+    assert read_summary(tmp_path).coverage == stopped

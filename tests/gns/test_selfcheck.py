@@ -57,6 +57,24 @@ def test_a_missed_example_is_beyond_the_tolerance(dtype):
 # rounds
 
 
+@pytest.fixture
+def no_early_rounds(monkeypatch):
+    monkeypatch.setattr(selfcheck, "EARLY", ())
+
+
+def test_early_rounds_begin_before_the_hundredth_step(model):
+    check = SelfCheck(plan(model).entries)
+    opened = []
+    for measured in range(ROUND + 1):
+        check.begin(measured)
+        names = check.open_names()
+        check.end()
+        check.conclude(names, names, usable=True)
+        opened += [measured] if names else []
+    assert opened == [0, *selfcheck.EARLY, ROUND] and selfcheck.EARLY
+
+
+@pytest.mark.usefixtures("no_early_rounds")
 def test_rounds_open_all_parameters_again_every_hundredth_measured_step(model):
     check = SelfCheck(plan(model).entries)
     opened = []
@@ -73,6 +91,7 @@ def test_rounds_open_all_parameters_again_every_hundredth_measured_step(model):
     assert TRIES == 3
 
 
+@pytest.mark.usefixtures("no_early_rounds")
 def test_steps_that_are_not_usable_are_no_tries_but_not_for_ever(model):
     check = SelfCheck(plan(model).entries)
     opened = []
@@ -91,6 +110,7 @@ def test_a_round_begins_where_a_run_is_resumed(model):
     assert len(check.open_names()) == 4
 
 
+@pytest.mark.usefixtures("no_early_rounds")
 def test_memory_is_bounded_and_the_round_goes_on(model, monkeypatch):
     monkeypatch.setattr(selfcheck, "BUDGET_BYTES", 4 * 16)  # 12 + 4 scalars
     check = SelfCheck(plan(model).entries)

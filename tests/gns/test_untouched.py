@@ -143,6 +143,7 @@ def test_other_uses_in_between_change_nothing(use, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:the model's own call was not seen:gns.monitor.GNSWarning")
 # the compiler instantiates autograd functions while it traces them
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_plain_model_compiles_without_a_graph_break():
