@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from gns import wording
+from gns.drift import Drift
 from gns.estimate import MIN_STEPS, Estimate
-from gns.tradeoff import LAWS, band, dearer, examples_ratio, steps_ratio
+from gns.tradeoff import LAWS, band, examples_ratio, extra_cost, steps_ratio
 
 WASTE = 0.05  # "about as cheap as it gets": within 5 % of the cheapest
 # x + 1/x ≤ 2 + 4·WASTE, the solution for equal prices of time and examples: 0.64 … 1.56, 2.4× wide
 _HALF = 1 + 2 * WASTE
 NEAR = (_HALF - math.sqrt(_HALF**2 - 1), _HALF + math.sqrt(_HALF**2 - 1))
 CAVEATS = (
-    "B_simple is not the critical batch size itself: where both were measured, their ratio ran from 0.05 "
-    "(autoencoders) to 4.5 (MNIST). Take the range as a place to start, and try half and double.",
+    "B_simple is not the critical batch size itself: where both were measured, their ratio ran from "
+    "0.05 (autoencoders) to 8 (SVHN). Take the range as a place to start, and try half and double.",
     "no published evidence ties the best batch size of LoRA to its gradient noise scale yet.",
     "the noise scale moves with the learning rate and along training: a reading belongs to its settings.",
 )
@@ -67,7 +68,7 @@ class BatchRange:
         high: upper end; `inf` where none is known.
         sure: the part that holds over the whole interval, or None.
         pick: for "time and examples", the power of two nearest √(low·high); None where an end is missing.
-        pick_dearer: the most that `pick` can cost above the cheapest, over the whole interval.
+        pick_extra_cost: the most that `pick` can cost above the cheapest, over the whole interval.
     """
 
     priced: str
@@ -76,7 +77,7 @@ class BatchRange:
     high: float
     sure: tuple[float, float] | None
     pick: int | None = None
-    pick_dearer: float | None = None
+    pick_extra_cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Advice:
         best_goodput: batch sizes of most goodput at `low` and at `high`, or None.
         warnings: what does not fit together.
         caveats: what the reader must not forget.
+        span: the part of the run that all this is about, if not the whole of it.
+        moved: how the noise scale moved along the run, if it did.
     """
 
     status: str
@@ -122,10 +125,15 @@ class Advice:
     best_goodput: tuple[int, int] | None = None
     warnings: tuple[str, ...] = ()
     caveats: tuple[str, ...] = CAVEATS
+    span: str | None = None
+    moved: str | None = None
 
     def __str__(self) -> str:
         marked = [f"Warning: {w}" for w in self.warnings]
-        return "\n".join([self.headline, *self.sentences, *marked, *(f"Note: {c}" for c in self.caveats)])
+        moved = [self.moved] if self.moved else []
+        return "\n".join(
+            [self.headline, *moved, *self.sentences, *marked, *(f"Note: {c}" for c in self.caveats)]
+        )
 
 
 def advise(
@@ -135,6 +143,7 @@ def advise(
     dataset_size: int | None = None,
     throughput: Mapping[int, float] | None = None,
     learning_rate: float | None = None,
+    change: Drift | None = None,
 ) -> Advice:
     """Turn an estimate with its interval into ranges of batch sizes and what they mean.
 
@@ -144,6 +153,8 @@ def advise(
         dataset_size: examples in the data set.
         throughput: measured examples a second at some batch sizes.
         learning_rate: in use at `batch_size`.
+        change: from `gns.drift.drift`. Where the noise scale moved, the advice is for the last third of the
+            run instead of its average.
 
     Returns:
         The advice; without table and ranges while the estimate is still collecting.
@@ -170,10 +181,17 @@ def advise(
     for batch, speed in (throughput or {}).items():
         _check("a batch size in throughput", batch, whole=True)
         _check(f"throughput at batch {batch}", speed)
+    moved = change if change and change.moved and estimate.status != "collecting" else None
+    if moved:
+        estimate = replace(moved.last, coverage=estimate.coverage)
     nothing_known = estimate.low == 0 and math.isinf(estimate.high)
     if estimate.status == "collecting" or math.isnan(estimate.low) or nothing_known:
         return _too_early(estimate, batch_size)
-    return _advise(estimate, batch_size, dataset_size, throughput or {}, learning_rate)
+    advice = _advise(estimate, batch_size, dataset_size, throughput or {}, learning_rate)
+    if not moved:
+        return advice
+    headline = wording.headline(estimate, moved.span)
+    return replace(advice, headline=headline, span=moved.span, moved=wording.movement(moved))
 
 
 def _check(name: str, value: Any, *, whole: bool = False) -> None:
@@ -278,6 +296,6 @@ def _ranges(low: float, high: float, data: int | None) -> tuple[BatchRange, ...]
         NEAR[1] * high,
         sure if sure[0] <= sure[1] else None,
         pick,
-        None if pick is None else max(dearer(pick, low), dearer(pick, high)),
+        None if pick is None else max(extra_cost(pick, low), extra_cost(pick, high)),
     )
     return (*cheap, near)

@@ -135,6 +135,8 @@ def report(
     with _one_line_errors():
         from gns.report import redraw
 
+        for run in runs:  # all are read before any is written
+            _settings(run, _load(run))
         estimates = {}
         for run in runs:
             with _spoken_warnings():
@@ -172,9 +174,11 @@ def advise(
         if batch_size in (None, known["batch_size"]):
             learning_rate = learning_rate or known["learning_rate"]
         from gns.advice import advise as advice_on
+        from gns.drift import drift
 
         advice = advice_on(
             estimate,
+            change=drift(estimate.history, level=estimate.level),
             batch_size=known["batch_size"] if batch_size is None else batch_size,
             dataset_size=known["dataset_size"] if dataset_size is None else dataset_size,
             learning_rate=learning_rate,
@@ -194,7 +198,8 @@ def _configured(given: dict[str, Any], out: Path | None, resume: bool) -> Finetu
 
     targets = given.get("target_modules", "all-linear")
     if targets != "all-linear":
-        given["target_modules"] = tuple(name.strip() for name in targets.split(","))
+        names = tuple(name for part in targets.split(",") if (name := part.strip()))
+        given["target_modules"] = "all-linear" if names == ("all-linear",) else names
     if resume:
         if out is None:
             raise ConfigError("--resume needs --out, the folder of the interrupted run")
@@ -238,8 +243,8 @@ def _print_result(estimate: Estimate, folder: Path) -> None:
     from gns.report.text import render
 
     known = _settings(folder, estimate)
-    advice = advice_on(estimate, **known) if known["batch_size"] else None
     change = drift(estimate.history, level=estimate.level)
+    advice = advice_on(estimate, **known, change=change) if known["batch_size"] else None
     typer.echo(render(estimate, advice, change=change, page=folder / PAGE))
 
 
@@ -247,17 +252,20 @@ def _print_table(estimates: dict[Path, Estimate]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from gns.drift import drift
     from gns.estimate import format_count
 
     table = Table("run", "B_simple", "interval", "level", "status", "steps", "learning rate", "unit")
     for run, estimate in estimates.items():
+        change = drift(estimate.history, level=estimate.level)
+        moving = f", {change.direction}" if change and change.moved else ""
         rate = _settings(run, estimate)["learning_rate"]
         table.add_row(
             str(run),
             format_count(estimate.b_simple),
             f"{format_count(estimate.low)} … {format_count(estimate.high)}",
             f"{100 * estimate.level:g} %",
-            estimate.status,
+            f"{estimate.status}{moving}",
             f"{estimate.n_steps} × {format_count(estimate.examples_per_step)}",
             f"{rate:g}" if rate else "?",
             estimate.unit,

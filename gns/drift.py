@@ -23,11 +23,28 @@ class Drift:
 
     @property
     def moved(self) -> bool:
-        """Whether the two confidence sets do not meet: at 95 % each, under 1 % by chance alone."""
-        return self.first.high < self.last.low or self.last.high < self.first.low
+        """Whether the two confidence sets do not meet: at 95 % each, under 1 % by chance alone.
+
+        Sets over too few or too uneven steps ("collecting") are not trusted to say so.
+        """
+        trusted = "collecting" not in (self.first.status, self.last.status)
+        return trusted and (self.first.high < self.last.low or self.last.high < self.first.low)
+
+    @property
+    def direction(self) -> str | None:
+        """Give "rising" or "falling"; None where it did not move."""
+        if not self.moved:
+            return None
+        return "rising" if self.first.high < self.last.low else "falling"
+
+    @property
+    def span(self) -> str:
+        """Name the part of the run that speaks for what comes next."""
+        steps = self.last.steps
+        return "the last third of the run" + (f", steps {steps[0]}–{steps[1]}" if steps else "")
 
     def __str__(self) -> str:
-        word = "rose" if self.first.high < self.last.low else "fell" if self.moved else "held"
+        word = {"rising": "rose", "falling": "fell", None: "held"}[self.direction]
         return f"it {word}, from {_span(self.first)} to {_span(self.last)}"
 
 

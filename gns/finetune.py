@@ -162,7 +162,8 @@ class _Run:
                     self._report()
         state = self.trainer.state
         losses = self.loss_before, self.loss_after
-        estimate = self.monitor.estimate()
+        # of the file, as in the report: a bounded history may have forgotten the first steps
+        estimate = records.load(self.out) if self.monitor.history else self.monitor.estimate()
         return RunResult(self.out, estimate, *losses, state.global_step, self.prepared.n_steps, interrupted)
 
     def _report(self) -> None:

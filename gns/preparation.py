@@ -25,6 +25,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BASE = "gns:base"  # names the shipped base model
 HELD_OUT = "gns:held-out"  # names the part of the standard library that the shipped base never saw
+MAX_SEED = 2**32 - 1  # NumPy, which the Trainer seeds too, takes no larger one
 _COUNTS = ("rank", "batch_size", "grad_accum", "max_length", "every", "save_every")
 
 
@@ -51,7 +52,7 @@ class FinetuneConfig:
         max_length: most tokens in an example.
         dtype: of the base model: "float32", "bfloat16", "float16" (needs a GPU), or "auto": bfloat16 on a GPU
             that has it, else float32. The adapters stay float32.
-        seed: of the adapters' initial values and of the order of the data.
+        seed: of the adapters' initial values and of the order of the data, 0 … 2³² − 1.
         every: measure one optimizer step in `every`.
         held_out: examples kept out of training to tell the loss before and after; at most a tenth.
         save_every: optimizer steps between two checkpoints.
@@ -95,6 +96,10 @@ class FinetuneConfig:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; 1 or more is needed")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed is {self.seed}; a number from 0 to {MAX_SEED} is needed")
+        if not self.target_modules:
+            raise ConfigError("target_modules names no layer; names with commas between, or all-linear")
         for name in ("alpha", "lr", "steps", "epochs"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -180,12 +185,19 @@ def _check_model_path(model: str) -> None:
     """Refuse early what the loaders answer with a riddle.
 
     Raises:
-        ConfigError: the folder is not there, or holds an adapter.
+        ConfigError: the folder is not there, is a file, or holds an adapter or no model.
     """
     path = Path(model).expanduser()
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{model}: an adapter, not a model; give its base model")
-    if path.exists() or model == BASE:
+    if model == BASE:
+        return
+    if path.is_file():
+        raise ConfigError(f"{model}: is a file; a model folder or a hub id is needed")
+    if path.is_dir() and not (path / "config.json").is_file():
+        needs = "config.json, weights and tokenizer files"
+        raise ConfigError(f"{model}: holds no config.json; a model folder needs {needs}")
+    if path.exists():
         return
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConfigError(f"{model}: no such folder")
@@ -231,7 +243,7 @@ def _lora(config: FinetuneConfig, model: nn.Module) -> LoraConfig:
     """Give peft's configuration.
 
     Raises:
-        ConfigError: there is no layer to adapt, or a target names none.
+        ConfigError: there is no layer to adapt, a target names none, or the rank is larger than any of them.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     layers = {
@@ -251,6 +263,12 @@ def _lora(config: FinetuneConfig, model: nn.Module) -> LoraConfig:
                 known = ", ".join(names)
                 raise ConfigError(f"target module {target!r} is not in {config.model}; known: {known}")
         layers = {name: layer for name, layer in layers.items() if any(_names(t, name) for t in targets)}
+    largest = max(max(layer.weight.shape) for layer in layers.values())
+    if config.rank > largest:
+        raise ConfigError(
+            f"rank is {config.rank}, but the largest dimension of the layers to adapt is {largest}; "
+            f"take {largest} or less"
+        )
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]

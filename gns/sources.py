@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ KNOWN = ", or ".join(" + ".join(f"`{name}`" for name in shape) for shape in SHAP
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (".jsonl", *TEXT_SUFFIXES)
 SHORTEST_PARAGRAPH = 200  # characters
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # pairs have become one character when JSON is read
 
 
 class DataError(ValueError):
@@ -130,6 +132,11 @@ def _parse(line: str, where: str) -> Record:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{where}: malformed JSON (nested too deeply)") from None
+    except ValueError:  # the one other error of json: Python reads no longer number
+        most = sys.get_int_max_str_digits()
+        raise DataError(f"{where}: malformed JSON (a number of more than {most} digits)") from None
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a JSON {type(fields).__name__}; an object with {KNOWN} is needed")
     shape = _shape(fields, where)
@@ -186,6 +193,10 @@ def _shape(fields: dict[str, Any], where: str) -> tuple[str, ...]:
             _check_messages(fields[name], where)
         elif not isinstance(fields[name], str):
             raise DataError(f"{where}: `{name}` is a {type(fields[name]).__name__}; a string is needed")
+        if half := _half_character(fields[name]):
+            raise DataError(
+                f"{where}: `{name}` holds half a character ({half}); write the whole one, or none"
+            )
     return found[0]
 
 
@@ -205,10 +216,38 @@ def _check_messages(messages: Any, where: str) -> None:
         raise DataError(f"{where}: `messages` has no turn of role `assistant`, so nothing to learn")
 
 
+def _half_character(value: Any) -> str | None:
+    """Give the first lone surrogate in the strings of a JSON value, as JSON writes it: no tokenizer takes it.
+
+    JSON writes a character beyond U+FFFF as a pair of surrogates; text that was cut within leaves one alone.
+    """
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            waiting += part
+        elif isinstance(part, str) and (found := LONE_SURROGATE.search(part)):
+            return f"\\u{ord(found[0]):04x}"
+    return None
+
+
 def _join(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of an error's message, or its kind where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    r"""Give the first line of an error's message, or its kind where it has none.
+
+    If it announces a list with a colon, the list comes with it, up to the end of its sentence.
+
+    >>> first_line(OSError("None of these: \n(1) a file, \n(2) a folder. \nMore is said below."))
+    'None of these: (1) a file, (2) a folder.'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    taken = 1
+    if lines[0].endswith(":"):
+        ends = [i for i, line in enumerate(lines, 1) if line.endswith(".")]
+        taken = ends[0] if ends else len(lines)
+    return " ".join(lines[:taken])

@@ -23,7 +23,7 @@ def steps_ratio(batch: float, b_crit: float) -> float:
     return 1 + b_crit / batch
 
 
-def dearer(batch: float, b_crit: float) -> float:
+def extra_cost(batch: float, b_crit: float) -> float:
     """Cost above the cheapest, 0 = cheapest, where S_min steps and E_min examples cost the same.
 
     (S/S_min + E/E_min)/4 − 1, least at B = B_crit.

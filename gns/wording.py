@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from gns.drift import Drift
 from gns.estimate import Estimate, format_count
 from gns.tradeoff import LAWS, band, examples_ratio, steps_ratio
 
@@ -12,10 +13,29 @@ if TYPE_CHECKING:
     from gns.advice import BatchRange, Row
 
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
+LAWS_CAVEAT = (
+    "B_simple stands in for the noise scales of the laws, which are other quantities (that of the surge law "
+    "is fitted from many training runs), and the ranges show only how sure B_simple is"
+)
 
 
-def headline(estimate: Estimate) -> str:
-    """Say what is known of the noise scale, in one sentence."""
+def movement(change: Drift | None) -> str | None:
+    """Warn that the noise scale moved along the run, or None where it did not or cannot be told."""
+    if change is None or not change.moved:
+        return None
+    return (
+        f"The noise scale moved during the run: {change}. The number over the whole run leans towards the "
+        "part where the gradient was largest; for what comes next, go by the later part."
+    )
+
+
+def headline(estimate: Estimate, span: str | None = None) -> str:
+    """Say what is known of the noise scale, in one sentence; `span` names the part of a run it is about."""
+    said = _known(estimate)
+    return said if span is None else f"In {span}, {said[0].lower()}{said[1:]}"
+
+
+def _known(estimate: Estimate) -> str:
     sure = f"{100 * estimate.level:g} % sure"
     if math.isinf(estimate.high):
         bound = format_count(estimate.low)
@@ -77,25 +97,26 @@ def sentences(
 
 
 def _both_cost(near: BatchRange) -> str:
-    """Say the range where time and examples cost alike."""
-    start = "If time and examples both cost (alike):"
+    """Say the range where time and examples matter equally."""
+    start = "If time and examples matter equally:"
     if math.isinf(near.high):
         return f"{start} a batch of at least {_whole(near.low)}; where it stops paying is not known."
     if round(near.high) <= 1:
         return f"{start} batch 1, the smallest there is."
     text = f"{start} a batch of {_whole(near.low)} … {_whole(near.high)}"
-    if near.pick is None or near.pick_dearer is None:
+    if near.pick is None or near.pick_extra_cost is None:
         return f"{text}; the lower end is not resolved."
-    return f"{text}; {near.pick} is at most {_percent(near.pick_dearer)} dearer than the cheapest there is."
+    more = _percent(near.pick_extra_cost)
+    return f"{text}; {near.pick} costs at most {more} more than the best batch would."
 
 
 def _only_examples_cost(ranges: tuple[BatchRange, ...]) -> str:
-    """Say the upper ends where only examples cost."""
+    """Say the upper ends where only examples matter."""
     sure = [(r.waste, r.sure[1]) for r in ranges if r.priced == "examples" and r.sure]
     parts = [f"{_whole(math.floor(top))} wastes at most {_percent(w)}" for w, top in sure if top >= 1]
     if not parts:
-        return "If only examples cost (time is free): batch 1; no larger one is sure to waste less than 20 %."
-    return f"If only examples cost (time is free): small; a batch of up to {', up to '.join(parts)}."
+        return "If only examples matter, not time: batch 1; no larger one is sure to waste less than 20 %."
+    return f"If only examples matter, not time: a small batch; up to {', up to '.join(parts)}."
 
 
 def _batch_in_use(batch: int, ends: tuple[float, float]) -> str:
@@ -117,7 +138,11 @@ def _transfer(rate: float, batch: int, target: int, ends: tuple[float, float]) -
         low, high = band([rate * law(target, batch, b) for b in ends])
         value = f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} … {high:.2g}"
         parts.append(f"{value} ({name})")
-    return f"Learning rate {rate:g} at batch {batch} becomes at batch {target}: {', '.join(parts)}."
+    apart = format_count(_spread(target, batch, ends))
+    return (
+        f"Learning rate {rate:g} at batch {batch} becomes at batch {target}: {', '.join(parts)}. "
+        f"{LAWS_CAVEAT}; the laws differ from each other by up to {apart}×."
+    )
 
 
 def _spread(batch: int, reference: int, ends: tuple[float, float]) -> float:

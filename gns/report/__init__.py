@@ -11,7 +11,7 @@ from typing import Any
 
 from gns.advice import Advice, advise
 from gns.coverage import Coverage
-from gns.drift import drift
+from gns.drift import Drift, drift
 from gns.estimate import Estimate, estimate
 from gns.records import (
     STEPS,
@@ -96,7 +96,8 @@ def _write(folder: Path, steps: list[StepSums], known: Summary, notes: Sequence[
     share = known.coverage.share if known.coverage else None
     result = replace(estimate(steps, level=known.level), coverage=share)
     batch_size = known.batch_size or _usual_batch(steps)
-    advice = _advice(result, steps, known.settings, batch_size)
+    change = drift(steps, level=known.level)
+    advice = _advice(result, steps, known.settings, batch_size, change)
     run = figures.course(steps, known.level)
     drawn = {
         "noise_scale": figures.noise_scale(run, result, batch_size),
@@ -116,7 +117,6 @@ def _write(folder: Path, steps: list[StepSums], known: Summary, notes: Sequence[
     }
     write_summary(folder, result, **about)
     name = folder.resolve().name
-    change = drift(steps, level=known.level)
     text = page.html(name, steps, result, advice=advice, images=images, change=change, notes=notes, **about)
     write_atomically(folder / PAGE, [text.encode(errors="replace")])
     return folder / PAGE
@@ -128,9 +128,13 @@ def _usual_batch(steps: Iterable[StepSums]) -> int | None:
 
 
 def _advice(
-    result: Estimate, steps: Sequence[StepSums], settings: Mapping[str, Any], batch_size: int | None
+    result: Estimate,
+    steps: Sequence[StepSums],
+    settings: Mapping[str, Any],
+    batch_size: int | None,
+    change: Drift | None,
 ) -> Advice | None:
-    """Advise with what the settings and the steps tell of data size and learning rate."""
+    """Advise with what the settings and the steps tell of data size, learning rate and movement."""
     if not batch_size:
         return None
     rates = [step.learning_rate for step in steps if step.learning_rate]
@@ -141,4 +145,5 @@ def _advice(
         batch_size=batch_size,
         dataset_size=data if isinstance(data, int) and data >= batch_size else None,
         learning_rate=rate if isinstance(rate, int | float) and rate > 0 else None,
+        change=change,
     )

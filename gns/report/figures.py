@@ -255,6 +255,8 @@ def trade_off(advice: Advice | None) -> Figure | None:
     if advice is None or not advice.table:
         return None
     figure, (ax,) = _canvas(height=4.2)
+    if advice.span:
+        ax.set_title(f"For {advice.span}")
     batches = [row.batch_size for row in advice.table]
     top = 2.0 ** min(12, math.ceil(math.log2(_limits([row.steps[0] for row in advice.table])[1])))
     for name, colour, label in (
@@ -278,7 +280,9 @@ def trade_off(advice: Advice | None) -> Figure | None:
     near = advice.ranges[-1]
     ends = (max(near.low, batches[0]), min(near.high, batches[-1]))
     if ends[0] < ends[1]:
-        ax.axvspan(*ends, color=GREEN, alpha=0.12, linewidth=0, label="pays if time and examples both cost")
+        ax.axvspan(
+            *ends, color=GREEN, alpha=0.12, linewidth=0, label="pays if time and examples matter equally"
+        )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xlim(batches[0], batches[-1])

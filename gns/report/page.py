@@ -16,8 +16,9 @@ from gns.advice import Advice, Row
 from gns.coverage import Coverage
 from gns.drift import Drift
 from gns.estimate import Estimate, format_count
-from gns.report.text import basis, label_of, movement, verdict
+from gns.report.text import basis, label_of, verdict
 from gns.sums import StepSums
+from gns.wording import LAWS_CAVEAT
 
 CAPTIONS = {
     "noise_scale": "The noise scale along the run. Each band is a confidence set of its point alone; where "
@@ -37,7 +38,7 @@ tr Σ: How far the gradients of single examples scatter around that mean: the no
 Confidence interval: Values the data do not contradict. At 95 %, one in twenty misses the truth.
 Critical batch size, B_crit: It takes twice the fewest steps and examples. The noise scale stands in for it.
 S / S_min, E / E_min: Optimizer steps and examples to reach a loss, relative to the fewest possible.
-Detection limit: The largest noise scale that this many steps and examples could tell from infinity.
+Detection limit: The largest noise scale that this many steps and examples can give an upper end to.
 LoRA factors A and B: The two thin matrices whose product is added to a frozen weight.
 """
 GLOSSARY = tuple(tuple(line.split(": ", 1)) for line in _WORDS.strip().splitlines())
@@ -94,6 +95,21 @@ def _left_out(steps: Sequence[StepSums]) -> list[dict[str, Any]]:
         }
         for reason, at in by_reason.items()
     ]
+
+
+def _status(result: Estimate, change: Drift | None) -> str:
+    moved = change is not None and change.moved and result.status != "collecting"
+    return "no data" if not result.n_steps else f"{result.status}, but moving" if moved else result.status
+
+
+def _each_once(settings: Mapping[str, Any], batch_size: int | None) -> dict[str, Any]:
+    """Leave out what the table shows under another name with the same value."""
+    shown = {
+        "batch_size": batch_size,
+        "lr": settings.get("learning_rate"),
+        "steps": settings.get("steps_made"),
+    }
+    return {k: v for k, v in settings.items() if v is None or k not in shown or v != shown[k]}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -168,10 +184,12 @@ def html(
     return environment.from_string(source).render(
         name=name,
         version=__version__,
-        verdict=verdict(result),
+        verdict=verdict(result, change),
         result=result,
         basis=basis(result),
-        moved=movement(change),
+        status=_status(result, change),
+        laws_caveat=LAWS_CAVEAT,
+        span=f", for {advice.span}" if advice and advice.span else "",
         advice=advice,
         notes=notes,
         batch_size=batch_size,
@@ -182,6 +200,6 @@ def html(
         coverage=_coverage(coverage),
         left_out=_left_out(steps),
         n_recorded=len(steps),
-        settings=_flat(settings or {}),
+        settings=_flat(_each_once(settings or {}, batch_size)),
         glossary=GLOSSARY,
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gns.advice import Advice
 from gns.drift import Drift
 from gns.estimate import MIN_STEPS, Estimate, format_count
+from gns.wording import movement
+
+__all__ = ["Verdict", "basis", "label_of", "movement", "render", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,27 @@ class Verdict:
     tone: str
 
 
-def verdict(result: Estimate) -> Verdict:
-    """Put an estimate into words, by its status.
+def verdict(result: Estimate, change: Drift | None = None) -> Verdict:
+    """Put an estimate into words, by its status and by how the noise scale moved along the run."""
+    said = _still(result)
+    moved = movement(change)
+    if change is None or moved is None or result.status == "collecting":
+        return said
+    between = f"is at least {format_count(result.low)}"
+    if math.isfinite(result.high):
+        between = f"lies between {format_count(result.low)} and {format_count(result.high)}"
+    return replace(
+        said,
+        title=f"{said.title} on average, and {change.direction}",
+        sure=moved,
+        meaning=f"The average over all steps {between} examples ({100 * result.level:g} % sure); the advice "
+        f"is for {change.span}.",
+        tone="open",
+    )
+
+
+def _still(result: Estimate) -> Verdict:
+    """Put an estimate into words, by its status alone.
 
     Raises:
         ValueError: the status is unknown.
@@ -58,8 +80,8 @@ def verdict(result: Estimate) -> Verdict:
             f"Noise scale {about}",
             f"{percent} sure that its average over these steps lies between {low} and "
             f"{format_count(result.high)} examples.",
-            "Batches far smaller than this train on mostly noise, but waste few examples; far larger ones "
-            "save hardly any optimizer steps.",
+            "A batch far smaller than this makes good use of every example, but needs many optimizer steps. "
+            "A batch far larger needs many more examples, and saves hardly any steps.",
             "good",
         )
     if result.status == "lower bound":
@@ -107,16 +129,6 @@ def basis(result: Estimate) -> str:
     return f"{result.n_steps:,} optimizer steps × {each} {result.unit}{span}"
 
 
-def movement(change: Drift | None) -> str | None:
-    """Warn that the noise scale moved along the run, or None where it did not or cannot be told."""
-    if change is None or not change.moved:
-        return None
-    return (
-        f"The noise scale moved during the run: {change}. The number over the whole run leans towards the "
-        "part where the gradient was largest; for what comes next, go by the later part."
-    )
-
-
 def render(
     result: Estimate,
     advice: Advice | None = None,
@@ -135,13 +147,12 @@ def render(
     Returns:
         Some lines of plain text, without a newline at the end.
     """
-    said = verdict(result)
+    said = verdict(result, change)
     lines = [said.title, said.sure, said.meaning, f"Measured over {basis(result)}."]
     lines += [f"  {label_of(name)}: {group}" for name, group in result.groups.items()]
-    if moved := movement(change):
-        lines.append(f"! {moved}")
     if advice is not None and advice.table:
-        lines += ["", "What batch size pays:", *(f"  - {s}" for s in advice.sentences)]
+        span = f", for {advice.span}" if advice.span else ""
+        lines += ["", f"What batch size pays{span}:", *(f"  - {s}" for s in advice.sentences)]
         lines += [f"  ! {w}" for w in advice.warnings]
     if page is not None:
         lines += ["", f"Report: {page}"]

@@ -6,7 +6,7 @@ import pytest
 
 from gns.advice import advise
 from gns.estimate import Estimate
-from gns.tradeoff import LAWS, adam_square_root, adam_surge, dearer, examples_ratio, sgd, steps_ratio
+from gns.tradeoff import LAWS, adam_square_root, adam_surge, examples_ratio, extra_cost, sgd, steps_ratio
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800)
 BOUND = Estimate(math.nan, 175, math.inf, 0.95, "lower bound", 1.0, -0.001, 300, 50, 800)
@@ -24,9 +24,9 @@ def test_trade_off_law(batch, b_crit):
 def test_near_range_is_where_the_cost_is_within_five_percent():
     exact = replace(MEASURED, low=100.0, high=100.0, b_simple=100.0)
     near = advise(exact, batch_size=16).ranges[-1]
-    assert dearer(near.low, 100) == pytest.approx(0.05)
-    assert dearer(near.high, 100) == pytest.approx(0.05)
-    assert dearer(100, 100) == 0
+    assert extra_cost(near.low, 100) == pytest.approx(0.05)
+    assert extra_cost(near.high, 100) == pytest.approx(0.05)
+    assert extra_cost(100, 100) == 0
     assert near.high / near.low == pytest.approx(2.43, abs=0.01)  # at least 2.4 × wide, as the facts say
     assert near.sure == (near.low, near.high)
 
@@ -45,8 +45,8 @@ def test_ranges_are_bands_over_the_interval():
 def test_pick_is_a_power_of_two_and_its_price_holds_over_the_whole_interval():
     near = advise(MEASURED, batch_size=16).ranges[-1]
     assert near.pick == 256
-    worst = max(dearer(256, b) for b in np.linspace(160, 310, 200))
-    assert near.pick_dearer == pytest.approx(worst)
+    worst = max(extra_cost(256, b) for b in np.linspace(160, 310, 200))
+    assert near.pick_extra_cost == pytest.approx(worst)
     assert advise(MEASURED, batch_size=16, dataset_size=200).ranges[-1].pick == 128
 
 
@@ -133,13 +133,31 @@ def test_goodput_is_throughput_times_pollux_efficiency():
 def test_measured_advice_reads_well():
     text = str(advise(MEASURED, batch_size=16, dataset_size=20_000, learning_rate=2e-4))
     assert "about 212 examples, between 160 … 310 (95 % sure)" in text
-    assert "If time and examples both cost (alike): a batch of 103 … 483; 256 is at most 6 % dearer" in text
+    assert "If time and examples matter equally: a batch of 103 … 483; 256 costs at most 6 % more" in text
     assert "up to 8 wastes at most 5 %, up to 32 wastes at most 20 %" in text
     assert "The batch of 16 in use takes 5 % … 10 % more examples" in text
     assert "79 optimizer steps" in text
     assert "(SGD law)" in text and "(Adam square-root law)" in text and "(Adam surge law)" in text
-    assert "B_simple is not the critical batch size" in text and "0.05" in text and "4.5 (MNIST)" in text
+    assert "B_simple is not the critical batch size" in text and "0.05 (autoencoders) to 8 (SVHN)" in text
     assert "no published evidence ties the best batch size of LoRA" in text
+
+
+def test_the_learning_rate_says_what_its_range_leaves_out():
+    advice = advise(MEASURED, batch_size=16, learning_rate=2e-4)
+    line = next(s for s in advice.sentences if s.startswith("Learning rate"))
+    assert "B_simple stands in for the noise scales of the laws" in line and "surge law" in line
+    assert "ranges show only how sure B_simple is" in line
+    ratios = [[law(256, 16, b) for law in LAWS.values()] for b in (160, 310)]
+    worst = max(max(r) / min(r) for r in ratios)
+    assert f"the laws differ from each other by up to {worst:.2g}×" in line
+
+
+@pytest.mark.parametrize("result", [BOUND, NONE])
+def test_plain_english(result):
+    for given in (MEASURED, result, EARLY):
+        text = str(advise(given, batch_size=16, dataset_size=20_000, learning_rate=2e-4, throughput={16: 1}))
+        for hard in ("dearer", "from infinity", "alike", "mostly noise"):
+            assert hard not in text
 
 
 @pytest.mark.parametrize("result", [BOUND, NONE])

@@ -9,11 +9,14 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gns import load
+from gns.advice import advise
 from gns.cli import DEMO, main
 from gns.display import Display, brief
+from gns.drift import drift
 from gns.estimate import estimate
 from gns.finetune import Progress
 from gns.monitor import GNSWarning
@@ -82,6 +85,15 @@ def of(b, n=16):
         )
         for i in range(40)
     ]
+
+
+def rising():
+    """Gaussian per-example gradients whose noise scale goes from 4 to 100."""
+    rng, steps = np.random.default_rng(0), []
+    for k, b in enumerate(np.linspace(4, 100, 120)):
+        g = np.sqrt(1 / b) + rng.normal(size=(16, 32))
+        steps.append(StepSums(k, 16, float((g**2).sum(1).mean()), float((g.mean(0) ** 2).sum())))
+    return steps
 
 
 # help
@@ -234,6 +246,14 @@ def test_ctrl_c_before_the_first_reading_leaves_nothing(measure, tmp_path, monke
         ({"rank": 0}, "rank is 0; 1 or more is needed"),
         ({"rank": -3}, "rank is -3; 1 or more is needed"),
         ({"rank": "many"}, "Invalid value for '--rank'"),
+        ({"rank": 100_000_000}, "rank is 100000000, but the largest dimension of the layers to adapt is 32"),
+        ({"seed": -1}, "seed is -1; a number from 0 to 4294967295 is needed"),
+        ({"seed": 2**70}, f"seed is {2**70}; a number from 0 to 4294967295 is needed"),
+        ({"data": "half.jsonl"}, "half.jsonl, line 2: `text` holds half a character (\\ud800)"),
+        ({"data": "deep.jsonl"}, "deep.jsonl, line 2: malformed JSON (nested too deeply)"),
+        ({"data": "long.jsonl"}, "long.jsonl, line 2: malformed JSON (a number of more than 4300 digits)"),
+        ({"model": "empty"}, "empty: holds no config.json; a model folder needs config.json, weights"),
+        ({"target_modules": " , "}, "target_modules names no layer; names with commas between"),
         ({"target_modules": "q_proj,nose"}, "target module 'nose' is not in"),
         ({"batch_size": 1000}, "a batch of 1000 is larger than the data: 48 examples (after 5 are held out)"),
         ({"schedule": "sawtooth"}, "schedule is 'sawtooth'; known: constant, cosine, linear"),
@@ -252,6 +272,11 @@ def test_bad_input(measure, tmp_path, changed, message):
     (tmp_path / "bad.jsonl").write_text('{"text": "a b c"}\n{"text": oops}\n')
     (tmp_path / "unknown.jsonl").write_text('{"txt": "a b c"}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    good = '{"text": "a b c"}\n'
+    (tmp_path / "half.jsonl").write_text(good + '{"text": "\\ud800 abc"}\n')
+    (tmp_path / "deep.jsonl").write_text(good + "[" * 100_000 + "\n")
+    (tmp_path / "long.jsonl").write_text(good + f'{{"text": {"9" * 6000}}}\n')
+    (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     code, out, err = measure(**changed)
     assert (code, out) == (2, [])
@@ -271,6 +296,12 @@ def test_a_fault_of_ours_keeps_its_traceback_and_leaves_nothing(measure, tmp_pat
     with pytest.raises(ZeroDivisionError):
         measure()
     assert not list(tmp_path.iterdir())
+
+
+def test_empty_names_between_commas_are_ignored(measure, tmp_path):
+    code, _, err = measure(target_modules="q_proj, ,", out="run", seed=2**32 - 1, steps=1)
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["target_modules"] == ["q_proj"]
 
 
 # reports and advice of runs that are there
@@ -304,6 +335,41 @@ def test_report_of_a_damaged_run_keeps_the_good_records(gns, tmp_path):
     code, out, err = gns("report", "a")
     assert code == 0 and "39 optimizer steps" in "\n".join(out)
     assert len(err) == 1 and "39 good record(s)" in err[0]
+
+
+def test_no_report_is_drawn_unless_all_can_be(gns, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_steps(tmp_path / name / STEPS, of(100))
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = gns("report", "a", "b", "nope")
+    assert (code, out) == (2, []) and len(err) == 1 and err[0].startswith("gns: nope is not a folder")
+    (tmp_path / "b" / "summary.json").write_text("{")
+    assert gns("report", "a", "b")[0] == 2
+    (tmp_path / "b" / "summary.json").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_whose_noise_scale_moved_is_advised_by_its_end(gns, tmp_path):
+    (tmp_path / "a").mkdir()
+    steps = rising()
+    write_steps(tmp_path / "a" / STEPS, steps)
+    last = drift(steps).last
+    code, out, _ = gns("report", "a")
+    said = "\n".join(out)
+    assert code == 0 and out[0].endswith("examples on average, and rising") and "95 % sure that" not in out[1]
+    assert "What batch size pays, for the last third of the run, steps 80–119:" in said
+    line = advise(last, batch_size=16).sentences[0]
+    assert line in said
+    code, out, _ = gns("advise", "a")
+    assert code == 0 and line in out
+    assert out[0].startswith("In the last third of the run, steps 80–119, the noise scale is about")
+    assert out[1].startswith("The noise scale moved during the run: it rose")
+    assert load(tmp_path / "a").n_steps == 120
+    (tmp_path / "b").mkdir()
+    write_steps(tmp_path / "b" / STEPS, of(100))
+    code, out, _ = gns("report", "a", "b")
+    assert "measured, rising" in "\n".join(out)
 
 
 @pytest.mark.parametrize("command", ["report", "advise"])

@@ -128,10 +128,24 @@ def chat(*turns):
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
 
 
+def test_a_whole_character_in_two_escapes_is_welcome(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d\\ude00 b"}\n')
+    assert "😀" in tokenizer.decode(load(tmp_path / "a.jsonl", tokenizer).rows[0].input_ids)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"text": "a b c"}\n{"text": oops}\n', r"line 2: not JSON \(Expecting value at column 10\)"),
+        ('{"text": "\\ud800 abc"}\n', r"line 1: `text` holds half a character \(\\ud800\); write"),
+        ('{"prompt": "a", "response": "b\\udc01"}\n', r"line 1: `response` holds half a char.*\\udc01"),
+        (chat(("user", "a"), ("assistant", "\ud800")), "line 1: `messages` holds half a character"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a", "more": [{"\\ud800": 1}]}]}',
+            "line 1: `messages` holds half a character",
+        ),
+        ("[" * 100_000, r"line 1: malformed JSON \(nested too deeply\)"),
+        ('{"text": ' + "9" * 6000 + "}", r"line 1: malformed JSON \(a number of more than 4300 digits\)"),
         ('{"text": "a"}\n\n[1]\n', "line 3: a JSON list; an object with `text`, or `prompt` \\+ `response`"),
         ('{"txt": "a"}\n', "line 1: unknown fields `txt`; known: `text`, or `prompt` \\+ `response`, or"),
         ("{}\n", r"line 1: unknown fields \(none\)"),

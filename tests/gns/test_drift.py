@@ -1,10 +1,15 @@
 """A noise scale that moves is noticed, one that holds is not accused."""
 
-import numpy as np
+import math
+from dataclasses import replace
 
+import numpy as np
+import pytest
+
+from gns.advice import advise
 from gns.drift import drift
-from gns.estimate import MIN_STEPS
-from gns.report.text import movement, render
+from gns.estimate import MIN_STEPS, estimate, format_count
+from gns.report.text import movement, render, verdict
 from gns.sums import StepSums
 
 
@@ -26,6 +31,46 @@ def test_a_rise_and_a_fall_are_noticed_and_said():
     assert down.moved and "fell" in str(down)
     assert "go by the later part" in movement(up)
     assert "moved during the run" in render(up.first, change=up)
+
+
+def test_the_verdict_of_a_run_that_moved_does_not_rest_on_its_average():
+    moving, still = steps(np.linspace(4, 100, 120)), steps([20] * 120)
+    result, change = estimate(moving), drift(moving)
+    said = verdict(result, change)
+    assert said.title == f"Noise scale ≈ {format_count(result.b_simple)} examples on average, and rising"
+    assert said.tone == "open" and said.sure == movement(change) and "95 % sure that" not in said.sure
+    assert "the last third of the run, steps 80–119" in said.meaning
+    assert verdict(estimate(moving[::-1]), drift(moving[::-1])).title.endswith("and falling")
+    assert verdict(estimate(still), drift(still)) == verdict(estimate(still))
+
+
+@pytest.mark.parametrize("status", ["lower bound", "not detectable"])
+def test_a_bound_that_moved_says_so_too(status):
+    change = drift(steps([4] * 40 + [4] * 40 + [1e9] * 40))
+    said = verdict(replace(change.last, status=status, high=math.inf), change)
+    assert said.title.endswith("on average, and rising") and said.sure == movement(change)
+    assert "at least" in said.meaning
+
+
+def test_thirds_too_uneven_to_trust_accuse_nobody():
+    change = drift(steps(np.linspace(4, 100, 120)))
+    assert change.moved
+    assert not replace(change, last=replace(change.last, status="collecting")).moved
+
+
+def test_advice_goes_by_the_last_third_of_a_run_that_moved():
+    moving = steps(np.linspace(4, 100, 120))
+    result, change = replace(estimate(moving), coverage=0.5), drift(moving)
+    advice = advise(result, batch_size=16, change=change)
+    plain = advise(replace(change.last, coverage=0.5), batch_size=16)
+    assert (advice.table, advice.ranges, advice.sentences) == (plain.table, plain.ranges, plain.sentences)
+    assert (advice.low, advice.high, advice.warnings) == (plain.low, plain.high, plain.warnings)
+    assert advice.span == "the last third of the run, steps 80–119" and plain.span is None
+    assert str(advice).splitlines()[1] == movement(change) == advice.moved
+    held = drift(steps([20] * 90))
+    assert advise(held.last, batch_size=16, change=held) == advise(held.last, batch_size=16)
+    early = replace(result, status="collecting")
+    assert advise(early, batch_size=16, change=change) == advise(early, batch_size=16)
 
 
 def test_a_rise_out_of_sight_is_noticed():

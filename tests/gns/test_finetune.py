@@ -71,6 +71,7 @@ def records(folder):
 def test_a_run_learns_measures_and_leaves_everything(whole):
     out, result = whole
     assert not result.interrupted and result.steps_made == result.n_steps == STEPS
+    assert [step.step for step in result.estimate.history] == list(range(STEPS))
     assert result.loss_after < result.loss_before
     assert [step.step for step in load(out).history] == list(range(STEPS))
     assert {step.n_examples for step in load(out).history} == {4}
@@ -257,6 +258,14 @@ def test_the_configuration_survives_its_file(whole, config):
         ({"epochs": 1}, "steps is 8 and epochs is 1; give one of the two"),
         ({"schedule": "sawtooth"}, "schedule is 'sawtooth'; known: constant, cosine, linear"),
         ({"dtype": "int8"}, "dtype is 'int8'; known: auto, float32, bfloat16, float16"),
+        ({"seed": -1}, "seed is -1; a number from 0 to 4294967295 is needed"),
+        ({"seed": 2**32}, "seed is 4294967296; a number from 0 to 4294967295"),
+        ({"target_modules": ()}, "target_modules names no layer"),
+        ({"rank": 33}, "rank is 33, but the largest dimension of the layers to adapt is 32; take 32 or less"),
+        (
+            {"rank": 17, "target_modules": ("q_proj",)},
+            "rank is 17, but the largest dimension of the layers to adapt is 16",
+        ),
         ({"max_length": 65}, "max_length is 65; .* has 64 positions"),
         (
             {"target_modules": ("q_proj", "nose")},
@@ -287,12 +296,17 @@ def test_models_that_cannot_be_used(config, home, tmp_path):
 
     fails("no such folder", model=str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    fails("its tokenizer cannot be loaded", model=str(tmp_path / "empty"))
+    needs = "a model folder needs config.json, weights and tokenizer files"
+    fails(f"empty: holds no config.json; {needs}$", model=str(tmp_path / "empty"))
+    fails("is a file; a model folder or a hub id is needed", model=config.data)
+    (tmp_path / "bare").mkdir()
+    tiny.llama().config.save_pretrained(tmp_path / "bare")
+    fails("its tokenizer cannot be loaded: .*[^:]$", model=str(tmp_path / "bare"))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     fails("an adapter, not a model; give its base model", model=str(tmp_path / "adapter"))
-    tiny.tokenizer().save_pretrained(tmp_path / "empty")
-    fails("its model cannot be loaded", model=str(tmp_path / "empty"))
+    tiny.tokenizer().save_pretrained(tmp_path / "bare")
+    fails("its model cannot be loaded", model=str(tmp_path / "bare"))
     small = tiny.llama()
     small.resize_token_embeddings(100)
     tiny.save_model(tmp_path / "small", small)

@@ -50,7 +50,7 @@ def test_terminal_summary_holds_estimate_range_factors_and_place(runs):
     advice = advise(result, batch_size=16)
     text = render(result, advice, page="runs/a/report.html")
     assert text.startswith(verdict(result).title)
-    assert advice.sentences[0] in text and "If time and examples both cost" in text
+    assert advice.sentences[0] in text and "If time and examples matter equally" in text
     assert f"factor A: {result.groups['A']}" in text and "factor B: B_simple" in text
     assert text.endswith("Report: runs/a/report.html")
 

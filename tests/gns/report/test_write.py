@@ -8,10 +8,13 @@ from html.parser import HTMLParser
 import pytest
 
 from gns import load
+from gns.advice import advise
+from gns.drift import drift
 from gns.estimate import estimate
 from gns.records import RecordsError, StepsWriter, read_steps, read_summary
 from gns.report import redraw, write_report
 from gns.report.text import verdict
+from tests.gns.report.conftest import draw
 
 EVIL = '<script>alert("x")</script>'
 PNGS = {"noise_scale.png", "trade_off.png", "signal_and_noise.png", "factors.png"}
@@ -82,7 +85,7 @@ def test_page_answers_what_how_sure_and_what_to_do(tmp_path, runs, coverage):
         "in examples",
         "examples (mean 100 tokens)",
         "95 % sure that its average over these steps lies between",
-        "If time and examples both cost",
+        "If time and examples matter equally",
         "One epoch of 5,000 examples",
         "Learning rate 0.0002 at batch 16 becomes",
         "factor A",
@@ -173,6 +176,53 @@ def test_settings_that_make_no_sense_do_not_stop_the_report(tmp_path, runs):
     settings = {"learning_rate": "cosine", "dataset_size": 3}
     text = write_report(tmp_path, runs["measured"], settings=settings).read_text()
     assert "cosine" in text and "One epoch" not in text
+
+
+def test_nothing_is_shown_twice_in_the_settings(tmp_path, runs):
+    settings = {"lr": 2e-4, "learning_rate": 2e-4, "batch_size": 16, "steps": 9}
+    settings["steps_made"] = 9
+    path = write_report(tmp_path / "a", runs["measured"], settings=settings, batch_size=16)
+    assert rows_of(path) == [
+        ("batch size in use (examples per optimizer step)", "16"),
+        ("learning_rate", "0.0002"),
+        ("steps_made", "9"),
+    ]
+    differ = {"lr": 1e-4, "learning_rate": 2e-4, "batch_size": 8}
+    path = write_report(tmp_path / "b", runs["measured"], settings=differ, batch_size=16)
+    assert [row[0] for row in rows_of(path)][1:] == ["lr", "learning_rate", "batch_size"]
+    assert read_summary(tmp_path / "a").settings == settings
+
+
+def rows_of(path):
+    table = path.read_text().split("Settings of the run")[1].split("Words used")[0]
+    return re.findall(r"<tr><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td></tr>", table)
+
+
+def test_a_run_that_moved_is_reported_by_its_last_third(tmp_path):
+    rising = [replace(s, step=i) for i, s in enumerate(draw(40, 16, 1 / 4) + draw(80, 16, 1 / 100, seed=6))]
+    path, change = write_report(tmp_path, rising), drift(rising)
+    whole = estimate(rising)
+    assert change is not None and change.moved
+    page = page_of(path.parent)
+    assert f"{verdict(whole, change).title}" in page.text and "on average, and rising" in page.text
+    assert "95 % sure that its average" not in page.text and "measured, but moving" in page.text
+    assert page.text.count("The noise scale moved during the run") == 1
+    assert "LoRA factors and parts of the ratio, over all steps" in page.text
+    last = "for the last third of the run, steps 80–119"
+    assert (
+        f"What to do, {last}" in page.text and f"Steps and examples at each batch size, {last}" in page.text
+    )
+    for line in advise(change.last, batch_size=16, learning_rate=2e-4).sentences:
+        assert line in page.text
+    assert json.loads((tmp_path / "summary.json").read_text())["estimate"]["b_simple"] == whole.b_simple
+    assert load(tmp_path).low == whole.low
+
+
+def test_the_page_is_in_plain_english(tmp_path, runs):
+    page = page_of(write_report(tmp_path, runs["measured"], settings={"learning_rate": 1e-3}).parent)
+    for hard in ("dearer", "from infinity", "alike", "mostly noise, but"):
+        assert hard not in page.text
+    assert "makes good use of every example, but needs many optimizer steps" in page.text
 
 
 def test_two_hundred_steps_take_under_three_seconds(tmp_path, runs):
