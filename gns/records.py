@@ -130,8 +130,13 @@ def read_summary(folder: str | Path) -> Summary:
         coverage = None
         if covered:
             verified = frozenset(covered["verified"])
-            parts = [covered[name] for name in ("measured", "unmeasured", "reasons")]
-            coverage = Coverage(*parts, verified, covered.get("stopped"))
+            coverage = Coverage(
+                covered["measured"],
+                covered["unmeasured"],
+                covered["reasons"],
+                verified,
+                covered.get("stopped"),
+            )
         summary = Summary(level, coverage, data["settings"], data["batch_size"], data["estimate"])
     except (KeyError, TypeError, ValueError):
         seen = None
