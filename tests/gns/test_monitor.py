@@ -509,3 +509,18 @@ def test_ten_thousand_steps_leak_nothing():
         assert tracemalloc.get_traced_memory()[0] - memory < 200_000
         tracemalloc.stop()
     assert len(monitor.history) == 100
+
+
+def test_a_report_is_read_back_as_what_was_measured(tmp_path):
+    import gns
+
+    model = mlp()
+    with GNSMonitor(model, sink=tmp_path / "live.jsonl", on_error="raise") as monitor:
+        run(model, monitor, batches(25))
+        page = monitor.report(tmp_path / "run", settings={"learning_rate": 0.05})
+    assert page == tmp_path / "run" / "report.html" and page.stat().st_size > 10_000
+    assert {p.name for p in page.parent.iterdir()} >= {"steps.jsonl", "summary.json", "noise_scale.png"}
+    back = gns.load(tmp_path / "run")
+    assert back == monitor.estimate() and back.status != "collecting"
+    assert list(back.history) == monitor.history
+    assert (tmp_path / "live.jsonl").read_text() == (tmp_path / "run" / "steps.jsonl").read_text()

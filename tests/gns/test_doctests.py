@@ -1,0 +1,14 @@
+"""The examples in public docstrings run."""
+
+import doctest
+import importlib
+
+import pytest
+
+WITH_EXAMPLES = ["gns.monitor", "gns.display", "gns.sources"]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_the_examples_run(name):
+    failed, attempted = doctest.testmod(importlib.import_module(name))
+    assert attempted > 0 and failed == 0
