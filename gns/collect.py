@@ -41,7 +41,6 @@ def guarded(method: Callable) -> Callable:
     @functools.wraps(method)
     def run(self: Collector, *args: Any, **kwargs: Any) -> Any:
         if self.dead:
-            self.active = self.active and in_backward()
             return None
         try:
             return method(self, *args, **kwargs)
@@ -132,8 +131,8 @@ class Collector:
     def fail(self, error: Exception) -> None:
         """Stand down: nothing is measured any more, training goes on.
 
-        The taps stay in the graph until the next forward pass or optimizer step: a checkpointed layer whose
-        recomputation saved other tensors than its first run would raise in the user's backward.
+        The taps stay in the graph until the next optimizer step: a checkpointed layer whose recomputation
+        saved other tensors than its first run would raise in the user's backward.
         """
         known, self.dead = self.dead, True
         if not known:
@@ -351,6 +350,9 @@ def _notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:
 
 
 def _forward_event(collector: weakref.ref, method: str, event: tuple) -> None:
+    """Hand an optimizer's event to the collector, or end the taps of one that stood down."""
     found = collector()
-    if found is not None:
+    if found is not None and found.dead:
+        found.active = found.active and in_backward()
+    elif found is not None:
         getattr(found, method)(*event)
