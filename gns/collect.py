@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from gns.arguments import tensors_in
 from gns.boundary import Boundary, Close
-from gns.examples import row_map, tensors_in
+from gns.examples import RowMap, row_map
 from gns.gradients import Stamp, all_empty, largest_entries, sq_norms
 from gns.openstep import OpenStep
-from gns.plan import Plan
-from gns.reasons import ABORTED, NOT_OURS, UNSEEN
+from gns.placement import Placement, place
+from gns.plan import Plan, trainable
+from gns.pooling import Pool, joined, unwrapped
+from gns.projections import local
+from gns.ranks import world_size
+from gns.reasons import ABORTED, IDLE_RANK, JOINED, LATE, MIXED, NOT_OURS, UNSEEN
+from gns.segments import SegmentsOf
 from gns.selfcheck import SelfCheck
 from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
 from gns.underway import Call, StepUnderWay
@@ -59,6 +66,7 @@ class Collector:
         plan: taps and entries.
         every: measure one optimizer step in so many.
         weights: of the examples in the loss, see `gns.examples.row_map`.
+        segments: which rows or positions are which example, see there.
         scaler: the loop's gradient scaler, or None.
         on_step: receives each measured step when it ends.
         on_error: receives an exception of ours; may raise it.
@@ -73,14 +81,16 @@ class Collector:
         *,
         every: int,
         weights: str,
+        segments: SegmentsOf | str | None,
         scaler: Any,
         on_step: Callable[[OpenStep], None],
         on_error: Callable[[Exception], None],
         on_notice: Callable[[str], None] = warnings.warn,
         first_step: int = 0,
     ):
-        self.model, self.taps, self.entries = model, plan.taps, plan.entries
-        self.every, self.weights, self.scaler = every, weights, scaler
+        self.model, self.taps, self.entries = unwrapped(model), plan.taps, plan.entries
+        self._wrapper = model
+        self.every, self.weights, self.segments, self.scaler = every, weights, segments, scaler
         self.on_step, self.on_error, self.on_notice = on_step, on_error, on_notice
         self.dead = False
         self.step = first_step
@@ -89,12 +99,19 @@ class Collector:
         self.handles: list[Any] = []
         self.now = StepUnderWay()
         self._call: Call | None = None  # the forward pass under way
+        self._recent: deque[RowMap] = deque(maxlen=64)  # of the last calls, for recomputations
         self._running: list[tuple[Call, int]] = []  # calls in the backward pass under way, with graph tasks
         self._queued = False  # the end of the backward pass under way is being waited for
         self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
         self._open = False  # it began and has not ended; one that raised never does
         self._foreign = 0  # steps in a row of optimizers that own none of our parameters
+        self._known = {
+            e.name for e in plan.entries
+        } | plan.reasons.keys()  # trainable at attach, or told since
+        self._looked_at: set[int] = set()  # parameters of optimizers, each looked up once
         self._closed: Stamp | None = None  # of the gradients when the last step closed
+        self._closer: int | None = None  # the optimizer that closed it
+        self.pool: Pool | None = None  # of the data-parallel ranks, where there are more than one
 
     # life
 
@@ -102,9 +119,11 @@ class Collector:
         """Register every hook."""
         for tap in self.taps:
             tap.listen(self._on_leaf)
-            tap.on_error = self.fail
-            pre, post = InputHook(self, tap), OutputHook(self, tap)
-            self.handles.append(tap.module.register_forward_pre_hook(pre, with_kwargs=True))
+            tap.on_error, tap.on_misplaced = self.fail, self._misplaced
+            if tap.rule.autocast:
+                pre = InputHook(self, tap)
+                self.handles.append(tap.module.register_forward_pre_hook(pre, with_kwargs=True))
+            post = OutputHook(self, tap)
             self.handles.append(tap.module.register_forward_hook(post, with_kwargs=True))
         self.handles.append(self.model.register_forward_pre_hook(RootInput(self), with_kwargs=True))
         self.handles.append(self.model.register_forward_hook(RootOutput(self), with_kwargs=True))
@@ -126,7 +145,9 @@ class Collector:
         for tap in self.taps:
             tap.drop()
             tap.close_checks()
-            tap.on_leaf = tap.on_error = None
+            tap.on_leaf = tap.on_error = tap.on_misplaced = None
+        if self.pool is not None:
+            self.pool.close()
 
     def fail(self, error: Exception) -> None:
         """Stand down: nothing is measured any more, training goes on.
@@ -135,6 +156,8 @@ class Collector:
         saved other tensors than its first run would raise in the user's backward.
         """
         known, self.dead = self.dead, True
+        if self.pool is not None:
+            self.pool.close()  # the other ranks hear of it
         if not known:
             self.on_error(error)
 
@@ -149,17 +172,28 @@ class Collector:
         self._end(self.boundary.forward())
         if not self.active:
             return
-        self._call = Call(row_map(self.model, args, kwargs, self.weights))
+        self._call = Call(row_map(self.model, args, kwargs, self.weights, self.segments))
+        if self._call.rows is None:
+            return
+        if self._call.rows.notice is not None:
+            self.on_notice(self._call.rows.notice)
+        self._recent.append(self._call.rows)
         for gather in self._gathers():
-            if self._call.rows is not None:
-                gather.begin(self._call.rows.n)
+            gather.begin(self._call.rows.n)
 
     @guarded
     def call_ends(self, out: Any) -> None:
         """Watch the outputs, so that a call counts when its backward runs."""
         call, self._call = self._call, None
-        for gather in self._gathers():
-            gather.end()
+        for entry in self.entries:
+            gather = entry.meeting
+            if gather is not None:
+                gather.end()
+                if gather.refusal is not None:
+                    tap, local = entry.sites[0]
+                    self.now.misfits[tap.full_name(local)] = gather.refusal
+                if gather.outgrown:
+                    self.now.to_gather.update(id(tap) for tap, _ in entry.sites)
         if call is None or in_backward():
             return
         for tensor in _outputs(out):
@@ -172,31 +206,58 @@ class Collector:
             self._end(self.boundary.forward())
 
     @guarded
-    def note(self, tap: Tap, x: Tensor) -> None:
-        """Note a layer's call on input x."""
-        if x.ndim < 2:
-            self._mark(tap, f"its input has shape {tuple(x.shape)}, without a batch dimension")
-            return
-        if x.dtype is torch.float16 and self.scaler is None:
+    def place(self, tap: Tap, x: Tensor, out: Tensor) -> Placement | None:
+        """Note a layer's call on x, and find out how its rows map onto the examples of the model's call.
+
+        Returns:
+            The placement, or None where the model's own call was not seen: rows stand for examples then.
+        """
+        seen = x if x.is_floating_point() else out
+        if seen.dtype is torch.float16 and self.scaler is None:
             self.now.loss_scaled = True
-        tap.activation_dtype, self.now.eager = x.dtype, True
+        tap.activation_dtype, self.now.eager = seen.dtype, True
         tap.follow_device()
         call = self._call
-        if call is not None and call.rows is not None:
-            if x.shape[0] != call.rows.n:  # decided in backward: DoRA calls its factors on an identity too
-                seen = f"its input has {x.shape[0]} rows where the model's call has {call.rows.n} examples"
-                self._mark(tap, seen)
-                return
+        if call is None or call.rows is None:
+            return self._recomputed(tap, x)
+        where = self._placement(tap, x, call.rows)
+        if where.misfit is None:
             uses = call.uses[id(tap)] = call.uses.get(id(tap), 0) + 1
             if uses > 1 and any(p not in tap.gathers for p in tap.parameters):
                 self.now.to_gather.add(id(tap))
+        return where
 
-    def _mark(self, tap: Tap, why: str) -> None:
-        for p in tap.parameters:
-            self.now.misfits[tap.full_name(p)] = why
+    def _recomputed(self, tap: Tap, x: Tensor) -> Placement | None:
+        """Place a layer's call outside the model's call: as a rule a recomputation inside backward.
+
+        A recomputation must save as many tensors as the first run did, so it needs a placement if that had
+        one.
+        """
+        if not in_backward():
+            return None  # the model's own call was not seen
+        running = {id(call.rows): call.rows for call, _ in self._running if call.rows is not None}
+        found = [self._placement(tap, x, each) for each in running.values()]
+        fitting = [where for where in found if where.misfit is None]
+        if not fitting:
+            found = [self._placement(tap, x, each) for each in reversed(self._recent)]
+            fitting = [where for where in found if where.misfit is None][:1]
+        if len(fitting) > 1 and any(where.segments is not None for where in fitting):
+            return dataclasses.replace(fitting[0], ambiguous=True)
+        return next(iter(fitting or found), None)
+
+    def _placement(self, tap: Tap, x: Tensor, rows: RowMap) -> Placement:
+        return place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable)
+
+    @guarded
+    def _misplaced(self, tap: Tap, where: Placement) -> None:
+        """Note, inside backward, that a call ran whose rows are no examples, or nobody knows whose."""
+        if where.ambiguous:
+            self.now.reason = MIXED
+        else:
+            self.now.misfits.update({tap.full_name(p): str(where.misfit) for p in tap.parameters})
 
     def _gathers(self) -> list:
-        return [g for tap in self.taps for g in tap.gathers.values()]
+        return list({id(g): g for tap in self.taps for g in tap.gathers.values()}.values())
 
     # backward
 
@@ -233,8 +294,8 @@ class Collector:
 
     def _discarded(self, gradients: list[Tensor | None], from_output: bool) -> bool:
         """Whether the loop threw away the gradients that were summed so far."""
-        if all(g is None for g in gradients):
-            return True
+        if all(g is None for g in gradients):  # FSDP2 hides them until it reduces: then none were there
+            return self.now.stamp is None or self.now.stamp.any()
         if self.now.stamp is None or self.now.stamp.untouched(gradients):
             # `grad.data.zero_()` leaves no trace but the values: look where looking does not stall a device
             on_host = all(g is None or g.device.type == "cpu" for g in gradients)
@@ -256,7 +317,8 @@ class Collector:
         self.now.count(self._running)
         gradients = self._gradients()
         self.now.sq_norms = sq_norms(gradients, [e.parameter for e in self.entries])
-        self.now.mismatches = self.check.compare(gradients)
+        seed = len(self.entries) * self.step if world_size() > 1 else None
+        self.now.mismatches = self.check.compare(gradients, seed)
         self.now.stamp = Stamp(gradients)
         self.now.without_gradient = {
             e.name for e, g in zip(self.entries, gradients, strict=True) if g is None
@@ -266,12 +328,13 @@ class Collector:
         self._end(self.boundary.backward_ends())
 
     def _gradients(self) -> list[Tensor | None]:
-        return [e.parameter.grad for e in self.entries]
+        return [None if g is None else local(g) for g in (e.parameter.grad for e in self.entries)]
 
     # the optimizer
 
     @guarded
     def _on_pre(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
+        self._tell_of_late(optimizer)
         if not self._owns(optimizer):
             self._foreign += self.boundary.pending and not in_backward()
             if self._foreign == FOREIGN:
@@ -283,8 +346,10 @@ class Collector:
         self.now.learning_rate = self._rate(optimizer)
         closure = callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
         blind = not closure and self._blind()
+        idle = not closure and self._idle(optimizer)
         close = self.boundary.optimizer_pre(id(optimizer), closure=closure, in_backward=in_backward())
-        self._end(Close(UNSEEN) if blind else close)
+        self._closer = id(optimizer) if close is not None or idle else self._closer
+        self._end(Close(UNSEEN) if blind else Close(IDLE_RANK) if idle else close)
 
     @guarded
     def _on_post(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
@@ -299,6 +364,26 @@ class Collector:
         if self._closed is not None and self._closed.untouched(gradients):
             return False  # a wrapped optimizer steps with the gradient its wrapper closed the step on
         return any(g is not None for g in gradients)
+
+    def _idle(self, optimizer: Any) -> bool:
+        """Whether this data-parallel rank had no backward pass in a step; the others wait for its sums.
+
+        A wrapped optimizer also steps without one, but then another optimizer closed the step before.
+        """
+        known = self._closer in (None, id(optimizer))
+        return known and not self.boundary.pending and not in_backward() and world_size() > 1
+
+    def _tell_of_late(self, optimizer: Any) -> None:
+        """Warn of parameters that began to train after `attach()`: a switched adapter, an unfrozen layer."""
+        if not self.active or in_backward():
+            return
+        stepped = (p for group in optimizer.param_groups for p in group["params"])
+        new = {id(p) for p in stepped if p.grad is not None and id(p) not in self._looked_at}
+        self._looked_at |= new
+        late = list(trainable(self.model).keys() - self._known) if new else []
+        if late:
+            self._known.update(late)
+            self.on_notice(f"{len(late)} trainable parameter(s) are not measured, e.g. {min(late)}: {LATE}")
 
     def _owns(self, optimizer: Any) -> bool:
         ours = {id(e.parameter) for e in self.entries}
@@ -316,14 +401,20 @@ class Collector:
         if close is None:
             return
         if self.active:
-            names = self.check.open_names()
-            self.on_step(self.now.hand_on(self.step, close.reason, self.taps, self.entries, names))
+            names, reason = self.check.open_names(), close.reason
+            if joined(self._wrapper):
+                reason, self.now.mismatches = JOINED, []
+            elif self.pool is None and world_size() > 1:
+                self.pool = Pool(self.entries, f"step {self.step}, every {self.every}")
+            pool = self.pool if reason != JOINED else None
+            self.on_step(self.now.hand_on(self.step, reason, self.taps, self.entries, names, pool))
         self.step += 1
         for tap in self.taps:
             tap.drop()
         self.check.end()
         for entry in self.entries:
-            if not entry.gathered and any(id(tap) in self.now.to_gather for tap, _ in entry.sites):
+            again = entry.meeting is None or entry.meeting.outgrown
+            if again and any(id(tap) in self.now.to_gather for tap, _ in entry.sites):
                 entry.gather()
         self.now, self._closed = StepUnderWay(), Stamp(self._gradients())
         self._activate()

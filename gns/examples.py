@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gns.arguments import batch_of, call_shape
+from gns.placement import Segments, Shape
+from gns.reasons import ATTENDS_ACROSS, LOSS_OUTSIDE
+from gns.segments import SegmentsOf, packed, separated
+from gns.segments import given as ask
+
 IGNORED = -100  # label of a token that is not in the loss, the convention of torch and transformers
 WEIGHTS = ("auto", "tokens", "equal")
-_BATCH_FIRST = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
 @dataclass(frozen=True)
 class RowMap:
-    """Which rows of a forward pass are examples: here, row b is example b.
+    """Which rows of a forward pass are examples.
 
     Args:
-        n: examples, the size of the batch dimension.
+        n: examples.
+        shape: rows and positions of the call.
+        segments: where examples are not rows; None: row b is example b.
         n_tokens: [], tokens with a label (or, without labels, tokens of the input), on their device; or None.
         weight_sum: [], Σwᵢ of unnormalised weights in the loss; None means equal weights.
         weight_sq_sum: [], Σwᵢ²; None means equal weights.
+        notice: what the user should know of this call, or None.
     """
 
     n: int
+    shape: Shape
+    segments: Segments | None = None
     n_tokens: Tensor | None = None
     weight_sum: Tensor | None = None
     weight_sq_sum: Tensor | None = None
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Walk the tensors of nested call arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for item in value:
-            yield from tensors_in(item)
-
-
-def _batch_size(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
-    named = (kwargs.get(name) for name in _BATCH_FIRST)
-    first = next((t for t in named if isinstance(t, Tensor)), None)
-    if first is None:
-        first = next((t for t in tensors_in((args, dict(kwargs))) if t.ndim > 0), None)
-    return None if first is None else int(first.shape[0])
+    notice: str | None = None
 
 
 def _shifts_labels(model: nn.Module) -> bool:
@@ -59,17 +51,15 @@ def _shifts_labels(model: nn.Module) -> bool:
     return any(word in type(base).__name__ for word in ("CausalLM", "LMHead", "ConditionalGeneration"))
 
 
-def _label_counts(model: nn.Module, kwargs: Mapping[str, Any], n: int) -> Tensor | None:
-    """Tokens with a label in each row, [n] float32, or None where rows do not carry token labels."""
+def _labelled(model: nn.Module, kwargs: Mapping[str, Any], shape: Shape) -> Tensor | None:
+    """Positions whose output is in the loss, [R, T] float32, or None where the call has no token labels."""
     for name, shifted in (("shift_labels", False), ("labels", _shifts_labels(model))):
         labels = kwargs.get(name)
-        if (
-            isinstance(labels, Tensor)
-            and labels.ndim == 2
-            and len(labels) == n
-            and not labels.is_floating_point()
-        ):
-            return (labels[:, 1:] if shifted else labels).ne(IGNORED).sum(1).float()
+        if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+            if len(labels) != shape.rows:
+                continue
+            kept = labels.ne(IGNORED).float()
+            return nn.functional.pad(kept[:, 1:], (0, 1)) if shifted else kept
     return None
 
 
@@ -80,35 +70,71 @@ def _input_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
     return torch.tensor(float(ids.numel())) if isinstance(ids, Tensor) else None
 
 
-def row_map(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], weights: str = "auto") -> RowMap | None:
-    """Read the examples of one call of the model, without a device synchronisation.
+def _segments(
+    given: SegmentsOf | str | None, args: tuple, kwargs: Mapping[str, Any], shape: Shape
+) -> Segments | None:
+    """Find out where examples are not rows: by the caller's word, else by the signs of packing."""
+    if given is not None:
+        ids = ask(given, args, kwargs, shape.rows, shape.positions)
+        if ids.ndim == 1 and len(np.unique(ids)) == len(ids) and ids.min(initial=0) >= 0:
+            return None
+    else:
+        ids = packed(kwargs, shape.rows, shape.positions)
+    batch = batch_of(args, kwargs)
+    return None if ids is None or batch is None else Segments(ids, batch.device)
+
+
+def row_map(
+    model: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    weights: str = "auto",
+    segments: SegmentsOf | str | None = None,
+) -> RowMap | None:
+    """Read the examples of one call of the model; waits for the device only where examples may not be rows.
 
     Token-mean losses weigh example i by its tokens: wᵢ = tᵢ where the loss is divided by the tokens of the
-    whole step (`num_items_in_batch`), wᵢ = tᵢ/Σt where each call is divided by its own.
+    whole step (`num_items_in_batch`; so does TRL behind `fused_lm_head`), wᵢ = tᵢ/Σt where each call is
+    divided by its own.
 
     Args:
         model: the module that is called.
         args: its positional arguments.
         kwargs: its keyword arguments.
         weights: "tokens", "equal", or "auto": by tokens where the call itself is given token labels.
+        segments: (args, kwargs) → which example each row [R] or position [R, T] belongs to, or the name of
+            the keyword argument that says so; None: rows, or what packing shows.
 
     Returns:
         The map, or None where the call holds no tensor with a batch dimension.
 
     Raises:
-        ValueError: weights="tokens", and the call carries no token labels.
+        ValueError: weights="tokens", and the call has no token labels; or `segments` does not fit it.
     """
-    n = _batch_size(args, kwargs)
-    if n is None:
+    shape = call_shape(args, kwargs)
+    if shape is None:
         return None
-    counts = None if weights == "equal" else _label_counts(model, kwargs, n)
-    if counts is None:
+    found = _segments(segments, args, kwargs, shape)
+    n = shape.rows if found is None else found.n
+    labelled = _labelled(model, kwargs, shape)
+    whole_step = kwargs.get("num_items_in_batch") is not None or bool(kwargs.get("fused_lm_head"))
+    notice = None
+    if found is not None and segments is None and not separated(model, kwargs):
+        notice = ATTENDS_ACROSS
+    elif weights == "auto" and whole_step and labelled is None:
+        notice = LOSS_OUTSIDE
+    if weights == "equal" or labelled is None:
         if weights == "tokens":
             raise ValueError(
                 'weights="tokens", but the call has no [B, T] integer `labels`; pass weights="equal"'
             )
-        labelled = _label_counts(model, kwargs, n) if weights == "equal" else None
-        return RowMap(n, _input_tokens(kwargs) if labelled is None else labelled.sum())
+        tokens = _input_tokens(kwargs) if labelled is None else labelled.sum()
+        return RowMap(n, shape, found, tokens, notice=notice)
+    counts = labelled.sum(1) if found is None else _per_example(found, labelled)
     total = counts.sum()
-    w = counts if kwargs.get("num_items_in_batch") is not None else counts / total.clamp(min=1)
-    return RowMap(n, total, w.sum(), w.square().sum())
+    w = counts if whole_step else counts / total.clamp(min=1)
+    return RowMap(n, shape, found, total, w.sum(), w.square().sum(), notice)
+
+
+def _per_example(segments: Segments, labelled: Tensor) -> Tensor:
+    return segments.per_example(labelled if segments.by_position else labelled.sum(1))

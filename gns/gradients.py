@@ -53,6 +53,10 @@ class Stamp:
     def __init__(self, gradients: Sequence[Tensor | None]):
         self._seen = [None if g is None else (weakref.ref(g), g._version) for g in gradients]
 
+    def any(self) -> bool:
+        """Whether there was a gradient."""
+        return any(seen is not None for seen in self._seen)
+
     def untouched(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether all gradients are the same tensors with the same values."""
         return all(

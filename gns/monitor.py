@@ -18,7 +18,10 @@ from gns.estimate import Estimate, estimate
 from gns.examples import WEIGHTS
 from gns.openstep import Closed, OpenStep
 from gns.plan import Plan, batch_norms, plan, trainable
+from gns.pooling import refusal, unwrapped
 from gns.reasons import BATCH_NORM, LATE, NO_CALL, UNREACHED
+from gns.reducers import MAX_BYTES
+from gns.segments import SegmentsOf
 from gns.sums import Layout, StepSums
 from gns.taps import hooked
 
@@ -34,13 +37,16 @@ class GNSMonitor:
     """Measures the gradient noise scale of a model in training, in any loop, without changing the training.
 
     `GNSMonitor(model).attach()` before the loop is all; weights stay bit-identical. Examples are the rows of
-    the batch dimension of the model's own call.
+    the batch dimension of the model's own call, or the sequences packed into them.
 
     Args:
         model: the module that the loop calls, e.g. a `peft` model.
         every: measure one optimizer step in so many.
         history: how many measured steps are kept.
-        segments: reserved for packed sequences; only None is known to this version.
+        segments: which example each row [R] or position [R, T] of a call belongs to, where they are not rows
+            and nothing in the call says so: a function of the call's (args, kwargs), or the name of the
+            keyword argument that holds them; below 0: none. Equal numbers are one example, within one call.
+            See `gns.segments`, and `gns.segments.stacked(2)` for preference pairs.
         weights: of the examples in the loss: "tokens" (a token-mean loss), "equal", or "auto": by tokens
             where the model itself is given [B, T] labels and so computes the loss.
         metric: in which norms are taken; "euclidean".
@@ -49,6 +55,7 @@ class GNSMonitor:
         sink: receives each `StepSums` as it is measured: a callable, or a path that records are appended to.
         on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or
             "raise".
+        max_bytes: of per-example gradients alive at once; one example of one layer may pass it.
 
     Raises:
         TypeError: `model` is no module.
@@ -73,19 +80,24 @@ class GNSMonitor:
         *,
         every: int = 1,
         history: int = 10_000,
-        segments: None = None,
+        segments: SegmentsOf | str | None = None,
         weights: str = "auto",
         metric: str = "euclidean",
         scaler: Any = None,
         curvature_every: None = None,
         sink: Callable[[StepSums], None] | str | Path | None = None,
         on_error: str = "warn",
+        max_bytes: int = MAX_BYTES,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
-        for name, value in (("every", every), ("history", history)):
+        for name, value, unit in (
+            ("every", every, "steps"),
+            ("history", history, "steps"),
+            ("max_bytes", max_bytes, "bytes"),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; a whole number of steps, 1 or more, is needed")
+                raise ValueError(f"{name} is {value!r}; a whole number of {unit}, 1 or more, is needed")
         for name, value, known in (
             ("weights", weights, WEIGHTS),
             ("metric", metric, METRICS),
@@ -93,11 +105,17 @@ class GNSMonitor:
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
-        for name, value in (("segments", segments), ("curvature_every", curvature_every)):
-            if value is not None:
-                raise ValueError(f"{name} is {value!r}; this version only knows None")
+        if curvature_every is not None:
+            raise ValueError(f"curvature_every is {curvature_every!r}; this version only knows None")
+        if not (segments is None or isinstance(segments, str) or callable(segments)):
+            raise TypeError(
+                f"segments is a {type(segments).__name__}; a function of (args, kwargs), the name of a "
+                "keyword argument of the model's call, or None is needed"
+            )
+        self.segments, self.max_bytes = segments, max_bytes
+        self._given = model  # maybe an engine's wrapper
         self.model, self.every, self.weights, self.scaler, self.on_error = (
-            model,
+            unwrapped(model),
             every,
             weights,
             scaler,
@@ -126,19 +144,22 @@ class GNSMonitor:
 
         Raises:
             RuntimeError: this or another monitor is attached to the model.
-            ValueError: nothing trainable can be measured.
+            ValueError: nothing trainable can be measured, or an engine has taken the parameters apart.
         """
         if self._collector is not None:
             raise RuntimeError("this monitor is attached already; call detach() first")
         if hooked(self.model):
             raise RuntimeError("another GNSMonitor is attached to this model; call its detach() first")
-        self._plan = plan(self.model)
+        if (why := refusal(self._given)) is not None:
+            raise ValueError(why)
+        self._plan = plan(self.model, limit=self.max_bytes)
         self._excluded, self._verified, self._fired = {}, frozenset(), frozenset()
         self._collector = Collector(
-            self.model,
+            self._given,
             self._plan,
             every=self.every,
             weights=self.weights,
+            segments=self.segments,
             scaler=self.scaler,
             on_step=self._arrive,
             on_error=self._fail,
@@ -283,7 +304,7 @@ class GNSMonitor:
 
     def _arrive(self, step: OpenStep) -> None:
         self._arriving.append(step)
-        while self._arriving and self._arriving[0].copy.ready():
+        while self._arriving and (self._arriving[0].ready() or self._arriving[0].urgent):
             self._close(self._arriving.popleft())
 
     def _close(self, step: OpenStep) -> None:
@@ -294,6 +315,10 @@ class GNSMonitor:
             self._collector.check.conclude(step.checked, closed.verified, usable=closed.sums.usable)
         if closed.excluded:
             self._exclude(closed.excluded)
+        if closed.stop is not None and self._stopped is None:
+            self._stopped = closed.stop
+            if self._collector is not None:
+                self._collector.dead = True
         self._history.append(closed.sums)
         self._tell(closed.sums)
         if self._sink is not None:

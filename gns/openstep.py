@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 
 from gns.host import HostCopy
 from gns.plan import Entry
+from gns.pooling import Own, Pool
+from gns.ranks import Refused, Reply
+from gns.readings import Readings, empty
 from gns.reasons import AMBIGUOUS, LEFTOVER, NO_GRADIENT, NO_TAP, SILENT_TAP, SPLIT_USES
 from gns.selfcheck import tolerance
 from gns.sums import Contributions, Layout, StepSums
@@ -26,12 +30,14 @@ class Closed(NamedTuple):
         excluded: parameters that turned out not to be measurable, name → reason.
         verified: parameters whose contributions summed to a non-zero gradient.
         fired: parameters that examples reached.
+        stop: why nothing can be measured from here on, or None.
     """
 
     sums: StepSums
     excluded: dict[str, str]
     verified: frozenset[str]
     fired: frozenset[str]
+    stop: str | None = None
 
 
 @dataclass
@@ -46,12 +52,14 @@ class OpenStep:
         loss_scaled: gradients carry an unknown loss scale.
         learning_rate: of the optimizer.
         reason: why the step is not usable, if that is known already.
-        misfits: parameter → why rows of it are not examples, if those rows count.
+        misfits: name in a layer → why rows of it are not examples, if those rows count.
         without_gradient: parameters whose `.grad` is None.
         checked: parameters of the self-check.
-        copy: after the taps: ‖ḡ‖² an entry, ‖Σcᵢ − ḡ‖ a checked parameter, token and weight totals, leftover
-            gradient, loss scale.
+        copy: after the taps: ‖ḡ‖² an entry, one value a checked parameter, token and weight totals, leftover
+            gradient, loss scale. The value is ‖Σcᵢ − ḡ‖ in one process, else the projections of both, [2, K].
         seen_backward: whether any gradient was read.
+        dtypes: parameter of the self-check → lowest precision on its way.
+        pool: of the data-parallel ranks, or None for one process.
     """
 
     step: int
@@ -67,6 +75,21 @@ class OpenStep:
     copy: HostCopy
     seen_backward: bool
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    pool: Pool | None = None
+    _reply: Reply | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool is not None:
+            self._reply = self.pool.send(lambda: self._own)
+
+    def ready(self) -> bool:
+        """Whether `close` would not wait."""
+        return self.copy.ready() if self._reply is None else self._reply.ready()
+
+    @property
+    def urgent(self) -> bool:
+        """Whether ranks must conclude before the next step: what it checks depends on this one."""
+        return self.pool is not None and bool(self.checked)
 
     def close(self, excluded: Collection[str], layout: Callable[[tuple[str, ...]], Layout]) -> Closed:
         """Wait for the values and conclude.
@@ -75,107 +98,128 @@ class OpenStep:
             excluded: parameters left out already.
             layout: gives the layout for a tuple of names, the same object for the same names.
         """
+        try:
+            r = self._all()
+        except Refused as error:
+            return Closed(self._unseen(str(error)), {}, frozenset(), frozenset(), stop=str(error))
+        if not r.read:
+            return Closed(self._unseen(r.reason), {}, frozenset(), frozenset())
+        out: dict[str, str] = {}
+        verified: frozenset[str] = frozenset()
+        if r.reason is None and r.finite:
+            failed = self._failed(r)
+            out = failed | self._misplaced(r)
+            there = {e.name for e, norm in zip(self.entries, r.q, strict=True) if norm > 0}
+            verified = frozenset(r.mismatch.keys() & there) - failed.keys()
+        out = {name: why for name, why in out.items() if name not in excluded}
+        keep = np.array([e.name not in out and e.name not in excluded for e in self.entries])
+        fired = frozenset(e.name for e, rows in zip(self.entries, r.rows, strict=True) if rows > 0)
+        return Closed(self._record(r, keep, layout), out, verified - out.keys(), fired)
+
+    def _all(self) -> Readings:
+        """The readings of all ranks."""
+        if self.pool is None or self._reply is None:
+            return self._own.readings
+        return self.pool.conclude(self._reply.get(), self._own)
+
+    @cached_property
+    def _own(self) -> Own:
+        """What this rank measured; waits for the device."""
         values = self.copy.get()
         by_tap = {id(tap): values[i] for i, tap in enumerate(self.taps)}
         values = values[len(self.taps) :]
-        count = len(self.entries) if self.seen_backward else 0
-        q, values = np.array([float(v) for v in values[:count]]), values[count:]
-        mismatch = dict(zip(self.checked, map(float, values), strict=False))
-        totals, leftover, scale = (
-            values[len(self.checked) : -2],
-            float(values[-2].max()),
-            float(values[-1][0]),
-        )
         if not self.seen_backward:
-            return self._unseen()
+            return Own(self.step, empty(len(self.entries), reason=self.reason), self.checked)
+        count = len(self.entries)
+        q, values = np.array([float(v) for v in values[:count]]), values[count:]
+        check, totals = values[: len(self.checked)], values[len(self.checked) : -2]
+        leftover, scale = float(values[-2].max()), float(values[-1][0])
         s = np.array([_sum_of(entry, by_tap) for entry in self.entries])
         rows = np.array([max(by_tap[id(tap)][-1] for tap, _ in entry.sites) for entry in self.entries])
-        n = self.n if self.n is not None else int(rows.max())
-        finite = bool(np.isfinite(s).all() and np.isfinite(q).all())
         reason = self.reason or (LEFTOVER if leftover > 0 else None)
         if reason is None and self.n is None and len(set(rows[rows > 0])) > 1:
             reason = AMBIGUOUS
-        out: dict[str, str] = {}
-        verified: frozenset[str] = frozenset()
-        if reason is None and finite:
-            failed = self._failed(s, q, mismatch, n)
-            out = failed | self._misplaced(s, q, rows, n)
-            verified = (
-                frozenset(
-                    e.name for e, norm in zip(self.entries, q, strict=True) if e.name in mismatch and norm > 0
-                )
-                - failed.keys()
-            )
-        out = {name: why for name, why in out.items() if name not in excluded}
-        keep = np.array([e.name not in out and e.name not in excluded for e in self.entries])
-        sums = self._record(s / scale**2, q / scale**2, keep, n, totals, reason, layout)
-        fired = frozenset(e.name for e, r in zip(self.entries, rows, strict=True) if r > 0)
-        return Closed(sums, out, verified - out.keys(), fired)
-
-    def _unseen(self) -> Closed:
-        sums = StepSums(
-            self.step, 0, math.nan, math.nan, learning_rate=self.learning_rate, reason=self.reason
+        alone = self.pool is None
+        readings = Readings(
+            s=s / scale**2,
+            q=q / scale**2,
+            rows=rows.astype(np.float64),
+            n=self.n if self.n is not None else int(rows.max()),
+            call_seen=self.n is not None,
+            totals=tuple(float(t) for t in totals) if len(totals) else (math.nan,) * 3,
+            loss_scaled=self.loss_scaled,
+            reason=reason,
+            without_gradient=frozenset(self.without_gradient),
+            misfits=self._misfits(),
+            mismatch={k: float(v) / scale for k, v in zip(self.checked, check, strict=True)} if alone else {},
+            dtypes=self.dtypes,
         )
-        return Closed(sums, {}, frozenset(), frozenset())
+        if alone or not self.checked:
+            return Own(self.step, readings, self.checked)
+        return Own(self.step, readings, self.checked, np.stack(check).astype(np.float64) / scale)
 
-    def _misplaced(self, s: np.ndarray, q: np.ndarray, rows: np.ndarray, n: int) -> dict[str, str]:
+    def _misfits(self) -> dict[str, str]:
+        """Parameter → why rows of it are not examples."""
+        out = {}
+        for entry in self.entries:
+            names = [tap.full_name(local) for tap, local in entry.sites]
+            first = next((self.misfits[name] for name in names if name in self.misfits), None)
+            if first is not None:
+                out[entry.name] = first
+        return out
+
+    def _unseen(self, reason: str | None) -> StepSums:
+        nan = math.nan
+        return StepSums(self.step, 0, nan, nan, learning_rate=self.learning_rate, reason=reason)
+
+    def _misplaced(self, r: Readings) -> dict[str, str]:
         """Find parameters whose rows are not this step's examples."""
         out = {}
-        for entry, sq, norm, seen in zip(self.entries, s, q, rows, strict=True):
-            misfit = any(tap.full_name(local) in self.misfits for tap, local in entry.sites)
-            if sq > 0 and entry.name in self.without_gradient:
+        for entry, sq, norm, seen in zip(self.entries, r.s, r.q, r.rows, strict=True):
+            if sq > 0 and entry.name in r.without_gradient:
                 out[entry.name] = NO_GRADIENT
-            elif misfit and seen != n and not entry.gathered:
-                tap, local = next(p for p in entry.sites if p[0].full_name(p[1]) in self.misfits)
-                out[entry.name] = self.misfits[tap.full_name(local)]
+            elif entry.name in r.misfits:
+                out[entry.name] = r.misfits[entry.name]
             elif norm > 0 and seen == 0:
                 out[entry.name] = NO_TAP
             elif norm > 0 and sq == 0:
                 out[entry.name] = SPLIT_USES if entry.gathered else SILENT_TAP
-            elif seen > n and not entry.gathered:
-                out[entry.name] = f"its tap saw {seen:.0f} rows in a step of {n} examples"
+            elif seen > r.n and not entry.gathered:
+                out[entry.name] = f"its tap saw {seen:.0f} rows in a step of {r.n} examples"
         return out
 
-    def _failed(self, s: np.ndarray, q: np.ndarray, mismatch: Mapping[str, float], n: int) -> dict[str, str]:
+    def _failed(self, r: Readings) -> dict[str, str]:
         """Find parameters whose contributions do not sum to their gradient."""
         out = {}
-        for entry, sq, norm in zip(self.entries, s, q, strict=True):
-            if entry.name not in mismatch:
+        for entry, sq, norm in zip(self.entries, r.s, r.q, strict=True):
+            if entry.name not in r.mismatch:
                 continue
-            dtype = self.dtypes.get(entry.name, torch.bfloat16)
-            if mismatch[entry.name] > tolerance(dtype, math.sqrt(norm), math.sqrt(n * sq)):
-                off = mismatch[entry.name] / math.sqrt(norm) if norm > 0 else math.inf
+            dtype, off = r.dtypes.get(entry.name, torch.bfloat16), r.mismatch[entry.name]
+            if off > r.slack * tolerance(dtype, math.sqrt(norm), math.sqrt(r.n * sq)):
+                off = off / math.sqrt(norm) if norm > 0 else math.inf
                 out[entry.name] = (
                     f"self-check failed: its examples' gradients sum to {100 * off:.3g} % off `.grad` "
                     "(weight also used outside its module, an auxiliary loss, or an engine that scales it)"
                 )
         return out
 
-    def _record(
-        self,
-        s: np.ndarray,
-        q: np.ndarray,
-        keep: np.ndarray,
-        n: int,
-        totals: Sequence[np.ndarray],
-        reason: str | None,
-        layout: Callable[[tuple[str, ...]], Layout],
-    ) -> StepSums:
-        tokens, w, ww = (float(t) for t in totals) if len(totals) else (math.nan,) * 3
+    def _record(self, r: Readings, keep: np.ndarray, layout: Callable[[tuple[str, ...]], Layout]) -> StepSums:
+        tokens, w, ww = r.totals
         if math.isnan(w):
-            w, ww = float(n), float(n)
+            w, ww = float(r.n), float(r.n)
         names = tuple(e.name for e, k in zip(self.entries, keep, strict=True) if k)
+        reason = r.reason
         if not names and reason is None:
             reason = "no trainable parameter could be measured in this step; `monitor.coverage()` says why"
-        part = Contributions(s[keep], n, w, ww, None if math.isnan(tokens) else round(tokens))
+        part = Contributions(r.s[keep], r.n, w, ww, None if math.isnan(tokens) else round(tokens))
         about = {
             "step": self.step,
             "learning_rate": self.learning_rate,
-            "loss_scaled": self.loss_scaled,
-            "call_seen": self.n is not None,
+            "loss_scaled": r.loss_scaled,
+            "call_seen": r.call_seen,
         }
         wide = any(e.parameter.dtype is torch.float64 for e in self.entries)
-        sums = part.close(q[keep], layout(names), reason=reason, **about)
+        sums = part.close(r.q[keep], layout(names), reason=reason, **about)
         if sums.rows is not None and not wide:  # joint sums are taken in float64 first
             object.__setattr__(sums, "rows", sums.rows.astype(np.float32))
         return sums

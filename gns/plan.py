@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from gns.rules import Rule, known_kinds, rule_for
-from gns.taps import Gather, Tap
+from gns.gather import EmbeddingTie, Gather
+from gns.reducers import MAX_BYTES
+from gns.rules import EMBEDDING, LINEAR, Rule, known_kinds, rule_for
+from gns.rules.base import parameter_of
+from gns.taps import Tap
 
 
 @dataclass
@@ -37,11 +40,32 @@ class Entry:
         tap, local = self.sites[0]
         return local in tap.gathers
 
+    @property
+    def meeting(self) -> Gather | None:
+        """Where its uses meet, if they are gathered."""
+        tap, local = self.sites[0]
+        return tap.gathers.get(local)
+
     def gather(self) -> None:
-        """From now on add the blocks of all uses in one call of the model before squaring."""
-        meeting = Gather(self.parameter)
+        """From now on add the blocks of all uses in one call of the model before squaring.
+
+        An embedding tied to a linear head meets it in a form that needs no table an example; asked once more,
+        because the model uses one of them twice, both go over to the general form.
+        """
+        meeting = (None if self.gathered else self._tie()) or Gather(self.parameter, self.sites[0][0].limit)
         for tap, local in self.sites:
             tap.gathers[local] = meeting
+
+    def _tie(self) -> Gather | None:
+        embeddings = [
+            tap for tap, local in self.sites if tap.rule.kind == EMBEDDING.kind and local == "weight"
+        ]
+        heads = [tap for tap, local in self.sites if tap.rule.kind == LINEAR.kind and local == "weight"]
+        if len(self.sites) != 2 or len(embeddings) != 1 or len(heads) != 1:
+            return None
+        (tap,) = embeddings
+        padding: int | None = tap.module.padding_idx  # type: ignore[reportAssignmentType]
+        return EmbeddingTie(self.parameter, tap.rule, padding, tap.limit)
 
 
 @dataclass
@@ -55,29 +79,49 @@ class Plan:
 
 
 def _sites(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """Trainable parameter (by identity) → its places: module path, module, local name."""
+    """Trainable parameter (by identity) → its places: module path, module, local name.
+
+    Those in a dictionary or list of parameters belong to the module around it, which is the one that is
+    called.
+    """
     found: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        above, _, own = path.rpartition(".")
         for local, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if isinstance(module, nn.ParameterDict | nn.ParameterList) and path:
+                found[id(parameter)].append((above, modules[above], f"{own}.{local}"))
+            else:
                 found[id(parameter)].append((path, module, local))
     return found
+
+
+def _only_adds(model: nn.Module, path: str) -> bool:
+    """Whether the output of the layer at `path` is known to be added to something with a batch dimension.
+
+    So it is with the position embeddings of `transformers`; elsewhere code may repeat or concatenate it.
+    """
+    around = model.get_submodule(path.rpartition(".")[0])
+    return type(around).__module__.partition(".")[0] == "transformers"
 
 
 def _why_not(path: str, module: nn.Module, local: str, rule: Rule | None) -> str | None:
     kind = type(module).__name__
     if rule is None:
         return f"`{path}` ({kind}): no per-example rule. Known: {known_kinds()}"
-    if local not in rule.parameters:
+    if not rule.knows(local):
         return f"`{path}` ({kind}): the rule knows {', '.join(rule.parameters)}, not `{local}`"
     return None
 
 
-def plan(model: nn.Module) -> Plan:
+def plan(model: nn.Module, *, limit: int = MAX_BYTES) -> Plan:
     """Assign taps to the trainable parameters of a model.
 
     Args:
         model: any module; for `peft` models both factors are linear layers of their own.
+        limit: bytes of per-example gradients alive at once.
 
     Returns:
         The plan. Parameters with several places (tied weights) are gathered, or left out with all places
@@ -97,8 +141,7 @@ def plan(model: nn.Module) -> Plan:
         whys = [why for p, m, local in places if (why := _why_not(p, m, local, rules[id(m)]))]
         path, module, local = places[0]
         name = f"{path}.{local}" if path else local
-        parameter = module._parameters[local]
-        assert parameter is not None
+        parameter = parameter_of(module, local)
         if whys:
             made.reasons[name], made.scalars[name] = whys[0], parameter.numel()
             continue
@@ -112,7 +155,9 @@ def plan(model: nn.Module) -> Plan:
             if id(module) not in taps:
                 rule = rules[id(module)]
                 assert rule is not None
-                taps[id(module)] = Tap(path, module, rule, tuple(wanted[id(module)]))
+                shareable = rule.ids and _only_adds(model, path)
+                names = tuple(wanted[id(module)])
+                taps[id(module)] = Tap(path, module, rule, names, limit=limit, shareable=shareable)
             sites.append((taps[id(module)], local))
         entry = Entry(name, sites, scalars)
         if len(sites) > 1:
@@ -144,9 +189,7 @@ def trainable(model: nn.Module) -> dict[str, int]:
     found = {}
     for places in _sites(model).values():
         path, module, local = places[0]
-        parameter = module._parameters[local]
-        assert parameter is not None
-        found[f"{path}.{local}" if path else local] = parameter.numel()
+        found[f"{path}.{local}" if path else local] = parameter_of(module, local).numel()
     return found
 
 

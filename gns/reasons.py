@@ -13,8 +13,41 @@ NOT_OURS = (
 )
 LEFTOVER = "`.grad` held a gradient from before this step's first backward pass: zero the gradients each step"
 REPEATED = "a layer is called more than once per example; its uses are joined from the next step on"
-DISTRIBUTED = (
-    "more than one data-parallel process, and this version measures one: measure on a single process first"
+NOT_ALL = (
+    "only {here} of {size} data-parallel ranks came to a measured step within {seconds:.0f} s: attach a "
+    "GNSMonitor on every rank (also where only one of them prints)"
+)
+OTHER_PARAMETERS = (
+    "data-parallel ranks measure different parameters, or other steps: attach to the same model on every "
+    "rank, with the same `every`, at the same step"
+)
+NO_GLOO = "this PyTorch was built without gloo, which ranks need to add up their sums"
+LOST = "data-parallel ranks could not add up their sums ({why}): a rank left, or closed fewer steps"
+APART = (
+    "data-parallel ranks are not at the same optimizer step: each must step its optimizer equally often, "
+    "also where it has no batch"
+)
+IDLE_RANK = "a data-parallel rank stepped without a backward pass through the measured layers"
+DIFFERENT_GRADIENTS = (
+    "data-parallel ranks hold different gradients when backward ends: they are not averaged, or only later "
+    "by hand, or only in groups of ranks"
+)
+NO_FACTOR = (
+    "the factor by which the engine joins the ranks' gradients is not known yet: the self-check has seen no "
+    "gradient to find it from"
+)
+JOINED = (
+    "the loop runs under DDP's `join()`, where ranks stop stepping one after another: they cannot be summed"
+)
+REASON_ELSEWHERE = "it is not usable on another data-parallel rank"
+MISFIT_ELSEWHERE = "its rows on another data-parallel rank are not examples"
+OLD_FSDP = (
+    "the model is wrapped in FullyShardedDataParallel, which flattens its parameters: use "
+    "torch.distributed.fsdp.fully_shard (accelerate: fsdp_version 2)"
+)
+OTHER_MESH = (
+    "parameter {name} is a DTensor on a mesh that is not all data-parallel (tensor or expert parallel, or a "
+    "part of the ranks): only fully_shard over all ranks is measured"
 )
 AMBIGUOUS = (
     "the model's own call was not seen, and its layers saw different numbers of rows, so that examples "
@@ -44,3 +77,32 @@ BATCH_NORM = (
     "{name} is a batch norm: examples in a batch change one another's gradient, so that per-example "
     "gradients are not defined; put it in eval mode, or do not rely on the numbers"
 )
+SHARED = (
+    "its input has shape {shape}, so that all examples share one output; call it on ids of shape "
+    "[{rows}, {positions}] to have it measured"
+)
+ATTENDS_ACROSS = (
+    "rows are packed, but the attention does not keep their examples apart (with sdpa or eager attention: "
+    "position_ids without an attention_mask, and use_cache=False): each example's share of the gradient is "
+    "measured, which is not what it would add alone"
+)
+LOSS_OUTSIDE = (
+    "the model's call has num_items_in_batch but no labels: the loss is made outside of it, and the "
+    'examples\' weights in it are not seen and taken as equal (weights="equal" ends this message)'
+)
+PACKED = "its input has shape {shape}, in which the positions of packed rows cannot be told"
+MIXED = (
+    "checkpointing is reentrant and examples are not rows, so that it cannot be told whose rows a "
+    "recomputation runs through: use_reentrant=False"
+)
+PACKED_UNSEEN = (
+    "examples are not rows, and layers that are compiled cannot tell which rows are whose: compile nothing, "
+    "or give the model one example a row"
+)
+TOO_LARGE = (
+    "it is used more than once, and the gradients of all examples at once would pass the bound of {limit:,} "
+    "bytes: raise `max_bytes`, or use fewer examples a call"
+)
+
+# those that ranks tell one another; any other is said in its own words on the rank that has it
+POOLED = (TWICE, ABORTED, UNSEEN, LEFTOVER, REPEATED, AMBIGUOUS, IDLE_RANK)

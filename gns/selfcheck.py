@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gns.plan import Entry
+from gns.projections import project, whole
 
 ROUND = 100  # measured steps from one round to the next
 EARLY = (3, 10, 30)  # measured steps that begin a round too: what is wrong shows early in a run
@@ -74,17 +75,29 @@ class SelfCheck:
             for tap, local in entry.sites:
                 tap.checks[local] = leaf
 
-    def compare(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """Give ‖Σcᵢ − ḡ‖ of each open parameter, scalars on their devices."""
-        by_name = {e.name: g for e, g in zip(self._entries, gradients, strict=True)}
+    def compare(self, gradients: Sequence[Tensor | None], seed: int | None = None) -> list[Tensor]:
+        """Compare Σcᵢ and ḡ of each open parameter.
+
+        Args:
+            gradients: of all measured parameters; the parts that are on this rank.
+            seed: of the projections that ranks exchange; None for one process.
+
+        Returns:
+            One tensor a parameter, on its device: ‖Σcᵢ − ḡ‖, or with a seed S Σcᵢ and S ḡ, [2, K].
+        """
+        rows = {e.name: i for i, e in enumerate(self._entries)}
         found = []
         for entry in self._open:
-            tap, local = entry.sites[0]
-            total, gradient = tap.checks[local].grad, by_name[entry.name]
-            zero = torch.zeros((), dtype=tap.checks[local].dtype, device=tap.checks[local].device)
-            total = zero if total is None else total.detach()
-            gradient = zero if gradient is None else gradient.detach().to(total.dtype)
-            found.append(torch.linalg.vector_norm(total - gradient))
+            tap, name = entry.sites[0]
+            total, gradient = tap.checks[name].grad, gradients[rows[entry.name]]
+            zero = torch.zeros((), dtype=tap.checks[name].dtype, device=tap.checks[name].device)
+            total = zero.expand(tap.checks[name].shape) if total is None else total.detach()
+            here = zero if gradient is None else whole(gradient.detach(), entry.parameter)
+            gradient = here.to(total.dtype).expand(total.shape)
+            if seed is None:
+                found.append(torch.linalg.vector_norm(total - gradient))
+            else:
+                found.append(project([total, gradient], seed + rows[entry.name]))
         return found
 
     def open_names(self) -> tuple[str, ...]:

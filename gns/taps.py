@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from gns import reducers
+from gns.gather import Gather, sum_dtype
+from gns.placement import Placement
 from gns.rules import Rule
+from gns.rules.base import parameter_of
 
 if TYPE_CHECKING:
     from gns.collect import Collector
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Give the dtype that sums are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 class Tap:
@@ -36,15 +34,28 @@ class Tap:
         module: the layer.
         rule: its per-example rule.
         parameters: names of its trainable parameters that the rule knows.
+        limit: bytes of per-example gradients alive at once.
+        shareable: the model is known to only add the layer's output to something with a batch dimension.
     """
 
-    def __init__(self, name: str, module: nn.Module, rule: Rule, parameters: tuple[str, ...]):
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        rule: Rule,
+        parameters: tuple[str, ...],
+        *,
+        limit: int = reducers.MAX_BYTES,
+        shareable: bool = False,
+    ):
         self.name, self.module, self.rule, self.parameters = name, module, rule, parameters
+        self.limit, self.shareable = limit, shareable
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
         self.on_leaf: Callable[[Tensor], None] | None = None
         self.on_error: Callable[[Exception], None] | None = None
+        self.on_misplaced: Callable[[Tap, Placement], None] | None = None
         self.leaf = self._new_leaf()
 
     def failed(self, error: Exception) -> None:
@@ -63,9 +74,7 @@ class Tap:
 
     def parameter(self, name: str) -> Tensor:
         """Give the parameter as it is now; engines may replace the object."""
-        found = self.module._parameters[name]
-        assert found is not None
-        return found
+        return parameter_of(self.module, name)
 
     def full_name(self, parameter: str) -> str:
         """Name of a parameter in the whole model."""
@@ -76,9 +85,33 @@ class Tap:
         self.on_leaf = on_leaf
         self.leaf = self._new_leaf()
 
-    def admits(self, x: Tensor) -> bool:
+    def admits(self, x: Tensor, where: Placement | None) -> bool:
         """Whether a call on x can be tapped; the same answer in a recomputation, whatever has happened."""
-        return x.ndim >= 2 and all(gather.n == x.shape[0] for gather in self.gathers.values())
+        if where is None:
+            return x.ndim >= (1 if self.rule.ids else 2) and not self.gathers
+        return where.misfit is None or (bool(x.ndim >= 2 or self.rule.ids) and not self.gathers)
+
+    def sum_sq_norms(self, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
+        """Σᵢ ‖cᵢ‖² over the examples of a call, []."""
+        joined = where.segments is not None and not self.rule.tokenwise
+        found = []
+        for a, b, examples in where.parts(self.rule, x, dy):
+            if joined and examples is not None:  # the rows of an example are added before they are squared
+                blocks = reducers.blocks(self.rule, self.module, a, b, parameter)
+                total = blocks.new_zeros(where.n, *blocks.shape[1:]).index_add_(0, examples, blocks)
+                found.append(reducers.sq_norm(total))
+            else:
+                found.append(reducers.sum_sq_norms(self.rule, self.module, a, b, parameter, self.limit))
+        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+    def sites(self, x: Tensor, where: Placement) -> tuple[Tensor, ...]:
+        """Give what gathered parameters return their parts to."""
+        return tuple(site for g in self.gathers.values() for site in g.sites(self.rule, x, where))
+
+    def misplaced(self, where: Placement) -> None:
+        """Tell, inside backward, that a call ran whose rows are not known to be examples."""
+        if self.on_misplaced is not None:
+            self.on_misplaced(self, where)
 
     def live(self) -> tuple[str, ...]:
         """Name the parameters that train now; some may have been frozen since the tap was made."""
@@ -113,92 +146,76 @@ class Tap:
             check.grad = None
 
 
-class Gather:
-    """Where the blocks of a parameter with several uses in one call meet, before they are squared.
-
-    Each call of the model makes one `carrier` of the blocks' shape. All uses return their blocks as its
-    gradient; autograd adds them, cross terms included, and the carrier's own backward squares the sum.
-    """
-
-    def __init__(self, parameter: Tensor):
-        self.shape, self.n = parameter.shape, 0
-        self.leaf = torch.zeros(1, dtype=sum_dtype(parameter.dtype), device=parameter.device)
-        self.leaf.requires_grad_()
-        self.carrier: Tensor | None = None
-
-    def begin(self, n: int) -> None:
-        """Start a call of the model on n examples."""
-        self.n = n
-        self.carrier = _GatherFunction.apply(self.leaf, n, self.shape)
-
-    def end(self) -> None:
-        """End the call; recomputation after it finds no carrier."""
-        self.carrier = None
-
-    def site(self) -> Tensor:
-        """Give what a use of the parameter returns its blocks to.
-
-        A recomputation gets a stand-in: without reentrance only what it saves is used, and with reentrance
-        the blocks of different uses cannot meet, which is seen later as a gradient without its examples.
-        """
-        return self.leaf.detach() if self.carrier is None else self.carrier
-
-    def read(self) -> Tensor:
-        """Σ of squared norms collected so far, []."""
-        return (
-            torch.zeros_like(self.leaf)[0].detach() if self.leaf.grad is None else self.leaf.grad.detach()[0]
-        )
-
-
-class _GatherFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, n: int, shape: torch.Size) -> Tensor:
-        return leaf.new_zeros(()).expand(n, *shape)
-
-    @staticmethod
-    def backward(ctx: Any, blocks: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return reducers.sq_norm(blocks).reshape(1), None, None
-
-
 class _TapFunction(torch.autograd.Function):
     """Identity on the output; the sums leave as gradients of the leaves."""
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x: Tensor, tap: Tap, live: tuple[str, ...], leaf: Tensor, *extra: Tensor
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        tap: Tap,
+        live: tuple[str, ...],
+        where: Placement | None,
+        leaf: Tensor,
+        *extra: Tensor,
     ) -> Tensor:
-        if any(p in tap.rule.needs_input for p in live):  # else the layer itself does not keep x either
+        if any(tap.rule.keeps_input_for(p) for p in live):  # else the layer itself does not keep x either
             ctx.save_for_backward(x)
-        ctx.tap, ctx.live, ctx.dtype, ctx.n_extra = tap, live, leaf.dtype, len(extra)
-        ctx.gathered, ctx.checked = tuple(tap.gathers), tuple(tap.checks)
-        return out.detach()  # neither a view nor the input itself: users change outputs in place
+        ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
+        ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
+        ctx.checked, ctx.alone = tuple(tap.checks), out.shape
+        seen = out.detach()  # neither a view nor the input itself: users change outputs in place
+        return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors  # to be asked for once only: checkpointing recomputes on demand
         x = saved[0] if saved else dy
+        onward = dy.sum(0, keepdim=True) if dy.shape != ctx.alone else dy  # as the addition itself would
         if torch.compiler.is_compiling():
-            return dy, None, None, None, *_leaf_gradients(ctx, x, dy)
+            return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
         try:
-            return dy, None, None, None, *_leaf_gradients(ctx, x, dy)
+            return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
         except Exception as error:  # nothing of ours may reach the user's backward
             ctx.tap.failed(error)
-            return (dy, *[None] * (4 + ctx.n_extra))
+            return (onward, *[None] * (5 + ctx.n_extra))
 
 
-def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a tap's leaves: [P + 1] (sums of squared norms, rows), then blocks, then check sums."""
-    tap, rule = ctx.tap, ctx.tap.rule
+def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of a tap's leaves: [P + 1] (sums of squared norms, rows), then carriers, then check sums."""
+    tap, where = ctx.tap, ctx.where
+    if where is None:
+        where = Placement(dy.shape[0])
+    elif where.misfit or where.ambiguous:
+        tap.misplaced(where)
+    rule, layer = tap.rule, tap.module
+    if where.shared_by:
+        x = x.expand(where.shared_by, *x.shape[1:])
     with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-        rows = torch.full((), dy.shape[0], dtype=ctx.dtype, device=dy.device)
-        blocks = [rule.blocks(x, dy, p) for p in ctx.gathered]
-        summed = [p for p in ctx.live if p not in ctx.gathered]
+        seen = dy.shape[0] if where.misfit else where.n
+        rows = torch.full((), seen, dtype=ctx.dtype, device=dy.device)
+        carried = [
+            part
+            for p, gather, noted in ctx.gathered
+            for part in gather.contribute(rule, layer, x, dy, p, where, noted)
+        ]
+        summed = [p for p in ctx.live if all(p != q for q, _, _ in ctx.gathered)]
         sums = [
-            reducers.sum_sq_norms(rule, x, dy, p).to(ctx.dtype) if p in summed else torch.zeros_like(rows)
+            tap.sum_sq_norms(x, dy, p, where).to(ctx.dtype) if p in summed else torch.zeros_like(rows)
             for p in tap.parameters
         ]
-        totals = [reducers.sum_of_blocks(rule, x, dy, p) for p in ctx.checked]
-        return torch.stack([*sums, rows]), *blocks, *totals
+        totals = [_total(tap, x, dy, p, where) for p in ctx.checked]
+        return torch.stack([*sums, rows]), *carried, *totals
+
+
+def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
+    """Σᵢ cᵢ of the rows that are examples."""
+    parts = [
+        reducers.sum_of_blocks(tap.rule, tap.module, a, b, parameter, tap.limit)
+        for a, b, _ in where.parts(tap.rule, x, dy)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 class _Hook:
@@ -249,17 +266,18 @@ class OutputHook(_Hook):
         if not collector.active:
             collector.forward_seen()
             return None
-        x, _ = _layer_input(args, kwargs)
-        if x is None or not isinstance(out, Tensor) or not out.requires_grad:
+        if not isinstance(out, Tensor) or not out.requires_grad:
             return None
-        if not compiling:
-            collector.note(tap, x)
+        x = tap.rule.capture(module, args, kwargs, out)
+        if x is None:
+            return None
+        where = None if compiling else collector.place(tap, x, out)
         live = tap.live()
-        if not live or not tap.admits(x):
+        if not live or not tap.admits(x, where):
             return None
-        sites = [gather.site() for gather in tap.gathers.values()]
+        sites = () if where is None else tap.sites(x, where)
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
-        return _TapFunction.apply(out, x, tap, live, tap.leaf, *sites, *tap.checks.values())
+        return _TapFunction.apply(out, x, tap, live, where, tap.leaf, *sites, *tap.checks.values())
 
 
 class RootInput(_Hook):

@@ -14,7 +14,8 @@ from gns.gradients import Stamp
 from gns.host import HostCopy
 from gns.openstep import OpenStep
 from gns.plan import Entry
-from gns.reasons import DISTRIBUTED, REPEATED, TWICE
+from gns.pooling import Pool
+from gns.reasons import REPEATED, TWICE
 from gns.taps import Tap
 
 
@@ -42,7 +43,7 @@ class StepUnderWay:
     loss_scaled: bool = False
     stamp: Stamp | None = None  # of the gradients when last read
     sq_norms: list[Tensor] = field(default_factory=list)
-    mismatches: list[Tensor] = field(default_factory=list)
+    mismatches: list[Tensor] = field(default_factory=list)  # or projections, see `SelfCheck.compare`
     leftover: Tensor | None = None  # largest gradient entry before the first backward pass
     scale: Tensor | None = None  # loss scale
     learning_rate: float | None = None
@@ -69,6 +70,7 @@ class StepUnderWay:
         taps: Sequence[Tap],
         entries: Sequence[Entry],
         checked: tuple[str, ...],
+        pool: Pool | None = None,
     ) -> OpenStep:
         """Start the copy to the host.
 
@@ -78,6 +80,7 @@ class StepUnderWay:
             taps: all taps.
             entries: measured parameters.
             checked: parameters of the self-check, as in `mismatches`.
+            pool: of the data-parallel ranks, or None for one process.
         """
         rows = [call.rows for call in self.calls if call.rows is not None]
         repeated = REPEATED if self.to_gather else None
@@ -95,25 +98,26 @@ class StepUnderWay:
             n=sum(r.n for r in rows) if rows and len(rows) == len(self.calls) else None,
             loss_scaled=self.loss_scaled,
             learning_rate=self.learning_rate,
-            reason=reason or self.reason or repeated or (DISTRIBUTED if _distributed() else None),
+            reason=reason or self.reason or repeated,
             misfits=self.misfits,
             without_gradient=self.without_gradient,
-            checked=checked if self.mismatches else (),
+            checked=checked if self.mismatches or pool is not None else (),
             copy=HostCopy([*sums, *self.sq_norms, *self.mismatches, *totals, *tail]),
             seen_backward=bool(self.sq_norms),
-            dtypes={e.name: _lowest(e) for e in entries} if self.mismatches else {},
+            dtypes=_lowest(entries) if self.mismatches else {},
+            pool=pool,
         )
 
 
-def _distributed() -> bool:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
-
-
-def _lowest(entry: Entry) -> torch.dtype:
-    """Lowest precision between an entry's activations and its gradient; 16-bit where it was not seen."""
-    seen = [tap.activation_dtype or torch.bfloat16 for tap, _ in entry.sites] + [entry.parameter.dtype]
-    return max(seen, key=lambda dtype: torch.finfo(dtype).eps)
+def _lowest(entries: Sequence[Entry]) -> dict[str, torch.dtype]:
+    """Lowest precision between each entry's activations and its gradient; those not seen are left out."""
+    out = {}
+    for entry in entries:
+        seen = [tap.activation_dtype for tap, _ in entry.sites]
+        known = [dtype for dtype in (*seen, entry.parameter.dtype) if dtype is not None]
+        if len(known) > len(seen):
+            out[entry.name] = max(known, key=lambda dtype: torch.finfo(dtype).eps)
+    return out
 
 
 def _totals(rows: list[RowMap]) -> list[Tensor]:

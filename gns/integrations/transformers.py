@@ -14,41 +14,28 @@ moves itself to the front when training begins.
 
 from __future__ import annotations
 
-import base64
-import inspect
 import json
-import math
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from gns.estimate import Estimate
-from gns.monitor import GNSMonitor
-from gns.sums import Layout, StepSums
-
-LOGGED = {
-    "gns/b_simple": "b_simple",
-    "gns/b_simple_low": "low",
-    "gns/b_simple_high": "high",
-    "gns/trace_sigma": "trace_sigma",
-    "gns/grad_sq_norm": "grad_sq_norm",
-}
-_OPTIONS = tuple(inspect.signature(GNSMonitor).parameters)[1:]
-_SCALARS = [f.name for f in fields(StepSums) if f.name not in ("rows", "layout")]
+from gns.integrations import trl
+from gns.integrations.shared import Given, Readings, monitor_or_options, pack, unpack
+from gns.monitor import GNSMonitor, GNSWarning
 
 
 class GNSCallback(TrainerCallback, ExportableState):
     """Attaches a monitor for the time of training and logs its readings.
 
     It measures the model that the Trainer trains, also where a trainer has wrapped that in adapters itself,
-    and takes the loss scale of fp16 from the Trainer. Checkpoints hold the readings; a training that resumes
+    and takes the loss scale of fp16 from the Trainer, and from TRL's `DPOTrainer` and `RewardTrainer` that a
+    preference pair is one example. Checkpoints hold the readings; a training that resumes
     from one goes on with them, in the same monitor. (`restore_callback_states_from_checkpoint=True` lets the
     Trainer make a new callback with a new monitor instead: ask that one for its `monitor`.)
 
@@ -67,29 +54,19 @@ class GNSCallback(TrainerCallback, ExportableState):
         TypeError: an argument is none of a `GNSMonitor`.
     """
 
-    def __init__(
-        self, monitor_or_kwargs: GNSMonitor | Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        given = monitor_or_kwargs
-        self.monitor: GNSMonitor | None = given if isinstance(given, GNSMonitor) else None
-        if not isinstance(given, GNSMonitor | Mapping | None):
-            raise TypeError(
-                f"got a {type(given).__name__}; a GNSMonitor or a mapping of its arguments is needed"
-            )
-        if self.monitor is not None and kwargs:
-            raise TypeError(f"got a GNSMonitor and {', '.join(kwargs)}; give these to the GNSMonitor")
-        self._options = {**(given if isinstance(given, Mapping) else {}), **kwargs}
-        if unknown := [name for name in self._options if name not in _OPTIONS]:
-            raise TypeError(f"GNSMonitor has no {', '.join(unknown)}; it has {', '.join(_OPTIONS)}")
+    def __init__(self, monitor_or_kwargs: Given = None, **kwargs: Any) -> None:
+        self.monitor, self._options = monitor_or_options(monitor_or_kwargs, kwargs)
         self.saved: dict[str, Any] | None = None  # set by the Trainer where it restores callbacks
-        self.shown: Estimate | None = None  # the estimate that was logged last
-        self._shown_at = -1
+        self._readings = Readings()
         self._ours = False
 
+    @property
+    def shown(self) -> Estimate | None:
+        """The estimate that was logged last."""
+        return self._readings.shown
+
     @classmethod
-    def install(
-        cls, trainer: Trainer, monitor_or_kwargs: GNSMonitor | Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> Self:
+    def install(cls, trainer: Trainer, monitor_or_kwargs: Given = None, **kwargs: Any) -> Self:
         """Add a callback to a trainer, at the front of its list, and return it."""
         callback = cls(monitor_or_kwargs, **kwargs)
         trainer.add_callback(callback)
@@ -108,24 +85,25 @@ class GNSCallback(TrainerCallback, ExportableState):
         self.detach()  # the last training may have ended in an exception
         if self.monitor is None:
             assert model is not None
-            self.monitor = GNSMonitor(model, **self._options)
+            self.monitor = GNSMonitor(model, **{**trl.options_for(args), **self._options})
         elif not _same(self.monitor.model, model):
             raise ValueError(
                 "the GNSMonitor belongs to another model than the Trainer trains; build it with that model, "
                 "or pass GNSCallback the monitor's arguments and let it build the monitor"
             )
-        exported = state.stateful_callbacks.setdefault(
-            type(self).__name__, {}
-        )  # the Trainer will write to it
+        # the Trainer will write to it
+        exported = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if self.monitor.attached:
             return
         if self.monitor.scaler is None:
-            self.monitor.scaler = getattr(
-                optimizer, "scaler", None
-            )  # of accelerate's wrapper, None without fp16
+            # of accelerate's wrapper, None without fp16
+            self.monitor.scaler = getattr(optimizer, "scaler", None)
         if state.global_step:
             self._resume(exported, state.global_step)
-        self._shown_at, self._ours = -1, True
+        for text in trl.doubts(args, self.monitor, self._options):
+            warnings.warn(text, GNSWarning, stacklevel=2)
+        self._readings.restart()
+        self._ours = True
         self.monitor.attach()
 
     def _resume(self, exported: Any, global_step: int) -> None:
@@ -143,23 +121,10 @@ class GNSCallback(TrainerCallback, ExportableState):
         """Add the readings to a log of training; a log of evaluation alone is left as it is."""
         if not logs or all(key.startswith(("eval_", "test_")) or key in ("epoch", "step") for key in logs):
             return
-        found = self._readings()
+        found = self._readings.of(self.monitor)
         logs.update(found)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(found)  # the Trainer has put a copy there before it asked us
-
-    def _readings(self) -> dict[str, float]:
-        latest = self.monitor.latest if self.monitor is not None else None
-        if self.monitor is None or latest is None:
-            return {}
-        if (
-            self.shown is None
-            or self._shown_at < 0
-            or latest.step - self._shown_at >= self._shown_at // 100 + 1
-        ):
-            self.shown, self._shown_at = self.monitor.estimate(), latest.step
-        values = {key: float(getattr(self.shown, name)) for key, name in LOGGED.items()}
-        return {key: value for key, value in values.items() if math.isfinite(value)}
 
     def on_train_end(self, args, state, control, **kwargs):
         """Detach; the readings stay in `monitor`."""
@@ -191,33 +156,6 @@ def next_step(checkpoint: str | Path) -> int | None:
     exported = data["stateful_callbacks"].get(GNSCallback.__name__, {})
     saved = exported.get("attributes", {}).get("saved")
     return saved["next_step"] if saved else None
-
-
-def pack(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a monitor's `state_dict()` into plain JSON data; the rows exactly, as base64 of their bytes."""
-    layouts: dict[tuple[str, ...], int] = {}
-    steps = []
-    for step in state["history"]:
-        packed = {name: getattr(step, name) for name in _SCALARS}
-        if step.rows is not None and step.layout is not None:
-            text = base64.b64encode(np.ascontiguousarray(step.rows).tobytes()).decode()
-            packed |= {"rows": text, "dtype": step.rows.dtype.name}
-            packed["layout"] = layouts.setdefault(step.layout.names, len(layouts))
-        steps.append(packed)
-    return {"next_step": state["next_step"], "layouts": [list(names) for names in layouts], "steps": steps}
-
-
-def unpack(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `pack`."""
-    layouts = [Layout(tuple(names)) for names in packed["layouts"]]
-    steps = []
-    for step in packed["steps"]:
-        values = {name: step[name] for name in _SCALARS}
-        if "rows" in step:
-            flat = np.frombuffer(base64.b64decode(step["rows"]), dtype=step["dtype"])
-            values |= {"rows": flat.reshape(-1, 2).copy(), "layout": layouts[step["layout"]]}
-        steps.append(StepSums(**values))
-    return {"next_step": packed["next_step"], "history": steps}
 
 
 def _caller(callback: TrainerCallback) -> CallbackHandler | None:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-Blocks = Callable[[Tensor, Tensor, str], Tensor]
+Blocks = Callable[[nn.Module, Tensor, Tensor, str], Tensor]
+SqNorms = Callable[[nn.Module, Tensor, Tensor, str, int], Tensor | None]
+Capture = Callable[[nn.Module, tuple, dict, Any], Tensor | None]
+
+
+def first_tensor(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Tensor | None:
+    """Find the activation among a layer's arguments: the first one, or the only keyword."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    found = [v for v in kwargs.values() if isinstance(v, Tensor)]
+    return found[0] if len(found) == 1 and not args else None
 
 
 @dataclass(frozen=True)
@@ -16,29 +28,67 @@ class Rule:
 
     Args:
         kind: name of the layer kind, as messages show it.
-        layer: the module class; subclasses count as long as they keep its `forward`.
-        parameters: names of the parameters that the rule knows.
-        blocks: (x [B, ..., I], dy [B, ..., O], parameter name) → [B, *parameter.shape], the gradient that
-            each example adds to that parameter, in float32 or wider.
+        parameters: names of the parameters that the rule knows; "name.*" is all of a dictionary.
+        blocks: (layer, x [B, ..., I], dy [B, ..., O], parameter name) → [B, *parameter.shape], the gradient
+            that each example adds to that parameter, in float32 or wider. Linear in dy.
         needs_input: parameters whose blocks depend on x; for the others x may be anything of dy's batch.
+        total: blocks summed over the examples, where that is cheaper than forming them.
+        sq_norms: the same arguments and a bound in bytes → [], Σ_b ‖c_b‖² without forming blocks, or None
+            where blocks are the better way.
+        floats: (x, dy) → floats an example that `blocks` holds besides its result.
+        capture: (layer, args, kwargs, output) → what the tap keeps as x; None where the call cannot be read.
+        autocast: whether autocast casts the layer's input to its low precision.
+        tokenwise: whether dimension 1 of x and dy is a position (or absent), and blocks add over positions.
+        ids: whether x holds integers, without a feature dimension, and may lack the batch dimension.
+        scale: the layer's output is so many times what `blocks` differentiates.
     """
 
     kind: str
-    layer: type[nn.Module]
     parameters: tuple[str, ...]
     blocks: Blocks
-    needs_input: tuple[str, ...] = ()  # parameters whose blocks depend on the layer's input
+    needs_input: tuple[str, ...] = ()
+    total: Blocks | None = None
+    sq_norms: SqNorms | None = None
+    floats: Callable[[Tensor, Tensor], int] | None = None
+    capture: Capture = first_tensor
+    autocast: bool = False
+    tokenwise: bool = True
+    ids: bool = False
+    scale: float = 1.0
 
-    def applies(self, module: nn.Module) -> bool:
-        """Whether `module` computes what this rule differentiates."""
-        return isinstance(module, self.layer) and type(module).forward is self.layer.forward
+    def knows(self, parameter: str) -> bool:
+        """Whether the rule has blocks for a parameter of that name."""
+        return any(_names(pattern, parameter) for pattern in self.parameters)
+
+    def keeps_input_for(self, parameter: str) -> bool:
+        """Whether the blocks of that parameter depend on the layer's input."""
+        return any(_names(pattern, parameter) for pattern in self.needs_input)
 
 
-_REGISTRY: dict[str, Rule] = {}
+def _names(pattern: str, parameter: str) -> bool:
+    return parameter.startswith(pattern[:-1]) if pattern.endswith(".*") else parameter == pattern
 
 
-def register(rule: Rule) -> Rule:
-    """Add a rule to the registry.
+Recogniser = Callable[[nn.Module], Rule | None]
+_REGISTRY: dict[str, tuple[Rule, Recogniser]] = {}
+
+
+def exactly(rule: Rule, *layers: type[nn.Module]) -> Recogniser:
+    """Recognise module classes, and subclasses as long as they keep `forward`."""
+
+    def recognise(module: nn.Module) -> Rule | None:
+        kept = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in layers)
+        return rule if kept else None
+
+    return recognise
+
+
+def register(rule: Rule, recognise: Recogniser) -> Rule:
+    """Add a rule to the registry; those registered first are asked first.
+
+    Args:
+        rule: the rule, or the general form of a family of rules.
+        recognise: gives the rule for a module (itself, or a form of it made for that module), or None.
 
     Raises:
         ValueError: a rule for that kind is there already.
@@ -47,13 +97,13 @@ def register(rule: Rule) -> Rule:
         raise ValueError(
             f"a per-example rule for {rule.kind!r} is registered already; unregister it or rename this"
         )
-    _REGISTRY[rule.kind] = rule
+    _REGISTRY[rule.kind] = (rule, recognise)
     return rule
 
 
 def rule_for(module: nn.Module) -> Rule | None:
     """Find the rule for a module, or None."""
-    return next((rule for rule in _REGISTRY.values() if rule.applies(module)), None)
+    return next((rule for _, ask in _REGISTRY.values() if (rule := ask(module)) is not None), None)
 
 
 def known_kinds() -> str:
@@ -63,4 +113,33 @@ def known_kinds() -> str:
 
 def registered() -> tuple[Rule, ...]:
     """Give all rules; the tests walk them."""
-    return tuple(_REGISTRY.values())
+    return tuple(rule for rule, _ in _REGISTRY.values())
+
+
+def wide(x: Tensor) -> Tensor:
+    """Give x in float32 or wider."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """Give a module's parameter by its dotted name, as it is now: engines may replace the object.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    *path, last = name.split(".")
+    for part in path:
+        found = module._modules.get(part)
+        if found is None:
+            raise AttributeError(f"{type(module).__name__} has no module {part!r} on the way to {name!r}")
+        module = found
+    parameter = module._parameters.get(last)
+    if parameter is None:
+        raise AttributeError(f"{type(module).__name__} has no parameter {last!r} (of {name!r})")
+    return parameter
+
+
+def unknown(parameter: str, rule: str, known: tuple[str, ...]) -> ValueError:
+    """Make the error for a parameter that a rule does not know."""
+    names = ", ".join(map(repr, known))
+    return ValueError(f"parameter {parameter!r} of a layer of kind {rule}; known: {names}")

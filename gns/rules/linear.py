@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gns.rules.base import Rule, register
+from gns.rules.base import Rule, exactly, register, unknown, wide
+from gns.rules.probing import close, own_parameters, run
+
+FLOAT = 4  # bytes
 
 
 def as_sequences(x: Tensor) -> Tensor:
@@ -16,16 +19,16 @@ def as_sequences(x: Tensor) -> Tensor:
     """
     if x.ndim < 2:
         raise ValueError(f"an activation has shape {tuple(x.shape)}; [B, ..., features] is needed")
-    x = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
-    return x if x.dtype is torch.float64 else x.float()
+    return wide(x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2))
 
 
-def linear_blocks(x: Tensor, dy: Tensor, parameter: str) -> Tensor:
+def linear_blocks(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
     """Gradient that each example adds to a linear layer's parameter.
 
     weight: C_b = Σ_t dy_bt x_btᵀ        bias: c_b = Σ_t dy_bt
 
     Args:
+        layer: the layer; not looked at.
         x: [B, ..., I], the layer's input.
         dy: [B, ..., O], gradient of the loss at its output.
         parameter: "weight" or "bias".
@@ -42,7 +45,14 @@ def linear_blocks(x: Tensor, dy: Tensor, parameter: str) -> Tensor:
         return torch.bmm(as_sequences(dy).mT, as_sequences(x))
     if parameter == "bias":
         return as_sequences(dy).sum(1)
-    raise ValueError(f"parameter {parameter!r} of a linear layer; known: 'weight', 'bias'")
+    raise unknown(parameter, "Linear", ("weight", "bias"))
+
+
+def linear_total(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
+    """Sum of `linear_blocks` over the examples, in one product."""
+    if parameter == "weight":
+        return as_sequences(dy).flatten(0, 1).mT @ as_sequences(x).flatten(0, 1)
+    return linear_blocks(layer, x, dy, parameter).sum(0)
 
 
 def gram_is_cheaper(x: Tensor, dy: Tensor) -> bool:
@@ -51,7 +61,7 @@ def gram_is_cheaper(x: Tensor, dy: Tensor) -> bool:
     return t * (i + o) < i * o
 
 
-def linear_sq_norms_gram(x: Tensor, dy: Tensor) -> Tensor:
+def linear_sq_norms_gram(x: Tensor, dy: Tensor, limit: int = 2**28) -> Tensor:
     """Squared norm of each example's weight gradient, without forming the gradient.
 
     s_b = ‖Σ_t dy_bt x_btᵀ‖² = Σ_tu (x_bt·x_bu)(dy_bt·dy_bu)
@@ -59,6 +69,7 @@ def linear_sq_norms_gram(x: Tensor, dy: Tensor) -> Tensor:
     Args:
         x: [B, ..., I], the layer's input.
         dy: [B, ..., O], gradient of the loss at its output.
+        limit: bytes of Gram matrices alive at once; positions t are worked off in chunks.
 
     Returns:
         [B], float32 or float64, in (loss / parameter)².
@@ -68,9 +79,80 @@ def linear_sq_norms_gram(x: Tensor, dy: Tensor) -> Tensor:
     Slow twin: tests/reference/per_example.py
     """
     x, dy = as_sequences(x), as_sequences(dy)
-    if x.shape[1] == 1:
+    b, t = x.shape[:2]
+    if t == 1:
         return x.square().sum((1, 2)) * dy.square().sum((1, 2))
-    return (torch.bmm(x, x.mT) * torch.bmm(dy, dy.mT)).sum((1, 2))
+    rows = max(1, limit // (2 * FLOAT * max(1, b * t)))
+    parts = [
+        (torch.bmm(xs, x.mT) * torch.bmm(dys, dy.mT)).sum((1, 2))
+        for xs, dys in zip(x.split(rows, 1), dy.split(rows, 1), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-LINEAR = register(Rule("Linear", nn.Linear, ("weight", "bias"), linear_blocks, needs_input=("weight",)))
+def linear_sum_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> Tensor | None:
+    """Σ_b ‖C_b‖² of a weight by the cheaper form, in chunks of at most `limit` bytes; None for a bias.
+
+    Where one example's I·O product alone would pass the limit, output features are worked off in slices.
+    """
+    if parameter != "weight":
+        return None
+    if gram_is_cheaper(x, dy):
+        t = x.shape[1:-1].numel()
+        size = max(1, limit // (2 * FLOAT * max(1, t * t)))
+        chunks = zip(x.split(size), dy.split(size), strict=True)
+        return _total([linear_sq_norms_gram(a, b, limit).sum() for a, b in chunks])
+    i, o = x.shape[-1], dy.shape[-1]
+    if FLOAT * i * o <= limit:
+        return None
+    width = max(1, limit // (FLOAT * i))
+    return _total(
+        [
+            torch.bmm(slice_.mT, xs).square().sum()
+            for xs, dys in (
+                (as_sequences(a), as_sequences(b)) for a, b in zip(x.split(1), dy.split(1), strict=True)
+            )
+            for slice_ in dys.split(width, -1)
+        ]
+    )
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+LINEAR = Rule(
+    "Linear",
+    ("weight", "bias"),
+    linear_blocks,
+    needs_input=("weight",),
+    total=linear_total,
+    sq_norms=linear_sum_sq_norms,
+    autocast=True,
+)
+
+
+def multiplies(module: nn.Module, *, transposed: bool) -> bool:
+    """Whether a module computes x Wᵀ + b (or, transposed, x W + b), found out on random numbers."""
+    given = own_parameters(module)
+    if (
+        given is None
+        or given.keys() - {"weight", "bias"}
+        or "weight" not in given
+        or given["weight"].ndim != 2
+    ):
+        return False
+    w = given["weight"].mT if transposed else given["weight"]  # [O, I]
+    if "bias" in given and given["bias"].shape != w.shape[:1]:
+        return False
+    x = torch.randn(2, 3, w.shape[1], generator=torch.Generator().manual_seed(1))
+    found = run(module, given, x)
+    return close(found, x @ w.mT + given.get("bias", 0.0))
+
+
+def _recognise(module: nn.Module) -> Rule | None:
+    by_type = exactly(LINEAR, nn.Linear)(module)
+    return by_type or (LINEAR if multiplies(module, transposed=False) else None)
+
+
+register(LINEAR, _recognise)

@@ -21,23 +21,22 @@ SHAPE = dict(
 )
 
 
-def _llama():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+def _llama(**options):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **options}))
 
 
-def _qwen3():
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, head_dim=8))
+def _qwen3(**options):
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**SHAPE, **options}, head_dim=8))
 
 
-def _gemma3():
-    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SHAPE, head_dim=8))
+def _gemma3(**options):
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**{**SHAPE, **options}, head_dim=8))
 
 
-def _gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM",
-    )  # fmt: skip
+def _gpt2(num_hidden_layers=2, **options):
+    shape = dict(vocab_size=61, n_embd=32, n_layer=num_hidden_layers, n_head=4, n_positions=64)
+    others = dict(bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = transformers.GPT2Config(**{**shape, **others, "loss_type": "ForCausalLM", **options})
     return transformers.GPT2LMHeadModel(config)
 
 

@@ -110,7 +110,7 @@ def test_contributions_sum_to_the_batch_gradient(model, batch):
         for name, (x, dy) in seen.items():
             layer = model.get_submodule(name)
             for local, p in layer.named_parameters():
-                total = reducers.sum_of_blocks(LINEAR, x[rows], dy[rows], local)
+                total = reducers.sum_of_blocks(LINEAR, layer, x[rows], dy[rows], local)
                 close(total, p.grad, what=f"Σc of {name}.{local}")
 
     check(slice(None))

@@ -190,13 +190,22 @@ def test_a_parameter_whose_tap_never_fires_is_listed():
     assert set(coverage.measured) == {"honest.weight", "honest.bias"}
 
 
+class Gated(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.gate)
+
+
 def test_a_trainable_parameter_without_a_rule_is_named_and_warned_about_once():
-    model = nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
-    with pytest.warns(GNSWarning, match=r"`1` \(LayerNorm\): no per-example rule") as seen:
+    model = nn.Sequential(nn.Linear(5, 5), Gated(5), nn.Linear(5, 3)).double()
+    with pytest.warns(GNSWarning, match=r"`1` \(Gated\): no per-example rule") as seen:
         with GNSMonitor(model, on_error="raise") as monitor:
             run(model, monitor, batches())
     assert len(seen) == 1
-    assert set(monitor.coverage().unmeasured) == {"1.weight", "1.bias"}
+    assert set(monitor.coverage().unmeasured) == {"1.gate"}
     assert 0 < monitor.coverage().share < 1
 
 
@@ -204,7 +213,7 @@ def test_a_trainable_parameter_without_a_rule_is_named_and_warned_about_once():
     "model, message",
     [
         (nn.Linear(2, 2).requires_grad_(False), "no trainable parameter.*add an adapter"),
-        (nn.LayerNorm(4), "none of the 2 trainable parameters.*no per-example rule"),
+        (nn.Bilinear(4, 4, 2), "none of the 2 trainable parameters.*no per-example rule"),
         (nn.Identity(), "no trainable parameter"),
     ],
 )
@@ -223,13 +232,18 @@ def test_a_model_with_nothing_to_measure_is_refused(model, message):
         ({"weights": "none"}, "weights is 'none'; known: 'auto', 'tokens', 'equal'"),
         ({"metric": "adam"}, "metric is 'adam'; known: 'euclidean'"),
         ({"on_error": "ignore"}, "on_error is 'ignore'"),
-        ({"segments": [1]}, "segments is"),
+        ({"max_bytes": 0}, "max_bytes is 0; a whole number of bytes"),
         ({"curvature_every": 5}, "curvature_every is 5"),
     ],
 )
 def test_a_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         GNSMonitor(mlp(), **kwargs)
+
+
+def test_segments_that_are_no_function_are_refused():
+    with pytest.raises(TypeError, match="segments is a list; a function of .args, kwargs., the name of a"):
+        GNSMonitor(mlp(), segments=[1])
 
 
 def test_a_model_that_is_no_module_is_refused():

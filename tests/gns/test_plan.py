@@ -47,12 +47,12 @@ def test_the_parameter_is_read_from_its_module_each_time():
 
 
 def test_parameters_without_a_rule_have_a_reason_and_a_size():
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Bilinear(4, 4, 2))
     found = plan(model)
     assert names(found) == ["0.weight", "0.bias"]
-    assert found.scalars == {"1.weight": 4, "1.bias": 4}
+    assert found.scalars == {"1.weight": 32, "1.bias": 2}
     for why in found.reasons.values():
-        assert why.startswith("`1` (LayerNorm): no per-example rule. Known: ")
+        assert why.startswith("`1` (Bilinear): no per-example rule. Known: ")
         assert "Linear" in why
 
 
@@ -101,5 +101,5 @@ def test_nothing_trainable_says_what_to_do():
 
 
 def test_nothing_measurable_says_what_to_do():
-    with pytest.raises(ValueError, match=r"none of the 2 trainable parameters of LayerNorm .*gns/rules/"):
-        plan(nn.LayerNorm(3))
+    with pytest.raises(ValueError, match=r"none of the 2 trainable parameters of Bilinear .*gns/rules/"):
+        plan(nn.Bilinear(3, 3, 2))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 from gns import reducers
 from gns.rules import LINEAR
-from gns.rules.base import registered
 from tests.reference.tolerances import close
+
+LAYER = nn.Linear(16, 12)
 
 
 @pytest.fixture
@@ -20,48 +24,55 @@ def activations():
 
 @pytest.mark.parametrize("limit", [1, 4 * 16 * 12 * 2, 4 * 16 * 12 * 3 + 1, 2**28], ids="{} bytes".format)
 @pytest.mark.parametrize("parameter", ["weight", "bias"])
-def test_chunks_add_up(monkeypatch, activations, limit, parameter):
+def test_chunks_add_up(activations, limit, parameter):
     x, dy, _ = activations
-    monkeypatch.setattr(reducers, "CHUNK_BYTES", limit)
-    blocks = LINEAR.blocks(x, dy, parameter)
-    close(reducers.sum_of_blocks(LINEAR, x, dy, parameter), blocks.sum(0), what="Σc")
-    close(reducers.sum_sq_norms(LINEAR, x, dy, parameter), blocks.square().sum(), what="Σ‖c‖²")
+    blocks = LINEAR.blocks(LAYER, x, dy, parameter)
+    close(reducers.sum_of_blocks(LINEAR, LAYER, x, dy, parameter, limit), blocks.sum(0), what="Σc")
+    slow = replace(LINEAR, total=None, sq_norms=None)
+    close(reducers.sum_of_blocks(slow, LAYER, x, dy, parameter, limit), blocks.sum(0), what="Σc, by blocks")
+    for rule in (LINEAR, slow):
+        found = reducers.sum_sq_norms(rule, LAYER, x, dy, parameter, limit)
+        close(found, blocks.square().sum(), what="Σ‖c‖²")
 
 
-@pytest.mark.parametrize("t", [3, 9], ids=["Gram", "direct"])
-def test_a_chunk_never_holds_more_than_the_limit(monkeypatch, activations, t):
-    x = activations[0] if t == 3 else activations[2]
-    dy = torch.ones(7, t, 12, dtype=torch.float64)
-    sizes = []
-    monkeypatch.setattr(reducers, "CHUNK_BYTES", 4 * 2 * (2 * 3 * 3 if t == 3 else 16 * 12))
-    rule = (
-        LINEAR
-        if t == 3
-        else type(LINEAR)(
-            "seen",
-            LINEAR.layer,
-            LINEAR.parameters,
-            lambda a, b, p: sizes.append(len(a)) or LINEAR.blocks(a, b, p),
-        )
+def test_a_chunk_never_holds_more_than_the_limit(activations):
+    x, sizes = activations[2], []
+    dy = torch.ones(7, 9, 12, dtype=torch.float64)
+    seen = replace(
+        LINEAR, sq_norms=None, blocks=lambda m, a, b, p: sizes.append(len(a)) or LINEAR.blocks(m, a, b, p)
     )
-    if t == 3:
-        gram = reducers.linear_sq_norms_gram
-        monkeypatch.setattr(reducers, "linear_sq_norms_gram", lambda a, b: sizes.append(len(a)) or gram(a, b))
-    reducers.sum_sq_norms(rule, x, dy, "weight")
+    reducers.sum_sq_norms(seen, LAYER, x, dy, "weight", 4 * 2 * 16 * 12)
     assert sizes == [2, 2, 2, 1]
 
 
-def test_one_example_larger_than_the_limit_is_still_measured(monkeypatch):
-    monkeypatch.setattr(reducers, "CHUNK_BYTES", 1)
-    assert (
-        float(reducers.sum_sq_norms(LINEAR, torch.ones(2, 9, 3), torch.ones(2, 9, 4), "weight"))
-        == 2 * 12 * 81
+@pytest.mark.parametrize(("t", "i", "o"), [(3, 64, 64), (200, 64, 48), (600, 8, 700)])
+@pytest.mark.parametrize("limit", [1_000, 10_000])
+def test_linear_products_stay_below_the_limit(monkeypatch, t, i, o, limit):
+    sizes, product = [], torch.bmm
+    monkeypatch.setattr(
+        torch, "bmm", lambda a, b: sizes.append(4 * a.shape[0] * a.shape[1] * b.shape[2]) or product(a, b)
     )
+    x, dy = torch.randn(3, t, i), torch.randn(3, t, o)
+    found = reducers.sum_sq_norms(LINEAR, nn.Linear(i, o), x, dy, "weight", limit)
+    assert max(sizes) <= max(limit, 4 * t, 4 * i)  # at least one position, or one output feature, at a time
+    close(found, (dy.double().mT @ x.double()).square().sum(), torch.float32)
 
 
-@pytest.mark.parametrize("rule", [pytest.param(r, id=r.kind) for r in registered()])
-def test_a_form_that_stands_in_belongs_to_a_registered_kind(rule):
-    assert set(reducers._SQ_NORM_FORMS) <= {r.kind for r in registered()}
+def test_one_example_larger_than_the_limit_is_still_measured():
+    slow = replace(LINEAR, sq_norms=None)
+    found = reducers.sum_sq_norms(
+        slow, nn.Linear(3, 4), torch.ones(2, 9, 3), torch.ones(2, 9, 4), "weight", 1
+    )
+    assert float(found) == 2 * 12 * 81
+
+
+def test_a_scaled_rule_scales_blocks_sums_and_norms(activations):
+    x, dy, _ = activations
+    twice = replace(LINEAR, scale=2.0)
+    c = LINEAR.blocks(LAYER, x, dy, "weight")
+    close(reducers.blocks(twice, LAYER, x, dy, "weight"), 2 * c)
+    close(reducers.sum_of_blocks(twice, LAYER, x, dy, "weight"), 2 * c.sum(0))
+    close(reducers.sum_sq_norms(twice, LAYER, x, dy, "weight"), 4 * c.square().sum())
 
 
 def test_large_float32_sums_keep_their_digits():
@@ -74,5 +85,5 @@ def test_large_float32_sums_keep_their_digits():
 @pytest.mark.parametrize("parameter", ["weight", "bias"])
 def test_nothing_adds_nothing(shape, parameter):
     x, dy = torch.ones(shape), torch.ones(shape)
-    assert float(reducers.sum_sq_norms(LINEAR, x, dy, parameter)) == 0
-    assert not reducers.sum_of_blocks(LINEAR, x, dy, parameter).any()
+    assert float(reducers.sum_sq_norms(LINEAR, nn.Linear(4, 4), x, dy, parameter)) == 0
+    assert not reducers.sum_of_blocks(LINEAR, nn.Linear(4, 4), x, dy, parameter).any()

@@ -1,0 +1,106 @@
+"""What every bridge needs: the monitor's arguments, the logged readings, and states as plain JSON."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from gns.estimate import Estimate
+from gns.monitor import GNSMonitor
+from gns.sums import Layout, StepSums
+
+LOGGED = {
+    "gns/b_simple": "b_simple",
+    "gns/b_simple_low": "low",
+    "gns/b_simple_high": "high",
+    "gns/trace_sigma": "trace_sigma",
+    "gns/grad_sq_norm": "grad_sq_norm",
+}
+_OPTIONS = tuple(inspect.signature(GNSMonitor).parameters)[1:]
+_SCALARS = [f.name for f in fields(StepSums) if f.name not in ("rows", "layout")]
+
+Given = GNSMonitor | Mapping[str, Any] | None
+
+
+def monitor_or_options(given: Given, more: Mapping[str, Any]) -> tuple[GNSMonitor | None, dict[str, Any]]:
+    """Tell a monitor of the user's own from arguments for one to be built.
+
+    Args:
+        given: a monitor, a mapping of its arguments, or None.
+        more: the same arguments, as keywords.
+
+    Raises:
+        TypeError: an argument is none of a `GNSMonitor`.
+    """
+    if not isinstance(given, GNSMonitor | Mapping | None):
+        raise TypeError(f"got a {type(given).__name__}; a GNSMonitor or a mapping of its arguments is needed")
+    if isinstance(given, GNSMonitor):
+        if more:
+            raise TypeError(f"got a GNSMonitor and {', '.join(more)}; give these to the GNSMonitor")
+        return given, {}
+    options = {**(given or {}), **more}
+    if unknown := [name for name in options if name not in _OPTIONS]:
+        raise TypeError(f"GNSMonitor has no {', '.join(unknown)}; it has {', '.join(_OPTIONS)}")
+    return None, options
+
+
+class Readings:
+    """The estimate over all steps so far, as numbers for a log.
+
+    From the hundredth step on it may be up to 1 % of the steps old: the longer the run, the dearer it is.
+    """
+
+    def __init__(self) -> None:
+        self.shown: Estimate | None = None  # the estimate that was logged last
+        self._shown_at = -1
+
+    def restart(self) -> None:
+        """Estimate anew at the next log."""
+        self._shown_at = -1
+
+    def of(self, monitor: GNSMonitor | None) -> dict[str, float]:
+        """Give the readings of a monitor; those that are not finite are left out, a gap in the curve."""
+        latest = monitor.latest if monitor is not None else None
+        if monitor is None or latest is None:
+            return {}
+        if (
+            self.shown is None
+            or self._shown_at < 0
+            or latest.step - self._shown_at >= self._shown_at // 100 + 1
+        ):
+            self.shown, self._shown_at = monitor.estimate(), latest.step
+        values = {key: float(getattr(self.shown, name)) for key, name in LOGGED.items()}
+        return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def pack(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a monitor's `state_dict()` into plain JSON data; the rows exactly, as base64 of their bytes."""
+    layouts: dict[tuple[str, ...], int] = {}
+    steps = []
+    for step in state["history"]:
+        packed = {name: getattr(step, name) for name in _SCALARS}
+        if step.rows is not None and step.layout is not None:
+            text = base64.b64encode(np.ascontiguousarray(step.rows).tobytes()).decode()
+            packed |= {"rows": text, "dtype": step.rows.dtype.name}
+            packed["layout"] = layouts.setdefault(step.layout.names, len(layouts))
+        steps.append(packed)
+    return {"next_step": state["next_step"], "layouts": [list(names) for names in layouts], "steps": steps}
+
+
+def unpack(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `pack`; a field that the writer did not know yet takes its default."""
+    layouts = [Layout(tuple(names)) for names in packed["layouts"]]
+    steps = []
+    for step in packed["steps"]:
+        values = {name: step[name] for name in _SCALARS if name in step}
+        if "rows" in step:
+            flat = np.frombuffer(base64.b64decode(step["rows"]), dtype=step["dtype"])
+            values |= {"rows": flat.reshape(-1, 2).copy(), "layout": layouts[step["layout"]]}
+        steps.append(StepSums(**values))
+    return {"next_step": packed["next_step"], "history": steps}
