@@ -26,6 +26,7 @@ from torch import nn
 
 from gns.integrations.shared import Given, Readings, monitor_or_options, pack, unpack
 from gns.monitor import GNSMonitor, GNSWarning
+from gns.reasons import UNSEEN
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -167,7 +168,10 @@ class LightningGNSCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach; the readings stay in `monitor`."""
+        stepped, monitor = trainer.global_step > self._began, self.monitor
         self.detach()
+        if stepped and monitor is not None and not monitor.history:
+            warnings.warn(f"nothing was measured in this training: {UNSEEN}", GNSWarning, stacklevel=2)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach."""

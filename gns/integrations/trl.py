@@ -16,8 +16,8 @@ from gns.segments import stacked
 PAIRS = ("DPOConfig", "RewardConfig")
 ROWS = ("SFTConfig",)
 LOSS_OUTSIDE = (
-    "label smoothing: the loss is made outside the model, so that the examples' weights in it are not seen and "
-    'taken as equal (weights="equal" ends this message)'
+    "label smoothing: the loss is made outside the model, so that the examples' weights in it are not seen "
+    'and taken as equal (weights="equal" ends this message)'
 )
 UNKNOWN = (
     "{name}: GNSCallback does not know what this trainer calls an example. Rows of the model's call are "

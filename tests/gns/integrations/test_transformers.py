@@ -10,7 +10,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from gns import GNSCallback, GNSMonitor
 from gns.data import Collator, encode_texts
-from gns.integrations.transformers import LOGGED, next_step, pack, unpack
+from gns.integrations.shared import LOGGED, Readings, pack, unpack
+from gns.integrations.transformers import next_step
 from gns.sums import Layout, StepSums, from_rows
 from tests.gns import tiny
 
@@ -163,14 +164,13 @@ def test_evaluation_neither_counts_nor_carries_readings(make):
 
 
 def test_late_in_a_long_run_a_logged_estimate_may_be_one_percent_old():
-    callback = GNSCallback()
-    asked = []
+    readings, asked = Readings(), []
     step = StepSums(step=0, n_examples=4, mean_sq_norm=2.0, sq_norm_of_mean=1.0)
-    callback.monitor = SimpleNamespace(latest=step, estimate=lambda: asked.append(1) or SimpleNamespace(
+    monitor = SimpleNamespace(latest=step, estimate=lambda: asked.append(1) or SimpleNamespace(
         b_simple=1.0, low=1.0, high=2.0, trace_sigma=1.0, grad_sq_norm=1.0))  # fmt: skip
     for number in range(1000):
-        callback.monitor.latest = replace(step, step=number)
-        callback._readings()
+        monitor.latest = replace(step, step=number)
+        readings.of(monitor)
     assert 250 < len(asked) < 350
 
 
