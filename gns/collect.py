@@ -28,12 +28,23 @@ from gns.plan import Plan, trainable
 from gns.pooling import Pool, joined, unwrapped
 from gns.projections import local
 from gns.ranks import world_size
-from gns.reasons import ABORTED, IDLE_RANK, JOINED, LATE, MIXED, NOT_OURS, UNSEEN
+from gns.reasons import (
+    ABORTED,
+    HIDDEN,
+    HIDDEN_LARGE,
+    IDLE_RANK,
+    JOINED,
+    LATE,
+    MIXED,
+    NOT_OURS,
+    UNSEEN,
+)
 from gns.segments import SegmentsOf
 from gns.selfcheck import SelfCheck
 from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
 from gns.underway import Call, StepUnderWay
 
+LOCAL_BYTES = 2 * 2**30  # of Σcᵢ kept alive where `.grad` is hidden
 FOREIGN = 5  # steps of such optimizers before something is said; a critic's may come in between
 
 
@@ -105,6 +116,8 @@ class Collector:
         self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
         self._open = False  # it began and has not ended; one that raised never does
         self._foreign = 0  # steps in a row of optimizers that own none of our parameters
+        self._ours = False  # one that owns some has stepped
+        self.hidden = False  # the engine hides `.grad`: each rank's own batch stands for a step
         self._known = {
             e.name for e in plan.entries
         } | plan.reasons.keys()  # trainable at attach, or told since
@@ -128,12 +141,10 @@ class Collector:
         self.handles.append(self.model.register_forward_pre_hook(RootInput(self), with_kwargs=True))
         self.handles.append(self.model.register_forward_hook(RootOutput(self), with_kwargs=True))
         me = weakref.ref(self)  # the optimizer hooks are global: they must not keep a forgotten model alive
-        self.handles.append(
-            register_optimizer_step_pre_hook(lambda *event: _forward_event(me, "_on_pre", event))
-        )
-        self.handles.append(
-            register_optimizer_step_post_hook(lambda *event: _forward_event(me, "_on_post", event))
-        )
+        # a compiled `optimizer.step` would trace it
+        event: Callable[..., None] = torch.compiler.disable(_forward_event)  # type: ignore[reportAssignmentType]
+        self.handles.append(register_optimizer_step_pre_hook(functools.partial(event, me, "_on_pre")))
+        self.handles.append(register_optimizer_step_post_hook(functools.partial(event, me, "_on_post")))
         self._activate()
 
     def detach(self) -> None:
@@ -216,7 +227,9 @@ class Collector:
         if seen.dtype is torch.float16 and self.scaler is None:
             self.now.loss_scaled = True
         tap.activation_dtype, self.now.eager = seen.dtype, True
+        self.now.placed.add(id(tap))
         tap.follow_device()
+        self.check.follow(tap, out.device)
         call = self._call
         if call is None or call.rows is None:
             return self._recomputed(tap, x)
@@ -316,13 +329,14 @@ class Collector:
             return
         self.now.count(self._running)
         gradients = self._gradients()
-        self.now.sq_norms = sq_norms(gradients, [e.parameter for e in self.entries])
-        seed = len(self.entries) * self.step if world_size() > 1 else None
-        self.now.mismatches = self.check.compare(gradients, seed)
+        read = self.check.totals() if self.hidden else gradients
+        self.now.sq_norms = sq_norms(read, [e.parameter for e in self.entries])
+        self.now.local = self.hidden
+        if not self.hidden:
+            seed = len(self.entries) * self.step if world_size() > 1 else None
+            self.now.mismatches = self.check.compare(gradients, seed)
         self.now.stamp = Stamp(gradients)
-        self.now.without_gradient = {
-            e.name for e, g in zip(self.entries, gradients, strict=True) if g is None
-        }
+        self.now.without_gradient = {e.name for e, g in zip(self.entries, read, strict=True) if g is None}
         scale = getattr(self.scaler, "_get_scale_async", lambda: None)()
         self.now.scale = None if scale is None else scale.detach().clone()
         self._end(self.boundary.backward_ends())
@@ -335,10 +349,10 @@ class Collector:
     @guarded
     def _on_pre(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         self._tell_of_late(optimizer)
-        if not self._owns(optimizer):
-            self._foreign += self.boundary.pending and not in_backward()
-            if self._foreign == FOREIGN:
-                self.on_notice(NOT_OURS)
+        if self._owns(optimizer):
+            self._ours = True
+        elif not self.hidden:
+            self._foreign_steps()
             return
         self._foreign = 0
         if not in_backward():
@@ -351,9 +365,24 @@ class Collector:
         self._closer = id(optimizer) if close is not None or idle else self._closer
         self._end(Close(UNSEEN) if blind else Close(IDLE_RANK) if idle else close)
 
+    def _foreign_steps(self) -> None:
+        """Count steps of an optimizer that owns none of our parameters; after a few, do without `.grad`."""
+        self._foreign += self.boundary.pending and not in_backward()
+        if self._foreign != FOREIGN:
+            return
+        if self._ours or any(g is not None for g in self._gradients()):
+            self.on_notice(NOT_OURS)
+            return
+        size = 4 * sum(e.scalars for e in self.entries)
+        if size > LOCAL_BYTES or any(e.parameter.numel() != e.scalars for e in self.entries):
+            self.on_notice(HIDDEN_LARGE.format(size=size) if size > LOCAL_BYTES else NOT_OURS)
+            return
+        self.hidden, self._foreign, self.boundary.pending, self.now.mismatches = True, 0, False, []
+        self._end(Close(HIDDEN))
+
     @guarded
     def _on_post(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
-        if self._owns(optimizer):
+        if self.hidden or self._owns(optimizer):
             self._end(self.boundary.optimizer_post(id(optimizer), in_backward=in_backward()))
 
     def _blind(self) -> bool:
@@ -370,7 +399,7 @@ class Collector:
 
         A wrapped optimizer also steps without one, but then another optimizer closed the step before.
         """
-        known = self._closer in (None, id(optimizer))
+        known = self._closer in (None, id(optimizer)) and not self.hidden
         return known and not self.boundary.pending and not in_backward() and world_size() > 1
 
     def _tell_of_late(self, optimizer: Any) -> None:
@@ -401,7 +430,7 @@ class Collector:
         if close is None:
             return
         if self.active:
-            names, reason = self.check.open_names(), close.reason
+            names, reason = () if self.hidden else self.check.open_names(), close.reason
             if joined(self._wrapper):
                 reason, self.now.mismatches = JOINED, []
             elif self.pool is None and world_size() > 1:
@@ -421,9 +450,10 @@ class Collector:
 
     def _activate(self) -> None:
         self.active = self.step % self.every == 0 and not self.dead
+        self.hidden = self.hidden and not self._ours
         self.boundary.measuring = self.active
         if self.active:
-            self.check.begin(self.step // self.every)
+            self.check.begin(self.step // self.every, everything=self.hidden)
 
 
 def _outputs(out: Any) -> list[Tensor]:
@@ -440,7 +470,7 @@ def _notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:
         found.backward_event(call)
 
 
-def _forward_event(collector: weakref.ref, method: str, event: tuple) -> None:
+def _forward_event(collector: weakref.ref, method: str, *event: Any) -> None:
     """Hand an optimizer's event to the collector, or end the taps of one that stood down."""
     found = collector()
     if found is not None and found.dead:

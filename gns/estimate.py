@@ -20,6 +20,7 @@ MIN_STEPS = (
     20  # below it the set covers too rarely (simulated: 92 % of nominal 95 % at 10 steps, j⁻² spectrum)
 )
 STATUSES = ("measured", "lower bound", "not detectable", "collecting")
+LOCAL = "local statistics"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Estimate:
 
     def __str__(self) -> str:
         size = f"{self.n_steps} steps × {format_count(self.examples_per_step)}"
+        if LOCAL in self.unit:
+            size += f" on each rank alone ({LOCAL})"
         percent = f"{100 * self.level:g} %"
         if self.n_steps < 2:
             return f"B_simple: collecting, {self.n_steps} usable step(s) so far ({self.n_skipped} left out)"
@@ -323,7 +326,14 @@ def _detection_limit(moments: Moments, level: float) -> float:
 
 
 def _unit(steps: list[StepSums]) -> str:
-    """Say what one example is: "examples (mean 187 tokens)" where the tokens are known."""
+    """Say what one example is, "examples (mean 187 tokens)", and whether steps are real ones."""
+    if any(s.local for s in steps):
+        return f"{_counted(steps)}, {LOCAL}: `.grad` is hidden, so each rank's own batch stands for a step"
+    return _counted(steps)
+
+
+def _counted(steps: list[StepSums]) -> str:
+    """Say what one example is."""
     if any(not s.call_seen for s in steps):
         return "rows of the layers' input (the model's own call was not seen: equal weights assumed)"
     counted = [(s.n_tokens, s.n_examples) for s in steps if s.n_tokens is not None]

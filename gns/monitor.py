@@ -37,7 +37,8 @@ class GNSMonitor:
     """Measures the gradient noise scale of a model in training, in any loop, without changing the training.
 
     `GNSMonitor(model).attach()` before the loop is all; weights stay bit-identical. Examples are the rows of
-    the batch dimension of the model's own call, or the sequences packed into them.
+    the batch dimension of the model's own call, or the sequences packed into them. With several data-parallel
+    processes, attach one on every rank: all of them hold the readings of the whole step.
 
     Args:
         model: the module that the loop calls, e.g. a `peft` model.
@@ -304,7 +305,7 @@ class GNSMonitor:
 
     def _arrive(self, step: OpenStep) -> None:
         self._arriving.append(step)
-        while self._arriving and (self._arriving[0].ready() or self._arriving[0].urgent):
+        while self._arriving and (step.urgent or self._arriving[0].ready()):
             self._close(self._arriving.popleft())
 
     def _close(self, step: OpenStep) -> None:

@@ -60,6 +60,7 @@ class OpenStep:
         seen_backward: whether any gradient was read.
         dtypes: parameter of the self-check → lowest precision on its way.
         pool: of the data-parallel ranks, or None for one process.
+        local: ‖ḡ‖² is that of Σcᵢ of this rank's examples.
     """
 
     step: int
@@ -76,6 +77,7 @@ class OpenStep:
     seen_backward: bool
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     pool: Pool | None = None
+    local: bool = False
     _reply: Reply | None = None
 
     def __post_init__(self) -> None:
@@ -153,6 +155,7 @@ class OpenStep:
             misfits=self._misfits(),
             mismatch={k: float(v) / scale for k, v in zip(self.checked, check, strict=True)} if alone else {},
             dtypes=self.dtypes,
+            local=self.local,
         )
         if alone or not self.checked:
             return Own(self.step, readings, self.checked)
@@ -178,7 +181,7 @@ class OpenStep:
         for entry, sq, norm, seen in zip(self.entries, r.s, r.q, r.rows, strict=True):
             if sq > 0 and entry.name in r.without_gradient:
                 out[entry.name] = NO_GRADIENT
-            elif entry.name in r.misfits:
+            elif seen > 0 and entry.name in r.misfits:
                 out[entry.name] = r.misfits[entry.name]
             elif norm > 0 and seen == 0:
                 out[entry.name] = NO_TAP
@@ -190,12 +193,12 @@ class OpenStep:
 
     def _failed(self, r: Readings) -> dict[str, str]:
         """Find parameters whose contributions do not sum to their gradient."""
-        out = {}
+        out, whole = {}, math.sqrt(r.q.sum())
         for entry, sq, norm in zip(self.entries, r.s, r.q, strict=True):
             if entry.name not in r.mismatch:
                 continue
             dtype, off = r.dtypes.get(entry.name, torch.bfloat16), r.mismatch[entry.name]
-            if off > r.slack * tolerance(dtype, math.sqrt(norm), math.sqrt(r.n * sq)):
+            if off > r.slack * tolerance(dtype, math.sqrt(norm), math.sqrt(r.n * sq), whole):
                 off = off / math.sqrt(norm) if norm > 0 else math.inf
                 out[entry.name] = (
                     f"self-check failed: its examples' gradients sum to {100 * off:.3g} % off `.grad` "
@@ -217,6 +220,7 @@ class OpenStep:
             "learning_rate": self.learning_rate,
             "loss_scaled": r.loss_scaled,
             "call_seen": r.call_seen,
+            "local": r.local,
         }
         wide = any(e.parameter.dtype is torch.float64 for e in self.entries)
         sums = part.close(r.q[keep], layout(names), reason=reason, **about)

@@ -16,13 +16,14 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from gns import localstats
 from gns.plan import Entry
 from gns.projections import SLACK, K, copies, factor, is_sharded
 from gns.ranks import Ranks, Refused, Reply, world_size
@@ -30,6 +31,7 @@ from gns.readings import Readings, empty
 from gns.reasons import (
     APART,
     DIFFERENT_GRADIENTS,
+    EMPTIED,
     IDLE_RANK,
     MISFIT_ELSEWHERE,
     NO_FACTOR,
@@ -42,7 +44,7 @@ from gns.selfcheck import tolerance
 
 _SPREAD = 1e-4  # relative, of ‖ḡ‖² over ranks: reduced gradients are equal bit by bit
 _HEAD = ("ranks", "step", "step²", "checked", "checked²", "read", "n", "unseen", "tokens", "tokens?")
-_HEAD += ("w", "ww", "w?", "loss_scaled", "reason?")
+_HEAD += ("w", "ww", "w?", "loss_scaled", "reason?", "local", "pairs", "free")
 _EACH = ("s", "q", "q²", "rows", "without_gradient", "misfit", "precision")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the coarsest is last
 _DIGIT = 12  # bits for the number of ranks with a dtype
@@ -97,13 +99,17 @@ class Pool:
         head = [1, own.step, own.step**2, mark, mark**2, r.read, r.n, not r.call_seen]
         head += [0 if math.isnan(tokens) else tokens, math.isnan(tokens)]
         head += [w if known else 0, ww if known else 0, not known, r.loss_scaled]
-        head += [r.reason is not None and r.reason not in POOLED, *(r.reason == text for text in POOLED)]
+        alone = localstats.parts(r) if r.local else None
+        head += [r.reason is not None and r.reason not in POOLED, r.local]
+        head += [alone.pairs, alone.free] if alone else [0, 0]
+        head += [r.reason == text for text in POOLED]
         each = np.zeros((len(self.entries), len(_EACH) + 2 * K))
         without = [e.name in r.without_gradient for e in self.entries]
         misfit = [e.name in r.misfits for e in self.entries]
         coarse = [_digit(r.dtypes.get(e.name)) for e in self.entries]
         with np.errstate(over="ignore", invalid="ignore"):
-            columns = [r.s, r.q, r.q**2, r.rows, without, misfit, coarse]
+            sums = [alone.trace, alone.grad, 0 * r.q] if alone else [r.s, r.q, r.q**2]
+            columns = [*sums, r.rows, without, misfit, coarse]
         each[:, : len(_EACH)] = np.stack(columns, axis=1)
         if own.projections is not None:
             rows = [row for _, row in self._rows(own.checked)]
@@ -135,7 +141,7 @@ class Pool:
         share = np.where(self._sharded, self._copies, readers)
         if reason is None and readers < self._size:
             reason = IDLE_RANK
-        elif reason is None and self._differ(columns, readers):
+        elif reason is None and not head["local"] and self._differ(columns, readers):
             reason = DIFFERENT_GRADIENTS
         mismatch: dict[str, float] = {}
         digits = zip(self.entries, columns["precision"], strict=True)
@@ -144,11 +150,12 @@ class Pool:
             parts = each[:, len(_EACH) :].reshape(-1, 2, K)
             pairs = {name: (parts[i, 0], parts[i, 1] / share[i]) for name, i in self._rows(own.checked)}
             mismatch = self._compare(pairs, dtypes)
-        if reason is None and self.factor is None and columns["s"].any():
+        known = self.factor is not None or not np.isfinite(columns["s"]).all() or not columns["s"].any()
+        if reason is None and not known and not head["local"]:
             reason = NO_FACTOR
         tokens, w, ww = (head[name] for name in ("tokens", "w", "ww"))
         here = own.readings.misfits
-        return Readings(
+        found = Readings(
             s=columns["s"] * (1 / self._size if self.factor is None else self.factor) ** 2,
             q=columns["q"] / share,
             rows=columns["rows"],
@@ -162,6 +169,20 @@ class Pool:
             mismatch=mismatch,
             dtypes=dtypes,
             slack=SLACK,
+        )
+        return self._local(found, head, columns) if head["local"] else found
+
+    def _local(
+        self, found: Readings, head: Mapping[str, float], columns: Mapping[str, np.ndarray]
+    ) -> Readings:
+        """Give the one step that stands for all ranks' batches."""
+        total = localstats.Parts(head["pairs"], head["free"], columns["q"], columns["s"])
+        n, s, q = localstats.step(total)
+        tokens = localstats.scaled_tokens(found.totals[0], found.n, n)
+        rows, apart = localstats.rounded(found.rows, found.n, n), head["local"] < self._size
+        reason = found.reason or (APART if apart else None)
+        return replace(
+            found, s=s, q=q, n=n, rows=rows, totals=(tokens, n, n), reason=reason, mismatch={}, local=True
         )
 
     def _rows(self, names: Sequence[str]) -> list[tuple[str, int]]:
@@ -206,6 +227,8 @@ def refusal(model: nn.Module) -> str | None:
     if old is not None and any(isinstance(m, old) for m in model.modules()):
         return OLD_FSDP
     for name, p in model.named_parameters():
+        if p.requires_grad and not p.numel():
+            return EMPTIED.format(name=f"`{name}`")
         if is_sharded(p) and not _all_data_parallel(p):
             return OTHER_MESH.format(name=f"`{name}`")
     return None

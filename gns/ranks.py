@@ -10,6 +10,7 @@ groups, their names and their collectives are not touched.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import queue
@@ -84,11 +85,10 @@ class Ranks:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         meet = _Meeting(_default_store(), distributed.get_rank(), self.size, what)
         # the thread knows the queue and the meeting only, so that a forgotten monitor ends it
-        self._thread = threading.Thread(
-            target=_serve, args=(self._queue, meet), name="gns-ranks", daemon=True
-        )
-        self._thread.start()
-        self._end = weakref.finalize(self, _leave, self._queue, self._thread)  # also when the process ends
+        thread = threading.Thread(target=_serve, args=(self._queue, meet), name="gns-ranks", daemon=True)
+        _serving[thread] = self._queue
+        thread.start()
+        self._end = weakref.finalize(self, self._queue.put, None)
 
     def send(self, make: Callable[[], np.ndarray]) -> Reply:
         """Add up a vector over all ranks; every rank must send as many, of the same length.
@@ -101,15 +101,22 @@ class Ranks:
         return reply
 
     def close(self) -> None:
-        """End the thread and give up the group."""
+        """End the thread after what is still to be sent, and give up the group; does not wait."""
         self._end()
 
 
-def _leave(requests: queue.SimpleQueue, thread: threading.Thread) -> None:
-    """End the thread after what is still to be sent: others wait for it."""
-    requests.put(None)
-    if thread is not threading.current_thread():
-        thread.join(REPLY_SECONDS)
+_serving: dict[threading.Thread, queue.SimpleQueue] = {}
+
+
+@atexit.register
+def _leave() -> None:
+    """Before the process ends, send what is still to be sent: others wait for it.
+
+    A thread that is inside gloo when the interpreter goes would abort the process; each is bounded in time.
+    """
+    for thread, requests in list(_serving.items()):
+        requests.put(None)
+        thread.join(MEET_SECONDS + REPLY_SECONDS)
 
 
 def _serve(requests: queue.SimpleQueue, meet: _Meeting) -> None:
@@ -126,8 +133,11 @@ def _serve(requests: queue.SimpleQueue, meet: _Meeting) -> None:
             group.allreduce([vector]).wait(datetime.timedelta(seconds=REPLY_SECONDS))
             reply.give(vector.numpy())
         except Exception as caught:
-            error = caught
-            reply.give(None, caught)
+            error = caught.with_traceback(None)
+            reply.give(None, error)
+        del request, make, reply  # they hold the model
+    del group
+    _serving.pop(threading.current_thread(), None)
 
 
 class _Meeting:
@@ -135,7 +145,7 @@ class _Meeting:
 
     def __init__(self, store: Any, rank: int, size: int, what: str):
         self._rank, self._size, self._what = rank, size, what
-        with contextlib.suppress(RuntimeError, NotImplementedError):
+        with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
             store = store.clone()  # a connection of our own: waiting on the shared one would block the user's
         self._store = distributed.distributed_c10d.PrefixStore("gns", store)
 

@@ -30,6 +30,7 @@ class Readings:
         dtypes: parameter of the self-check → lowest precision on its way; those whose taps never fired are
             missing.
         slack: how many times the tolerance of the self-check is allowed.
+        local: `.grad` is hidden; q is ‖Σcᵢ‖² of the examples on one rank, see `gns/localstats.py`.
     """
 
     s: np.ndarray
@@ -46,6 +47,7 @@ class Readings:
     mismatch: Mapping[str, float] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     slack: float = 1.0
+    local: bool = False
 
     @property
     def finite(self) -> bool:

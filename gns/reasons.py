@@ -11,6 +11,17 @@ NOT_OURS = (
     "optimizers step, but none owns a measured parameter (master copies, or an engine that hides them?): no "
     "step can be closed, so nothing is recorded"
 )
+HIDDEN = (
+    "an optimizer steps that owns no measured parameter, and `.grad` is empty: the engine hides both; from "
+    "the next step on each rank's own batch is measured as a step (local statistics)"
+)
+HIDDEN_LARGE = (
+    "the engine hides `.grad`, and local statistics would keep {size:,} bytes of summed gradients: train "
+    "fewer parameters (LoRA)"
+)
+EMPTIED = (
+    "parameter {name} is empty: an engine (ZeRO-3) has taken it apart; use fully_shard, or ZeRO up to stage 2"
+)
 LEFTOVER = "`.grad` held a gradient from before this step's first backward pass: zero the gradients each step"
 REPEATED = "a layer is called more than once per example; its uses are joined from the next step on"
 NOT_ALL = (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gns.plan import Entry
 from gns.projections import project, whole
+from gns.taps import Tap
 
 ROUND = 100  # measured steps from one round to the next
 EARLY = (3, 10, 30)  # measured steps that begin a round too: what is wrong shows early in a run
@@ -27,17 +28,22 @@ BUDGET_BYTES = 128 * 2**20  # of check sums alive in one step
 _RTOL = {torch.float64: 1e-6, torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Relative to √n·(Σ‖cᵢ‖²)^½, for gradients that are what is left of a cancellation.
 _ATOL = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Relative to the norm of the whole gradient: what is below it cancels over the tokens of each example, as at
+# the bias of attention keys, whose gradient is zero but for rounding. It adds nothing to either sum.
+_FLOOR = {torch.float64: 1e-14}
 
 
-def tolerance(dtype: torch.dtype, norm: float, spread: float) -> float:
+def tolerance(dtype: torch.dtype, norm: float, spread: float, whole: float = 0.0) -> float:
     """Largest ‖Σcᵢ − ḡ‖ that rounding explains.
 
     Args:
         dtype: the lowest precision on the way: of the activations or of the gradient.
-        norm: ‖ḡ‖.
+        norm: ‖ḡ‖ of the parameter.
         spread: √n (Σ‖cᵢ‖²)^½, an upper bound of ‖Σcᵢ‖.
+        whole: ‖ḡ‖ over all parameters.
     """
-    return _RTOL.get(dtype, 5e-2) * norm + _ATOL.get(dtype, 2e-2) * spread
+    relative = _RTOL.get(dtype, 5e-2) * norm + _ATOL.get(dtype, 2e-2) * spread
+    return relative + _FLOOR.get(dtype, 1e-6) * whole
 
 
 class SelfCheck:
@@ -54,8 +60,13 @@ class SelfCheck:
         self._shown: dict[str, int] = {}
         self._open: list[Entry] = []
 
-    def begin(self, measured: int) -> None:
-        """Open the sums of this step's share of the round; `measured` counts measured steps from 0."""
+    def begin(self, measured: int, *, everything: bool = False) -> None:
+        """Open the sums of this step's share of the round.
+
+        Args:
+            measured: counts measured steps from 0.
+            everything: open all parameters, whatever the round and the memory say.
+        """
         if measured % ROUND == 0 or measured in EARLY or not self._tries:
             self._todo = list(self._entries)
             self._tries = {e.name: 0 for e in self._entries}
@@ -68,6 +79,8 @@ class SelfCheck:
                 break
             budget -= size
             self._open.append(entry)
+        self._open = list(self._entries) if everything else self._open
+        self._open = [e for e in self._open if e.parameter.numel() == e.scalars]  # else taken apart since
         for entry in self._open:
             p = entry.parameter
             dtype = torch.float64 if p.dtype is torch.float64 else torch.float32
@@ -93,12 +106,30 @@ class SelfCheck:
             zero = torch.zeros((), dtype=tap.checks[name].dtype, device=tap.checks[name].device)
             total = zero.expand(tap.checks[name].shape) if total is None else total.detach()
             here = zero if gradient is None else whole(gradient.detach(), entry.parameter)
-            gradient = here.to(total.dtype).expand(total.shape)
+            gradient = here.to(total).expand(total.shape)
             if seed is None:
                 found.append(torch.linalg.vector_norm(total - gradient))
             else:
                 found.append(project([total, gradient], seed + rows[entry.name]))
         return found
+
+    def totals(self) -> list[Tensor | None]:
+        """Σcᵢ of every parameter so far, None where no example reached it."""
+        leaves = [e.sites[0][0].checks.get(e.sites[0][1]) for e in self._entries]
+        return [None if leaf is None else leaf.grad for leaf in leaves]
+
+    def follow(self, tap: Tap, device: torch.device) -> None:
+        """Move the sums of a layer's parameters to where it computes; the model may have moved since."""
+        if all(leaf.device == device for leaf in tap.checks.values()):
+            return
+        for entry in self._open:
+            if all(site is not tap for site, _ in entry.sites):
+                continue
+            first, name = entry.sites[0]
+            if (leaf := first.checks[name]).device != device:
+                leaf = torch.zeros_like(leaf, device=device, requires_grad=True)
+                for site, each in entry.sites:
+                    site.checks[each] = leaf
 
     def open_names(self) -> tuple[str, ...]:
         """Name the parameters compared in this step."""

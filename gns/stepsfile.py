@@ -326,7 +326,7 @@ def _checked(name: str, value: Any) -> Any:
     if name in _FLOATS and value is not None:
         kind, value = "a number", float(value) if isinstance(value, str | int | float) else value
         right = isinstance(value, float)
-    elif name in ("finite", "loss_scaled"):
+    elif name in ("finite", "loss_scaled", "local"):
         kind, right = "true or false", isinstance(value, bool)
     elif name in ("step", "n_examples"):
         kind, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)

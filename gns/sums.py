@@ -98,6 +98,8 @@ class StepSums:
         loss_scaled: the sums still carry an unknown loss scale; ratios hold, tr Σ and |G|² do not.
         call_seen: n and the weights come from the model's own call; else from the rows its layers saw, with
             equal weights.
+        local: the engine hides `.grad`, and each rank's own batch stands for a step: both sums are of that
+            smaller batch, averaged over ranks.
         rows: [P, 2], (m, q) of each parameter, float32 or float64; None for sums built by hand.
         layout: names of those rows.
     """
@@ -113,6 +115,7 @@ class StepSums:
     reason: str | None = None
     loss_scaled: bool = False
     call_seen: bool = True
+    local: bool = False
     rows: np.ndarray | None = field(default=None, repr=False, compare=False)
     layout: Layout | None = field(default=None, repr=False, compare=False)
 

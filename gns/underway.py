@@ -15,7 +15,7 @@ from gns.host import HostCopy
 from gns.openstep import OpenStep
 from gns.plan import Entry
 from gns.pooling import Pool
-from gns.reasons import REPEATED, TWICE
+from gns.reasons import PACKED_UNSEEN, REPEATED, TWICE
 from gns.taps import Tap
 
 
@@ -39,6 +39,7 @@ class StepUnderWay:
     calls: list[Call] = field(default_factory=list)  # those that were run backward
     reason: str | None = None
     misfits: dict[str, str] = field(default_factory=dict)  # parameter → why its rows are not examples
+    placed: set[int] = field(default_factory=set)  # taps that were called outside compiled regions
     to_gather: set[int] = field(default_factory=set)  # taps that fired more than once in a call
     loss_scaled: bool = False
     stamp: Stamp | None = None  # of the gradients when last read
@@ -48,6 +49,7 @@ class StepUnderWay:
     scale: Tensor | None = None  # loss scale
     learning_rate: float | None = None
     eager: bool = False  # layers were called outside compiled regions
+    local: bool = False  # `sq_norms` are of Σcᵢ of this rank's examples, `.grad` being hidden
     without_gradient: set[str] = field(default_factory=set)  # parameters whose `.grad` is None
 
     def count(self, running: Sequence[tuple[Call, int]]) -> None:
@@ -99,14 +101,22 @@ class StepUnderWay:
             loss_scaled=self.loss_scaled,
             learning_rate=self.learning_rate,
             reason=reason or self.reason or repeated,
-            misfits=self.misfits,
+            misfits=self.misfits | self._packed_unseen(taps),
             without_gradient=self.without_gradient,
             checked=checked if self.mismatches or pool is not None else (),
             copy=HostCopy([*sums, *self.sq_norms, *self.mismatches, *totals, *tail]),
             seen_backward=bool(self.sq_norms),
             dtypes=_lowest(entries) if self.mismatches else {},
             pool=pool,
+            local=self.local,
         )
+
+    def _packed_unseen(self, taps: Sequence[Tap]) -> dict[str, str]:
+        """Name the parameters of layers that ran compiled, or not, in a step whose examples are not rows."""
+        if all(call.rows is None or call.rows.segments is None for call in self.calls):
+            return {}
+        unplaced = [tap for tap in taps if id(tap) not in self.placed]
+        return {tap.full_name(p): PACKED_UNSEEN for tap in unplaced for p in tap.parameters}
 
 
 def _lowest(entries: Sequence[Entry]) -> dict[str, torch.dtype]:

@@ -152,6 +152,31 @@ def test_compare_gives_the_norm_of_the_difference(model):
     close(torch.stack(differences), [0.5 * math.sqrt(12), 6, 2 * math.sqrt(8), 2 * math.sqrt(2)])
 
 
+def test_projections_stand_for_the_difference(model):
+    """With a seed, what ranks exchange: S Σc and S ḡ, whose difference has about the same norm."""
+    found = plan(model)
+    check = SelfCheck(found.entries)
+    check.begin(0)
+    gradients = [torch.full_like(e.parameter, 2.0).detach() for e in found.entries]
+    found.taps[0].checks["weight"].grad = torch.randn(4, 3, dtype=torch.float64)
+    sums, grads = check.compare(gradients, seed=5)[0]
+    expected = check.compare(gradients)[0]
+    assert 0.3 < float((sums - grads).norm() / expected) < 2
+    again, zero = check.compare([None] * 4, seed=5)[0]
+    assert torch.equal(again, sums) and not zero.any()
+
+
+def test_sums_follow_a_model_that_moves_after_attach(model):
+    found = plan(model)
+    check = SelfCheck(found.entries)
+    check.begin(0)
+    here, other = found.taps[0], found.taps[1]
+    check.follow(here, torch.device("meta"))
+    assert {leaf.device.type for leaf in here.checks.values()} == {"meta"}
+    assert {leaf.device.type for leaf in other.checks.values()} == {"cpu"}
+    assert all(leaf.requires_grad and leaf.is_leaf for leaf in here.checks.values())
+
+
 # through the monitor
 
 

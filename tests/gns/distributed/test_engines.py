@@ -1,0 +1,51 @@
+"""DDP and FSDP2 on real gloo processes: the readings are those of one process on the same examples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gns.distributed.cases import BY_NAME, CASES, twin
+from tests.reference.tolerances import close
+
+MONITORED = [case for case in CASES if case.monitored]
+
+
+@pytest.mark.parametrize("case", MONITORED, ids=lambda case: case.name)
+def test_readings_equal_one_backward_pass_per_example(ranks, case):
+    if case.ranks not in (None, len(ranks)):
+        pytest.skip(f"needs {case.ranks} ranks")
+    every = case.monitor.get("every", 1)
+    expected = {i: e for i, e in enumerate(twin(case, len(ranks))) if i % every == 0}
+    for found in (rank[case.name] for rank in ranks):
+        assert "error" not in found, found["error"]
+        assert found["stopped"] is None and not found["unmeasured"] and not found["warnings"], found
+        assert [s["step"] for s in found["steps"]] == list(expected)
+        assert found["verified"] == sorted(found["steps"][0]["rows"])
+        for step in found["steps"]:
+            e = expected[step["step"]]
+            assert step["reason"] is None and step["finite"] and step["n"] == e.n
+            assert step["weights"] == 1 / e.n  # nothing says that the loss is a mean
+            names = list(e.sums)
+            assert list(step["rows"]) == names
+            close([step["rows"][k] for k in names], [e.sums[k] for k in names], case.tolerance or case.dtype)
+            joint = [sum(v[i] for v in e.sums.values()) for i in (0, 1)]
+            close([step["m"], step["q"]], joint, case.tolerance or case.dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_rank_holds_the_same(ranks, case):
+    assert all(rank[case.name] == ranks[0][case.name] for rank in ranks)
+
+
+@pytest.mark.parametrize(("on", "off"), [("float32", "unmonitored"), ("fsdp float32", "fsdp unmonitored")])
+def test_weights_are_those_of_unmonitored_training(ranks, on, off):
+    assert ranks[0][on]["weights"] == ranks[0][off]["weights"]
+    assert torch.tensor(ranks[0][on]["weights"][0]).any()
+
+
+def test_control_another_factor_is_not_within_the_tolerance(ranks):
+    """The mean's twin does not pass for the run whose gradients are divided by 3."""
+    wrong, found = twin(BY_NAME["fsdp"], len(ranks))[0], ranks[0]["fsdp divisor"]["steps"][0]
+    with pytest.raises(AssertionError, match="ratio"):
+        close(found["m"], sum(m for m, _ in wrong.sums.values()))
