@@ -322,6 +322,49 @@ def two_optimizers(model, data):
             optimizer.step()
 
 
+def in_turn(model, data):
+    """Each optimizer owns a half and steps on a gradient of its own, as in alternating training."""
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (model[0], model[2])]
+    for _ in range(2):
+        for optimizer in optimizers:
+            model.zero_grad()
+            loss_of(model, data).backward()
+            optimizer.step()
+
+
+def adamw_fused(model, data):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    for _ in range(4):
+        loss_of(model, data).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def another_part(model, data):
+    """An optimizer of a parameter of this model that is not measured, before and after the step."""
+    optimizer = sgd(model)
+    model.register_parameter("scale", nn.Parameter(torch.ones((), dtype=data.dtype)))
+    other = torch.optim.Adam([model.scale], lr=0.0)
+    for k in range(4):
+        model.zero_grad()
+        (loss_of(model, data) * model.scale).backward()
+        for one in (optimizer, other) if k % 2 else (other, optimizer):
+            one.step()
+
+
+def compiled_step(model, data):
+    """`torch.compile(optimizer.step)`: the hooks on optimizers run outside the compiled region."""
+    torch._dynamo.reset()
+    optimizer = sgd(model)
+    step = torch.compile(optimizer.step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own doings
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_of(model, data).backward()
+            step()
+
+
 def step_twice(model, data):
     optimizer = sgd(model)
     for _ in range(4):
@@ -456,6 +499,10 @@ REAL = {
     "Lookahead with a closure": (lookahead_closure, [STEP] * 4),
     "two optimizers": (two_optimizers, [STEP] * 4),
     "one gradient used twice": (step_twice, [STEP] * 4),
+    "two optimizers in turn": (in_turn, [STEP] * 4),
+    "fused AdamW": (adamw_fused, [STEP] * 4),
+    "an optimizer of another part of the model": (another_part, [STEP] * 4),
+    "compiled optimizer": (compiled_step, [STEP] * 4),
     "unfused overflow": (overflow, [STEP] * 3),
     "unfused overflow, zeroed": (functools.partial(overflow, set_to_none=False), [STEP] * 3),
     "fused overflow": (functools.partial(overflow, fused=True), [STEP, (BATCH, "not finite"), STEP, STEP]),

@@ -256,6 +256,23 @@ def test_packing_that_the_attention_does_not_see_is_said():
         assert step.n_examples == len(LENGTHS) and coverage.share == 1
 
 
+# the compiler instantiates autograd functions while it traces them
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_layers_that_are_compiled_cannot_tell_packed_rows_apart():
+    model, rows = lora("llama", torch.float64), sequences(LENGTHS)
+    torch._dynamo.reset()
+    layers = model.get_base_model().model.layers
+    with GNSMonitor(model, on_error="raise") as monitor:
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=0.0)
+        layers[0].compile(backend="aot_eager")
+        with pytest.warns(GNSWarning, match="compiled cannot tell which rows are whose"):
+            model(**pack(rows)).loss.backward()
+            optimizer.step()
+        coverage = monitor.coverage()
+    assert all("layers.0." in name for name in coverage.unmeasured)
+    assert all("layers.1." in name for name in coverage.measured) and coverage.measured
+
+
 def test_a_loss_outside_the_model_is_said():
     call = {"input_ids": torch.ones(4, 5, dtype=torch.long), "num_items_in_batch": torch.tensor(20)}
     assert "no labels" in row_map(nn.Identity(), (), call).notice
