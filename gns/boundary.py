@@ -86,6 +86,10 @@ class Boundary:
             return None
         return self._close() if self.pending else None
 
+    def awaits(self, optimizer: int) -> bool:
+        """Whether the POST hook of an optimizer would close the step: it was passed a closure."""
+        return optimizer in self._closures
+
     def optimizer_post(self, optimizer: int, *, in_backward: bool = False) -> Close | None:
         """Note the POST hook of an optimizer that owns covered parameters."""
         if in_backward or optimizer not in self._closures:

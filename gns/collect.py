@@ -6,11 +6,9 @@ is an `OpenStep`: device values on their way to the host.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gns.arguments import tensors_in
 from gns.boundary import Boundary, Close
-from gns.examples import RowMap, row_map
+from gns.calls import Call, Calls, outputs
 from gns.gradients import Stamp, all_empty, largest_entries, sq_norms
+from gns.guard import guarded, in_backward
 from gns.openstep import OpenStep
-from gns.placement import Placement, place
-from gns.plan import Plan, trainable
+from gns.owners import Owners, learning_rate
+from gns.placement import Placement
+from gns.plan import Plan
 from gns.pooling import Pool, joined, unwrapped
 from gns.projections import local
 from gns.ranks import world_size
@@ -42,31 +41,10 @@ from gns.reasons import (
 from gns.segments import SegmentsOf
 from gns.selfcheck import SelfCheck
 from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
-from gns.underway import Call, StepUnderWay
+from gns.underway import StepUnderWay
 
 LOCAL_BYTES = 2 * 2**30  # of Σcᵢ kept alive where `.grad` is hidden
 FOREIGN = 5  # steps of such optimizers before something is said; a critic's may come in between
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is under way on this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def guarded(method: Callable) -> Callable:
-    """Keep every exception of ours out of the user's loop."""
-
-    @functools.wraps(method)
-    def run(self: Collector, *args: Any, **kwargs: Any) -> Any:
-        if self.dead:
-            return None
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:
-            self.fail(error)
-            return None
-
-    return run
 
 
 class Collector:
@@ -101,16 +79,16 @@ class Collector:
     ):
         self.model, self.taps, self.entries = unwrapped(model), plan.taps, plan.entries
         self._wrapper = model
-        self.every, self.weights, self.segments, self.scaler = every, weights, segments, scaler
+        self.every, self.scaler = every, scaler
         self.on_step, self.on_error, self.on_notice = on_step, on_error, on_notice
         self.dead = False
         self.step = first_step
+        self.calls = Calls(self.model, weights, segments)
+        self.owners = Owners(self.model, plan.entries, {e.name for e in plan.entries} | plan.reasons.keys())
         self.check = SelfCheck(plan.entries)
         self.boundary = Boundary()
         self.handles: list[Any] = []
         self.now = StepUnderWay()
-        self._call: Call | None = None  # the forward pass under way
-        self._recent: deque[RowMap] = deque(maxlen=64)  # of the last calls, for recomputations
         self._running: list[tuple[Call, int]] = []  # calls in the backward pass under way, with graph tasks
         self._queued = False  # the end of the backward pass under way is being waited for
         self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
@@ -118,10 +96,6 @@ class Collector:
         self._foreign = 0  # steps in a row of optimizers that own none of our parameters
         self._ours = False  # one that owns some has stepped
         self.hidden = False  # the engine hides `.grad`: each rank's own batch stands for a step
-        self._known = {
-            e.name for e in plan.entries
-        } | plan.reasons.keys()  # trainable at attach, or told since
-        self._looked_at: set[int] = set()  # parameters of optimizers, each looked up once
         self._closed: Stamp | None = None  # of the gradients when the last step closed
         self._closer: int | None = None  # the optimizer that closed it
         self.pool: Pool | None = None  # of the data-parallel ranks, where there are more than one
@@ -183,19 +157,18 @@ class Collector:
         self._end(self.boundary.forward())
         if not self.active:
             return
-        self._call = Call(row_map(self.model, args, kwargs, self.weights, self.segments))
-        if self._call.rows is None:
+        rows = self.calls.begin(args, kwargs)
+        if rows is None:
             return
-        if self._call.rows.notice is not None:
-            self.on_notice(self._call.rows.notice)
-        self._recent.append(self._call.rows)
-        for gather in self._gathers():
-            gather.begin(self._call.rows.n)
+        if rows.notice is not None:
+            self.on_notice(rows.notice)
+        for gather in {id(g): g for tap in self.taps for g in tap.gathers.values()}.values():
+            gather.begin(rows.n)
 
     @guarded
     def call_ends(self, out: Any) -> None:
         """Watch the outputs, so that a call counts when its backward runs."""
-        call, self._call = self._call, None
+        call = self.calls.end()
         for entry in self.entries:
             gather = entry.meeting
             if gather is not None:
@@ -207,7 +180,7 @@ class Collector:
                     self.now.to_gather.update(id(tap) for tap, _ in entry.sites)
         if call is None or in_backward():
             return
-        for tensor in _outputs(out):
+        for tensor in outputs(out):
             tensor.register_hook(functools.partial(_notify, weakref.ref(self), call))
 
     @guarded
@@ -224,42 +197,18 @@ class Collector:
             The placement, or None where the model's own call was not seen: rows stand for examples then.
         """
         seen = x if x.is_floating_point() else out
-        if seen.dtype is torch.float16 and self.scaler is None:
-            self.now.loss_scaled = True
         tap.activation_dtype, self.now.eager = seen.dtype, True
         self.now.placed.add(id(tap))
         tap.follow_device()
         self.check.follow(tap, out.device)
-        call = self._call
-        if call is None or call.rows is None:
-            return self._recomputed(tap, x)
-        where = self._placement(tap, x, call.rows)
-        if where.misfit is None:
-            uses = call.uses[id(tap)] = call.uses.get(id(tap), 0) + 1
-            if uses > 1 and any(p not in tap.gathers for p in tap.parameters):
-                self.now.to_gather.add(id(tap))
+        running = [call for call, _ in self._running]
+        where = self.calls.place(tap, x, running, in_backward=in_backward())
+        if where is None or where.misfit is not None:
+            if where is not None and not tap.admits(x, where):
+                self._misplaced(tap, where)  # it will not be there to tell in backward
+        elif self.calls.used_again(tap) and any(p not in tap.gathers for p in tap.parameters):
+            self.now.to_gather.add(id(tap))
         return where
-
-    def _recomputed(self, tap: Tap, x: Tensor) -> Placement | None:
-        """Place a layer's call outside the model's call: as a rule a recomputation inside backward.
-
-        A recomputation must save as many tensors as the first run did, so it needs a placement if that had
-        one.
-        """
-        if not in_backward():
-            return None  # the model's own call was not seen
-        running = {id(call.rows): call.rows for call, _ in self._running if call.rows is not None}
-        found = [self._placement(tap, x, each) for each in running.values()]
-        fitting = [where for where in found if where.misfit is None]
-        if not fitting:
-            found = [self._placement(tap, x, each) for each in reversed(self._recent)]
-            fitting = [where for where in found if where.misfit is None][:1]
-        if len(fitting) > 1 and any(where.segments is not None for where in fitting):
-            return dataclasses.replace(fitting[0], ambiguous=True)
-        return next(iter(fitting or found), None)
-
-    def _placement(self, tap: Tap, x: Tensor, rows: RowMap) -> Placement:
-        return place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable)
 
     @guarded
     def _misplaced(self, tap: Tap, where: Placement) -> None:
@@ -268,9 +217,6 @@ class Collector:
             self.now.reason = MIXED
         else:
             self.now.misfits.update({tap.full_name(p): str(where.misfit) for p in tap.parameters})
-
-    def _gathers(self) -> list:
-        return list({id(g): g for tap in self.taps for g in tap.gathers.values()}.values())
 
     # backward
 
@@ -335,6 +281,8 @@ class Collector:
         if not self.hidden:
             seed = len(self.entries) * self.step if world_size() > 1 else None
             self.now.mismatches = self.check.compare(gradients, seed)
+        half = any(tap.activation_dtype is torch.float16 for tap in self.taps)
+        self.now.loss_scaled = half and self.scaler is None
         self.now.stamp = Stamp(gradients)
         self.now.without_gradient = {e.name for e, g in zip(self.entries, read, strict=True) if g is None}
         scale = getattr(self.scaler, "_get_scale_async", lambda: None)()
@@ -348,8 +296,10 @@ class Collector:
 
     @guarded
     def _on_pre(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
-        self._tell_of_late(optimizer)
-        if self._owns(optimizer):
+        late = self.owners.late(optimizer) if self.active and not in_backward() else []
+        if late:  # a switched adapter, a layer unfrozen
+            self.on_notice(f"{len(late)} trainable parameter(s) are not measured, e.g. {late[0]}: {LATE}")
+        if self.owners.owns(optimizer):
             self._ours = True
         elif not self.hidden:
             self._foreign_steps()
@@ -357,7 +307,7 @@ class Collector:
         self._foreign = 0
         if not in_backward():
             self._queued = False
-        self.now.learning_rate = self._rate(optimizer)
+        self.now.learning_rate = learning_rate(optimizer)
         closure = callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
         blind = not closure and self._blind()
         idle = not closure and self._idle(optimizer)
@@ -382,8 +332,12 @@ class Collector:
 
     @guarded
     def _on_post(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
-        if self.hidden or self._owns(optimizer):
-            self._end(self.boundary.optimizer_post(id(optimizer), in_backward=in_backward()))
+        if not self.hidden and not self.owners.owns(optimizer):
+            return
+        awaited = self.boundary.awaits(id(optimizer))
+        blind = awaited and self._blind()
+        close = self.boundary.optimizer_post(id(optimizer), in_backward=in_backward())
+        self._end(Close(UNSEEN) if blind else close)
 
     def _blind(self) -> bool:
         """Whether new gradients are there though no backward pass was noticed since the last step closed."""
@@ -401,28 +355,6 @@ class Collector:
         """
         known = self._closer in (None, id(optimizer)) and not self.hidden
         return known and not self.boundary.pending and not in_backward() and world_size() > 1
-
-    def _tell_of_late(self, optimizer: Any) -> None:
-        """Warn of parameters that began to train after `attach()`: a switched adapter, an unfrozen layer."""
-        if not self.active or in_backward():
-            return
-        stepped = (p for group in optimizer.param_groups for p in group["params"])
-        new = {id(p) for p in stepped if p.grad is not None and id(p) not in self._looked_at}
-        self._looked_at |= new
-        late = list(trainable(self.model).keys() - self._known) if new else []
-        if late:
-            self._known.update(late)
-            self.on_notice(f"{len(late)} trainable parameter(s) are not measured, e.g. {min(late)}: {LATE}")
-
-    def _owns(self, optimizer: Any) -> bool:
-        ours = {id(e.parameter) for e in self.entries}
-        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
-
-    def _rate(self, optimizer: Any) -> float | None:
-        """Largest learning rate over the optimizer's groups; None if it lies on a device."""
-        rates = [g.get("lr") for g in optimizer.param_groups]
-        known = [float(r) for r in rates if r is not None and not (isinstance(r, Tensor) and r.is_cuda)]
-        return max(known, default=None)
 
     # the step
 
@@ -454,13 +386,6 @@ class Collector:
         self.boundary.measuring = self.active
         if self.active:
             self.check.begin(self.step // self.every, everything=self.hidden)
-
-
-def _outputs(out: Any) -> list[Tensor]:
-    """Give the tensors of a model's output that a loss can be made of."""
-    if dataclasses.is_dataclass(out) and not isinstance(out, (type, dict)):
-        out = vars(out)
-    return [t for t in tensors_in(out) if t.requires_grad]
 
 
 def _notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:

@@ -116,7 +116,8 @@ class OpenStep:
         out = {name: why for name, why in out.items() if name not in excluded}
         keep = np.array([e.name not in out and e.name not in excluded for e in self.entries])
         fired = frozenset(e.name for e, rows in zip(self.entries, r.rows, strict=True) if rows > 0)
-        return Closed(self._record(r, keep, layout), out, verified - out.keys(), fired)
+        verified -= out.keys() | set(excluded)
+        return Closed(self._record(r, keep, layout), out, verified, fired)
 
     def _all(self) -> Readings:
         """The readings of all ranks."""
@@ -184,7 +185,7 @@ class OpenStep:
             elif seen > 0 and entry.name in r.misfits:
                 out[entry.name] = r.misfits[entry.name]
             elif norm > 0 and seen == 0:
-                out[entry.name] = NO_TAP
+                out[entry.name] = r.misfits.get(entry.name, SPLIT_USES if entry.gathered else NO_TAP)
             elif norm > 0 and sq == 0:
                 out[entry.name] = SPLIT_USES if entry.gathered else SILENT_TAP
             elif seen > r.n and not entry.gathered:

@@ -77,7 +77,7 @@ SILENT_TAP = (
 )
 SPLIT_USES = (
     "it is used more than once and the uses could not be joined: the model passed to GNSMonitor was not the "
-    "one called, or checkpointing is reentrant (use_reentrant=False joins them)"
+    "one called, it is compiled as a whole, or checkpointing is reentrant (use_reentrant=False joins them)"
 )
 NO_GRADIENT = (
     "examples reached its layer, but no gradient reached it: frozen or cleared before the optimizer step"

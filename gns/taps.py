@@ -271,6 +271,8 @@ class OutputHook(_Hook):
         x = tap.rule.capture(module, args, kwargs, out)
         if x is None:
             return None
+        if compiling:
+            tap.activation_dtype = (x if x.is_floating_point() else out).dtype
         where = None if compiling else collector.place(tap, x, out)
         live = tap.live()
         if not live or not tap.admits(x, where):

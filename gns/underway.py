@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gns.calls import Call
 from gns.examples import RowMap
 from gns.gradients import Stamp
 from gns.host import HostCopy
@@ -17,19 +18,6 @@ from gns.plan import Entry
 from gns.pooling import Pool
 from gns.reasons import PACKED_UNSEEN, REPEATED, TWICE
 from gns.taps import Tap
-
-
-class Call:
-    """One forward pass of the model.
-
-    Args:
-        rows: its examples, or None where they cannot be read off its arguments.
-    """
-
-    def __init__(self, rows: RowMap | None):
-        self.rows = rows
-        self.uses: dict[int, int] = {}  # tap → how often it fired
-        self.task: int | None = None  # graph task that ran it backward
 
 
 @dataclass
@@ -115,7 +103,7 @@ class StepUnderWay:
         """Name the parameters of layers that ran compiled, or not, in a step whose examples are not rows."""
         if all(call.rows is None or call.rows.segments is None for call in self.calls):
             return {}
-        unplaced = [tap for tap in taps if id(tap) not in self.placed]
+        unplaced = [tap for tap in taps if id(tap) not in self.placed and tap.leaf.grad is not None]
         return {tap.full_name(p): PACKED_UNSEEN for tap in unplaced for p in tap.parameters}
 
 

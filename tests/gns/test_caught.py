@@ -322,3 +322,26 @@ def test_lora_with_a_frozen_factor():
     assert sums[1].reason is None
     assert sums[1].mean_sq_norm == pytest.approx(sums[0].groups["B"].mean_sq_norm, rel=1e-6)
     assert sums[1].groups["A"].mean_sq_norm == sums[1].groups["A"].sq_norm_of_mean == 0
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_backward_that_was_not_seen_is_refused_with_and_without_a_closure(closure):
+    model, optimizer = mlp(), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x = batches(1)[0]
+
+    def unseen():
+        optimizer.zero_grad()
+        loss = loss_of(model, x)
+        for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            p.grad = g
+        return loss
+
+    with GNSMonitor(model, on_error="raise") as monitor, pytest.warns(GNSWarning, match="was noticed"):
+        for _ in range(2):
+            if closure:
+                optimizer.step(unseen)
+            else:
+                unseen()
+                optimizer.step()
+        assert len(monitor.history) == 2 and all("was noticed" in s.reason for s in monitor.history)

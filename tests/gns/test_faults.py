@@ -232,16 +232,11 @@ class OneVector(Identity):
         return torch.tanh(self.honest(x)).sum(-1, keepdim=True) * self.read(torch.ones(5, dtype=x.dtype))
 
 
-WRONG_WORDS = pytest.mark.xfail(
-    strict=True, reason="left out as it must be, but said to be used without calling its module"
-)
-
-
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
         (Identity, "5 rows where the model's call has 6"),
-        pytest.param(OneVector, "without a batch", marks=WRONG_WORDS),
+        (OneVector, "without a batch"),
     ],
 )
 def test_a_layer_called_on_no_batch_leaves_both_sums(seed, kind, why):
@@ -314,7 +309,6 @@ def test_hooks_of_the_user_are_measured_through_or_found_out(model, name, when):
     assert bool(warned(said, "self-check failed")) != exact
 
 
-@pytest.mark.xfail(strict=True, reason="openstep.close: also those left out before are verified")
 def test_only_measured_parameters_are_verified(seed):
     model = nn.Sequential(nn.Linear(5, 5), Repeated()).double()
     optimizer = sgd(model)

@@ -36,26 +36,9 @@ from tests.gns.matrix_engines import (
 from tests.gns.matrix_models import batch
 from tests.reference.tolerances import close
 
-# (family or None for all, adapter) whose rules are not there yet
-NOT_YET: set[tuple[str | None, str]] = set()
-
-
-# (engine, precision) with a known bug, and which
-BROKEN = dict.fromkeys(
-    itertools.product(COMPILED, ["fp16 scale unknown"]),
-    "compiled layers do not tell that their inputs are float16: sums are not marked as scaled",
-)
-
-
-def why_failing(cell: Cell) -> str | None:
-    if {(None, cell.adapter), (cell.family, cell.adapter)} & NOT_YET:
-        return "a rule that is not there yet"
-    return BROKEN.get((cell.engine, cell.precision))
-
 
 def params(cells):
-    marks = {c: pytest.mark.xfail(strict=True, reason=why) for c in cells if (why := why_failing(c))}
-    return [pytest.param(c, id=str(c), marks=marks.get(c, ())) for c in cells]
+    return [pytest.param(c, id=str(c)) for c in cells]
 
 
 def watched_run(cell):

@@ -159,7 +159,9 @@ def summed(outputs, labels, num_items_in_batch=None):
     )
 
 
-@pytest.mark.parametrize("outside", [{"label_smoothing_factor": 0.2}, {"compute_loss_func": summed}], ids=str)
+@pytest.mark.parametrize(
+    "outside", [{"label_smoothing_factor": 0.2}, {"compute_loss_func": summed}], ids=["smoothing", "own loss"]
+)
 def test_a_loss_outside_the_model_has_exact_sums_and_its_weights_are_said_to_be_unseen(outside, train):
     callback = GNSCallback(on_error="raise")
     plain, calls = train([], **outside)

@@ -1,0 +1,107 @@
+"""The model's own calls: what their arguments say of examples, and where a layer's rows stand in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gns.arguments import tensors_in
+from gns.examples import RowMap, row_map
+from gns.placement import Placement, place
+from gns.segments import SegmentsOf
+from gns.taps import Tap
+
+REMEMBERED = 64  # calls that a recomputation may belong to
+
+
+class Call:
+    """One forward pass of the model.
+
+    Args:
+        rows: its examples, or None where they cannot be read off its arguments.
+    """
+
+    def __init__(self, rows: RowMap | None):
+        self.rows = rows
+        self.uses: dict[int, int] = {}  # tap → how often it fired
+        self.task: int | None = None  # graph task that ran it backward
+
+
+class Calls:
+    """Follows the calls of a model.
+
+    Args:
+        model: the module whose calls are watched.
+        weights: of the examples in the loss, see `gns.examples.row_map`.
+        segments: which rows or positions are which example, see there.
+    """
+
+    def __init__(self, model: nn.Module, weights: str, segments: SegmentsOf | str | None):
+        self.model, self.weights, self.segments = model, weights, segments
+        self.under_way: Call | None = None
+        self._recent: deque[RowMap] = deque(maxlen=REMEMBERED)
+
+    def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> RowMap | None:
+        """Read the examples of a call that begins."""
+        rows = row_map(self.model, args, kwargs, self.weights, self.segments)
+        self.under_way = Call(rows)
+        if rows is not None:
+            self._recent.append(rows)
+        return rows
+
+    def end(self) -> Call | None:
+        """Give the call that ends."""
+        call, self.under_way = self.under_way, None
+        return call
+
+    def place(self, tap: Tap, x: Tensor, running: Iterable[Call], *, in_backward: bool) -> Placement | None:
+        """Find out how the rows of a layer's input map onto the examples of the call it is in.
+
+        Outside the model's call it is, as a rule, a recomputation inside backward. That must save as many
+        tensors as the first run did, so it needs a placement if that had one.
+
+        Args:
+            tap: of the layer.
+            x: what its rule captured.
+            running: calls in the backward pass under way.
+            in_backward: whether there is one.
+
+        Returns:
+            The placement, or None where the model's own call was not seen.
+        """
+        call = self.under_way
+        if call is not None and call.rows is not None:
+            return _placement(tap, x, call.rows)
+        if not in_backward:
+            return None
+        rows = {id(each.rows): each.rows for each in running if each.rows is not None}
+        found = [_placement(tap, x, each) for each in rows.values()]
+        fitting = [where for where in found if where.misfit is None]
+        if not fitting:
+            found = [_placement(tap, x, each) for each in reversed(self._recent)]
+            fitting = [where for where in found if where.misfit is None][:1]
+        if len(fitting) > 1 and any(where.segments is not None for where in fitting):
+            return dataclasses.replace(fitting[0], ambiguous=True)
+        return next(iter(fitting or found), None)
+
+    def used_again(self, tap: Tap) -> bool:
+        """Count a use of a layer in the call under way; whether it is not the first."""
+        if self.under_way is None:
+            return False
+        uses = self.under_way.uses[id(tap)] = self.under_way.uses.get(id(tap), 0) + 1
+        return uses > 1
+
+
+def _placement(tap: Tap, x: Tensor, rows: RowMap) -> Placement:
+    return place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable)
+
+
+def outputs(out: Any) -> list[Tensor]:
+    """Give the tensors of a model's output that a loss can be made of."""
+    if dataclasses.is_dataclass(out) and not isinstance(out, (type, dict)):
+        out = vars(out)
+    return [t for t in tensors_in(out) if t.requires_grad]
