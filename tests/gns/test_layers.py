@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import warnings
 
 import peft
 import pytest
@@ -394,3 +395,34 @@ def test_the_plan_of_a_model_with_every_kind_of_layer():
         }
     )
     assert [tap.rule.kind for tap in plan(model).taps] == ["Conv", "Elementwise", "Embedding", "Elementwise"]
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, inside a checkpointed part."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.shared, self.reentrant = nn.Linear(6, 6), nn.Linear(6, 6), reentrant
+
+    def inner(self, h):
+        return self.shared(torch.tanh(self.shared(h)))
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.reentrant is None:
+            return self.inner(h)
+        return torch.utils.checkpoint.checkpoint(self.inner, h, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
+def test_a_layer_called_twice_is_joined_or_under_reentrant_checkpointing_named(reentrant):
+    torch.manual_seed(0)
+    model, x = Twice(None).double(), torch.randn(N, 3, 6, dtype=torch.float64)
+    twin = contributions(trainable(model), [lambda i=i: model(x[[i]]).pow(3).sum() for i in range(N)])
+    model.reentrant = reentrant
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        step, coverage = step_of(model, lambda: model(x).pow(3).sum())
+    assert said
+    assert set(coverage.unmeasured) == ({"shared.weight", "shared.bias"} if reentrant else set())
+    check(step, twin, 1e-10)
