@@ -36,5 +36,5 @@ def call_shape(args: tuple, kwargs: Mapping[str, Any]) -> Shape | None:
     batch = batch_of(args, kwargs)
     if batch is None:
         return None
-    ids = batch.ndim == 2 and not batch.is_floating_point()
-    return Shape(int(batch.shape[0]), int(batch.shape[1]) if ids or batch.ndim == 3 else None)
+    positions = batch.ndim == (3 if batch.is_floating_point() else 2)
+    return Shape(int(batch.shape[0]), int(batch.shape[1]) if positions else None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gns.arguments import tensors_in
 from gns.examples import RowMap, row_map
 from gns.placement import Placement, place
+from gns.reasons import OTHER_MODE
 from gns.segments import SegmentsOf
 from gns.taps import Tap
 
@@ -97,6 +98,8 @@ class Calls:
 
 
 def _placement(tap: Tap, x: Tensor, rows: RowMap) -> Placement:
+    if tap.rule.mode is not None and tap.module.training != tap.rule.mode:
+        return Placement(rows.n, misfit=OTHER_MODE)
     return place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable)
 
 

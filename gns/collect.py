@@ -23,12 +23,13 @@ from gns.guard import guarded, in_backward
 from gns.openstep import OpenStep
 from gns.owners import Owners, learning_rate
 from gns.placement import Placement
-from gns.plan import Plan
+from gns.plan import Plan, batch_norms
 from gns.pooling import Pool, joined, unwrapped
 from gns.projections import local
 from gns.ranks import world_size
 from gns.reasons import (
     ABORTED,
+    BATCH_NORM,
     HIDDEN,
     HIDDEN_LARGE,
     IDLE_RANK,
@@ -84,6 +85,7 @@ class Collector:
         self.dead = False
         self.step = first_step
         self.calls = Calls(self.model, weights, segments)
+        self._norms = batch_norms(self.model)
         self.owners = Owners(self.model, plan.entries, {e.name for e in plan.entries} | plan.reasons.keys())
         self.check = SelfCheck(plan.entries)
         self.boundary = Boundary()
@@ -157,6 +159,9 @@ class Collector:
         self._end(self.boundary.forward())
         if not self.active:
             return
+        for name in (name for name, norm in self._norms if norm.training):
+            self.on_notice(BATCH_NORM.format(name=f"`{name}`"))
+            break
         rows = self.calls.begin(args, kwargs)
         if rows is None:
             return

@@ -43,16 +43,48 @@ class RowMap:
     notice: str | None = None
 
 
+_SHIFT = ("CausalLM", "LMHead", "ConditionalGeneration", "DoubleHeads")
+# Decoders of encoder–decoder families and two older models, whose labels are what is predicted at each token.
+_NO_SHIFT = (
+    "Bart",
+    "Pegasus",
+    "Marian",
+    "Blenderbot",
+    "TrOCR",
+    "Speech2Text2",
+    "XLMWith",
+    "XLNet",
+    "ProphetNet",
+)
+
+
+def _loss_model(model: nn.Module) -> nn.Module:
+    """Find the module that takes the labels, in adapters and other wrappers."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    known = (m for m in base.modules() if any(word in type(m).__name__ for word in (*_SHIFT, "ForCTC")))
+    return next(known, base)
+
+
 def _shifts_labels(model: nn.Module) -> bool:
     """Whether the model predicts token t + 1 at t, so that the first label of a row is never used."""
-    base = getattr(model, "get_base_model", lambda: model)()
+    base, adapter = _loss_model(model), getattr(model, "active_peft_config", None)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return False
-    return any(word in type(base).__name__ for word in ("CausalLM", "LMHead", "ConditionalGeneration"))
+    if getattr(adapter, "is_prompt_learning", False) and "PREFIX" not in str(
+        getattr(adapter, "peft_type", "")
+    ):
+        return False  # virtual tokens stand before the first label, and predict it
+    name = type(base).__name__
+    return any(word in name for word in _SHIFT) and not name.startswith(_NO_SHIFT)
 
 
 def _labelled(model: nn.Module, kwargs: Mapping[str, Any], shape: Shape) -> Tensor | None:
-    """Positions whose output is in the loss, [R, T] float32, or None where the call has no token labels."""
+    """Positions whose output is in the loss, [R, T] float32, or None where the call has no token labels.
+
+    A CTC loss has labels, but no loss a token: its examples weigh alike.
+    """
+    if "ForCTC" in type(_loss_model(model)).__name__:
+        return None
     for name, shifted in (("shift_labels", False), ("labels", _shifts_labels(model))):
         labels = kwargs.get(name)
         if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():

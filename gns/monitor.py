@@ -170,7 +170,7 @@ class GNSMonitor:
         self._collector.attach()
         if self._plan.reasons:
             self._warn_unmeasured(self._plan.reasons)
-        for name in batch_norms(self.model)[:1]:
+        for name in [name for name, norm in batch_norms(self.model) if norm.training][:1]:
             self._notice(BATCH_NORM.format(name=f"`{name}`"))
         return self
 

@@ -98,13 +98,22 @@ def _sites(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
     return found
 
 
-def _only_adds(model: nn.Module, path: str) -> bool:
-    """Whether the output of the layer at `path` is known to be added to something with a batch dimension.
+# Position embeddings of `transformers`, (class around, name), that are looked up once for all examples and
+# then added. Others are repeated, concatenated or dropped out first: a batch dimension would break that.
+_ADDED = {
+    ("GPT2Model", "wpe"),
+    ("GPTNeoModel", "wpe"),
+    ("BertEmbeddings", "position_embeddings"),
+    ("ElectraEmbeddings", "position_embeddings"),
+    ("AlbertEmbeddings", "position_embeddings"),
+}
 
-    So it is with the position embeddings of `transformers`; elsewhere code may repeat or concatenate it.
-    """
-    around = model.get_submodule(path.rpartition(".")[0])
-    return type(around).__module__.partition(".")[0] == "transformers"
+
+def _only_adds(model: nn.Module, path: str) -> bool:
+    """Whether the output of the layer at `path` is known to be only added to the tokens' embeddings."""
+    above, _, own = path.rpartition(".")
+    kind = type(model.get_submodule(above))
+    return kind.__module__.partition(".")[0] == "transformers" and (kind.__name__, own) in _ADDED
 
 
 def _why_not(path: str, module: nn.Module, local: str, rule: Rule | None) -> str | None:
@@ -193,7 +202,7 @@ def trainable(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def batch_norms(model: nn.Module) -> list[str]:
-    """Name the layers that mix the examples of a batch while training."""
+def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Give the layers, with their names, that mix the examples of a batch while in training mode."""
     kind = nn.modules.batchnorm._BatchNorm
-    return [name for name, m in model.named_modules() if isinstance(m, kind) and m.training]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]

@@ -117,3 +117,11 @@ TOO_LARGE = (
 
 # those that ranks tell one another; any other is said in its own words on the rank that has it
 POOLED = (TWICE, ABORTED, UNSEEN, LEFTOVER, REPEATED, AMBIGUOUS, IDLE_RANK)
+OTHER_MODE = (
+    "its layer was recognised in another mode (training or not) than it runs in, as batch norm in eval mode: "
+    "attach in the mode that the training runs in"
+)
+IN_PLACE = (
+    "the loop changes its layer's input in place after the call, which the layer allows and a tap does not"
+)
+WRONG_SHAPE = "its layer's rule gives a gradient of another shape than the parameter has"

@@ -177,6 +177,8 @@ def _from_positions(kwargs: Mapping[str, Any], rows: int, positions: int) -> np.
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return None
     places = _host(places)
+    if places is not None and places.ndim == 3 and len(places) == 4:
+        places = places[0]  # of Qwen-VL: the text's own positions, then time, height and width
     if places is None or places.ndim != 2 or places.shape[1] != positions or places.shape[0] not in (1, rows):
         return None
     begins = np.diff(places, axis=1, prepend=places[:, :1] - 1) != 1

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gns import reducers
 from gns.gather import Gather, sum_dtype
-from gns.placement import Placement
+from gns.placement import Placement, Segments
+from gns.reasons import IN_PLACE, WRONG_SHAPE
 from gns.rules import Rule
 from gns.rules.base import parameter_of
 
@@ -93,16 +94,25 @@ class Tap:
 
     def sum_sq_norms(self, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
         """Σᵢ ‖cᵢ‖² over the examples of a call, []."""
-        joined = where.segments is not None and not self.rule.tokenwise
-        found = []
-        for a, b, examples in where.parts(self.rule, x, dy):
-            if joined and examples is not None:  # the rows of an example are added before they are squared
-                blocks = reducers.blocks(self.rule, self.module, a, b, parameter)
-                total = blocks.new_zeros(where.n, *blocks.shape[1:]).index_add_(0, examples, blocks)
-                found.append(reducers.sq_norm(total))
-            else:
-                found.append(reducers.sum_sq_norms(self.rule, self.module, a, b, parameter, self.limit))
-        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+        if where.segments is not None and not self.rule.tokenwise:
+            return self._joined(x, dy, parameter, where.segments)
+        found = [
+            reducers.sum_sq_norms(self.rule, self.module, a, b, parameter, self.limit)
+            for a, b, _ in where.parts(self.rule, x, dy)
+        ]
+        return found[0] if len(found) == 1 else torch.stack(found or [dy.new_zeros(())]).sum(0)
+
+    def _joined(self, x: Tensor, dy: Tensor, parameter: str, segments: Segments) -> Tensor:
+        """Σᵢ ‖cᵢ‖² of a rule that does not add over positions: an example's rows are added, then squared."""
+        found = dy.new_zeros((), dtype=sum_dtype(dy.dtype))
+        for a, b, _ in segments.parts(x, dy):
+            rows = b.shape[1]
+            size = max(1, self.limit // (4 * rows * self.parameter(parameter).numel()))
+            for xs, dys in zip(a.split(size), b.split(size), strict=True):
+                xs, dys = xs.flatten(0, 1), dys.flatten(0, 1)
+                blocks = reducers.blocks(self.rule, self.module, xs, dys, parameter)
+                found = found + reducers.sq_norm(blocks.unflatten(0, (-1, rows)).sum(1))
+        return found
 
     def sites(self, x: Tensor, where: Placement) -> tuple[Tensor, ...]:
         """Give what gathered parameters return their parts to."""
@@ -165,21 +175,29 @@ class _TapFunction(torch.autograd.Function):
         ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
         ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
         ctx.checked, ctx.alone = tuple(tap.checks), out.shape
+        ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
         seen = out.detach()  # neither a view nor the input itself: users change outputs in place
         return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors  # to be asked for once only: checkpointing recomputes on demand
-        x = saved[0] if saved else dy
         onward = dy.sum(0, keepdim=True) if dy.shape != ctx.alone else dy  # as the addition itself would
+        none = (onward, *[None] * (5 + ctx.n_extra))
+        try:
+            saved = ctx.saved_tensors  # to be asked for once only: checkpointing recomputes on demand
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise  # checkpointing's own
+            ctx.tap.misplaced(Placement(0, misfit=IN_PLACE))
+            return none
+        x = saved[0] if saved else dy
         if torch.compiler.is_compiling():
             return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
         try:
             return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
         except Exception as error:  # nothing of ours may reach the user's backward
             ctx.tap.failed(error)
-            return (onward, *[None] * (5 + ctx.n_extra))
+            return none
 
 
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -206,6 +224,10 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
             for p in tap.parameters
         ]
         totals = [_total(tap, x, dy, p, where) for p in ctx.checked]
+        wrong = [p for p, total in zip(ctx.checked, totals, strict=True) if total.shape != ctx.shapes[p]]
+        if wrong:  # the rule does not fit: autograd would raise in the user's backward
+            tap.misplaced(Placement(0, misfit=WRONG_SHAPE))
+            totals = [None if p in wrong else total for p, total in zip(ctx.checked, totals, strict=True)]
         return torch.stack([*sums, rows]), *carried, *totals
 
 
@@ -215,6 +237,8 @@ def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) ->
         reducers.sum_of_blocks(tap.rule, tap.module, a, b, parameter, tap.limit)
         for a, b, _ in where.parts(tap.rule, x, dy)
     ]
+    if not parts:  # no row is an example
+        return torch.zeros_like(tap.parameter(parameter), dtype=sum_dtype(dy.dtype))
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
@@ -246,6 +270,8 @@ class InputHook(_Hook):
         """Give the cast arguments, or None to leave them."""
         if not self.collector.active or not torch.is_grad_enabled():
             return None
+        if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:
+            return None  # another hook would see the cast input
         x, key = _layer_input(args, kwargs)
         if x is None or not _autocasts(x):
             return None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from gns.integrations.shared import Given, Readings, monitor_or_options, pack, unpack
+from gns.integrations.shared import Given, Readings, attached, monitor_or_options, pack, unpack
 from gns.monitor import GNSMonitor, GNSWarning
 from gns.reasons import UNSEEN
 
@@ -154,8 +154,8 @@ class LightningGNSCallback(Callback):
             self.monitor.scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._resume(trainer.global_step)
         self._readings.restart()
-        self._ours, self._later, self._began = True, None, trainer.global_step
-        self.monitor.attach()
+        self._later, self._began = None, trainer.global_step
+        self._ours = attached(self.monitor)
 
     def _resume(self, global_step: int) -> None:
         """Go on with the readings of the checkpoint, or at least with its step numbers."""

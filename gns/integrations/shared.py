@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gns.estimate import Estimate
-from gns.monitor import GNSMonitor
+from gns.monitor import GNSMonitor, GNSWarning
 from gns.sums import Layout, StepSums
 
 LOGGED = {
@@ -26,6 +27,22 @@ _OPTIONS = tuple(inspect.signature(GNSMonitor).parameters)[1:]
 _SCALARS = [f.name for f in fields(StepSums) if f.name not in ("rows", "layout")]
 
 Given = GNSMonitor | Mapping[str, Any] | None
+
+
+def attached(monitor: GNSMonitor) -> bool:
+    """Attach a monitor, or say why nothing is measured: a training must not end over it.
+
+    Raises:
+        ValueError: nothing can be measured, and the monitor is to raise errors.
+    """
+    try:
+        monitor.attach()
+    except ValueError as error:
+        if monitor.on_error == "raise":
+            raise
+        warnings.warn(f"nothing is measured in this training: {error}", GNSWarning, stacklevel=3)
+        return False
+    return True
 
 
 def monitor_or_options(given: Given, more: Mapping[str, Any]) -> tuple[GNSMonitor | None, dict[str, Any]]:

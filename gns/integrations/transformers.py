@@ -26,7 +26,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from gns.estimate import Estimate
 from gns.integrations import trl
-from gns.integrations.shared import Given, Readings, monitor_or_options, pack, unpack
+from gns.integrations.shared import Given, Readings, attached, monitor_or_options, pack, unpack
 from gns.monitor import GNSMonitor, GNSWarning
 
 
@@ -103,8 +103,7 @@ class GNSCallback(TrainerCallback, ExportableState):
         for text in trl.doubts(args, self.monitor, self._options):
             warnings.warn(text, GNSWarning, stacklevel=2)
         self._readings.restart()
-        self._ours = True
-        self.monitor.attach()
+        self._ours = attached(self.monitor)
 
     def _resume(self, exported: Any, global_step: int) -> None:
         """Go on with the readings of the checkpoint, or at least with its step numbers."""

@@ -41,6 +41,7 @@ class Rule:
         tokenwise: whether dimension 1 of x and dy is a position (or absent), and blocks add over positions.
         ids: whether x holds integers, without a feature dimension, and may lack the batch dimension.
         scale: the layer's output is so many times what `blocks` differentiates.
+        mode: the only mode (training or not) of the layer for which the rule holds, or None for both.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Rule:
     tokenwise: bool = True
     ids: bool = False
     scale: float = 1.0
+    mode: bool | None = None
 
     def knows(self, parameter: str) -> bool:
         """Whether the rule has blocks for a parameter of that name."""

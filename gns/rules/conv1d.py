@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -48,4 +50,13 @@ CONV1D = Rule(
     sq_norms=linear_sum_sq_norms,  # a norm does not see the transposition
     autocast=True,
 )
-register(CONV1D, lambda module: CONV1D if multiplies(module, transposed=True) else None)
+
+
+def _recognise(module: nn.Module) -> Rule | None:
+    kind = type(module)
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return None if "forward" in module.__dict__ else CONV1D
+    return replace(CONV1D, autocast=False) if multiplies(module, transposed=True) else None
+
+
+register(CONV1D, _recognise)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gns.rules.base import Rule, register, unknown, wide
-from gns.rules.probing import close, own_parameters, run, stand_in
+from gns.rules.probing import close, own_parameters, run_in, stand_in
 
 KIND = "Elementwise"
 
@@ -30,12 +30,14 @@ class Form(NamedTuple):
         channel: whether it lies on dimension 1 of the input (GroupNorm) and not on the last ones.
         shifts: parameters that are added; all others multiply.
         offset: whether anything is left of the output where all parameters are 0 (as for 1 + w).
+        mode: the only mode (training or not) in which the layer is of this form, or None for both.
     """
 
     shape: tuple[int, ...]
     channel: bool
     shifts: frozenset[str]
     offset: bool
+    mode: bool | None = None
 
 
 def _output(layer: nn.Module, form: Form, x: Tensor, one: str | None) -> Tensor:
@@ -47,10 +49,11 @@ def _output(layer: nn.Module, form: Form, x: Tensor, one: str | None) -> Tensor:
         for name, p in layer._parameters.items()
     }
     twin = stand_in(layer, values)
-    twin.__dict__["_buffers"] = {  # running statistics may be of lower precision than x is here
-        name: b.to(x.dtype) if b is not None and b.is_floating_point() else b
+    twin.__dict__["_buffers"] = {  # copies: running statistics must not move; and of the precision of x
+        name: None if b is None else b.to(x.dtype if b.is_floating_point() else b.dtype, copy=True)
         for name, b in layer._buffers.items()
     }
+    twin.training = layer.training if form.mode is None else form.mode
     return twin.forward(x)
 
 
@@ -96,7 +99,8 @@ def rule_of(form: Form, names: tuple[str, ...]) -> Rule:
         functools.partial(elementwise_blocks, form),
         needs_input=tuple(name for name in names if name not in form.shifts),
         floats=lambda x, dy: 3 * dy.shape[1:].numel(),
-        tokenwise=not form.channel,
+        tokenwise=not form.channel and len(form.shape) == 1,  # else a dimension of it may be the positions
+        mode=form.mode,
     )
 
 
@@ -111,16 +115,22 @@ def find_form(module: nn.Module) -> Form | None:
     inputs = [(False, (2, 3, *shape)), *((True, (2, *shape, *space)) for space in ((3,), (3, 2), (3, 2, 2)))]
     for channel, size in inputs:
         x = torch.randn(size, generator=torch.Generator().manual_seed(2))
-        found = _form_on(module, given, x, shape, channel)
-        if found is not None:
-            return found
+        found = [_form_on(module, given, x, shape, channel, mode) for mode in (False, True)]
+        if None not in found and found[0] == found[1]:
+            return found[0]
+        form = found[module.training]
+        if form is not None:
+            return form._replace(mode=module.training)
     return None
 
 
 def _form_on(
-    module: nn.Module, given: dict[str, Tensor], x: Tensor, shape: tuple[int, ...], channel: bool
+    module: nn.Module, given: dict[str, Tensor], x: Tensor, shape: tuple[int, ...], channel: bool, mode: bool
 ) -> Form | None:
     """Check y = c(x) + Σ_p z_p(x) ⊙ p on one input, and that examples do not see each other."""
+    run = functools.partial(run_in, mode)
+    if len(shape) > 1 and not channel and run(module, given, x.narrow(2, 0, shape[0] - 1)) is not None:
+        return None  # it takes a part of its parameter: a table of positions
     zeros = {name: torch.zeros(shape) for name in given}
     none = run(module, zeros, x)
     if none is None or none.shape != x.shape:

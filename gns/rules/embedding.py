@@ -141,6 +141,9 @@ def _scale(module: nn.Embedding) -> float | None:
     found = run(module, small, ids)
     if found is None or found.shape != plain.shape:
         return None
+    strange = (torch.tensor([[-1]]), torch.tensor([[module.num_embeddings]]))
+    if any(run(module, small, ids) is not None for ids in strange):
+        return None  # it does something of its own with ids
     scale = float((found * plain).sum() / plain.square().sum())
     return scale if close(found, scale * plain) else None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -152,7 +154,8 @@ def multiplies(module: nn.Module, *, transposed: bool) -> bool:
 
 def _recognise(module: nn.Module) -> Rule | None:
     by_type = exactly(LINEAR, nn.Linear)(module)
-    return by_type or (LINEAR if multiplies(module, transposed=False) else None)
+    # one that is only found to compute the same may do so in float32, whatever autocast says
+    return by_type or (replace(LINEAR, autocast=False) if multiplies(module, transposed=False) else None)
 
 
 register(LINEAR, _recognise)

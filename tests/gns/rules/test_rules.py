@@ -295,7 +295,8 @@ def test_a_subclass_counts_as_long_as_it_computes_the_same():
         pass
 
     assert rule_for(Same(2, 2)) is LINEAR
-    assert rule_for(OwnLinear(2, 2)) is LINEAR
+    assert rule_for(OwnLinear(2, 2)).kind == LINEAR.kind
+    assert not rule_for(OwnLinear(2, 2)).autocast  # it may compute in float32, whatever autocast says
     assert rule_for(Halves(2, 2)) is None
 
 
