@@ -7,6 +7,7 @@ is an `OpenStep`: device values on their way to the host.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from gns.ranks import world_size
 from gns.reasons import (
     ABORTED,
     BATCH_NORM,
+    COMPILED_AUTOGRAD,
     HIDDEN,
     HIDDEN_LARGE,
     IDLE_RANK,
@@ -37,6 +39,7 @@ from gns.reasons import (
     LATE,
     MIXED,
     NOT_OURS,
+    SECOND_ORDER,
     UNSEEN,
 )
 from gns.segments import SegmentsOf
@@ -92,7 +95,8 @@ class Collector:
         self.handles: list[Any] = []
         self.now = StepUnderWay()
         self._running: list[tuple[Call, int]] = []  # calls in the backward pass under way, with graph tasks
-        self._queued = False  # the end of the backward pass under way is being waited for
+        self._task = -1  # graph task of the backward pass under way
+        self._queued = False  # its end is being waited for
         self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
         self._open = False  # it began and has not ended; one that raised never does
         self._foreign = 0  # steps in a row of optimizers that own none of our parameters
@@ -108,7 +112,7 @@ class Collector:
         """Register every hook."""
         for tap in self.taps:
             tap.listen(self._on_leaf)
-            tap.on_error, tap.on_misplaced = self.fail, self._misplaced
+            tap.on_error, tap.on_misplaced, tap.on_doubled = self.fail, self._misplaced, self._doubled
             if tap.rule.autocast:
                 pre = InputHook(self, tap)
                 self.handles.append(tap.module.register_forward_pre_hook(pre, with_kwargs=True))
@@ -132,7 +136,7 @@ class Collector:
         for tap in self.taps:
             tap.drop()
             tap.close_checks()
-            tap.on_leaf = tap.on_error = tap.on_misplaced = None
+            tap.on_leaf = tap.on_error = tap.on_misplaced = tap.on_doubled = None
         if self.pool is not None:
             self.pool.close()
 
@@ -216,6 +220,11 @@ class Collector:
         return where
 
     @guarded
+    def _doubled(self) -> None:
+        """Note, inside backward, that a graph of the gradient is being made."""
+        self.now.doubled.add(torch._C._current_graph_task_id())
+
+    @guarded
     def _misplaced(self, tap: Tap, where: Placement) -> None:
         """Note, inside backward, that a call ran whose rows are no examples, or nobody knows whose."""
         if where.ambiguous:
@@ -235,6 +244,7 @@ class Collector:
         if not self.active:
             return
         if not self._queued:
+            self._task = torch._C._current_graph_task_id()
             self._queued, self._touched, self._running = True, call is None, []
             self._backward_begins(from_output=call is not None)
             queue = torch.autograd.Variable._execution_engine.queue_callback
@@ -279,6 +289,8 @@ class Collector:
         if not self.active or not self._touched:  # torch.autograd.grad: nothing reached `.grad`
             return
         self.now.count(self._running)
+        if self.now.doubled - {self._task}:
+            self.now.reason = SECOND_ORDER
         gradients = self._gradients()
         read = self.check.totals() if self.hidden else gradients
         self.now.sq_norms = sq_norms(read, [e.parameter for e in self.entries])
@@ -313,6 +325,7 @@ class Collector:
         if not in_backward():
             self._queued = False
         self.now.learning_rate = learning_rate(optimizer)
+        self._refuse_what_broke_off()
         closure = callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
         blind = not closure and self._blind()
         idle = not closure and self._idle(optimizer)
@@ -339,10 +352,16 @@ class Collector:
     def _on_post(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         if not self.hidden and not self.owners.owns(optimizer):
             return
+        self._refuse_what_broke_off()
         awaited = self.boundary.awaits(id(optimizer))
         blind = awaited and self._blind()
         close = self.boundary.optimizer_post(id(optimizer), in_backward=in_backward())
         self._end(Close(UNSEEN) if blind else close)
+
+    def _refuse_what_broke_off(self) -> None:
+        """Refuse the step if its last backward pass began and never ended: the leaves hold a part of it."""
+        if self._open and not in_backward() and self.active:
+            self.now.reason = ABORTED
 
     def _blind(self) -> bool:
         """Whether new gradients are there though no backward pass was noticed since the last step closed."""
@@ -383,14 +402,25 @@ class Collector:
             if again and any(id(tap) in self.now.to_gather for tap, _ in entry.sites):
                 entry.gather()
         self.now, self._closed = StepUnderWay(), Stamp(self._gradients())
+        self._open = False
+        self.calls.end()  # one that raised never came to its end
         self._activate()
 
     def _activate(self) -> None:
         self.active = self.step % self.every == 0 and not self.dead
+        if self.active and _compiles_backward():
+            self.active = False
+            self.on_notice(COMPILED_AUTOGRAD)
         self.hidden = self.hidden and not self._ours
         self.boundary.measuring = self.active
         if self.active:
             self.check.begin(self.step // self.every, everything=self.hidden)
+
+
+def _compiles_backward() -> bool:
+    """Whether compiled autograd is configured, which cannot trace what the taps do in backward."""
+    config = sys.modules.get("torch._dynamo.config")
+    return bool(getattr(config, "compiled_autograd", False))
 
 
 def _notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:

@@ -17,6 +17,7 @@ from gns.coverage import Coverage
 from gns.estimate import Estimate, estimate
 from gns.examples import WEIGHTS
 from gns.openstep import Closed, OpenStep
+from gns.packing import pack, unpack
 from gns.plan import Plan, batch_norms, plan, trainable
 from gns.pooling import refusal, unwrapped
 from gns.reasons import BATCH_NORM, LATE, NO_CALL, UNREACHED
@@ -273,9 +274,9 @@ class GNSMonitor:
     # continuing
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the history and the step counter, to be continued by another monitor of the same model."""
+        """Give history and step counter as plain data, to be continued by another monitor."""
         step = self._collector.step if self._collector else self._next_step
-        return {"next_step": step, "history": self.history}
+        return pack(step, self.history)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -286,15 +287,24 @@ class GNSMonitor:
         """
         if self.attached:
             raise RuntimeError("the monitor is attached; load its state before attach()")
-        if set(state) != {"next_step", "history"} or not all(
-            isinstance(s, StepSums) for s in state["history"]
-        ):
+        if not isinstance(state, dict) or not {"next_step", "layouts", "steps"} <= set(state):
+            seen = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(
-                f"state has keys {sorted(state)}; 'history' (of StepSums) and 'next_step' are needed"
+                f"state has {seen}; 'next_step', 'layouts' and 'steps' of state_dict() are needed"
             )
-        self._next_step = int(state["next_step"])
         self._history.clear()
-        self._history.extend(state["history"])
+        self._history.extend(unpack(state))
+        self._next_step = int(state["next_step"])
+
+    def start_at(self, step: int) -> None:
+        """Number the next optimizer step, where a training goes on without a state of ours.
+
+        Raises:
+            RuntimeError: the monitor is attached.
+        """
+        if self.attached:
+            raise RuntimeError("the monitor is attached; number its steps before attach()")
+        self._next_step = step
 
     # inside
 

@@ -4,8 +4,9 @@ TWICE = "the same forward pass was run backward twice: its examples' two gradien
 ABORTED = "a backward pass of this step raised an exception: its gradient is incomplete"
 UNSEEN = (
     "the optimizer stepped, but no backward pass through the measured layers was noticed: the model was "
-    "compiled and called before `attach()` (attach first, then compile), another adapter is active, or the "
-    "gradients came from `torch.autograd.grad` or `backward(inputs=…)`"
+    "compiled and called before `attach()`, or another of its class was compiled unwatched (attach first, "
+    "then compile, after `torch._dynamo.reset()`), another adapter is active, or "
+    "the gradients came from `torch.autograd.grad` or `backward(inputs=…)`"
 )
 NOT_OURS = (
     "optimizers step, but none owns a measured parameter (master copies, or an engine that hides them?): no "
@@ -21,6 +22,14 @@ HIDDEN_LARGE = (
 )
 EMPTIED = (
     "parameter {name} is empty: an engine (ZeRO-3) has taken it apart; use fully_shard, or ZeRO up to stage 2"
+)
+COMPILED_AUTOGRAD = (
+    "compiled autograd is configured (torch._dynamo.config.compiled_autograd), and what is measured in "
+    "backward cannot be compiled: nothing is measured as long as it is"
+)
+SECOND_ORDER = (
+    "a backward pass of this step runs through the graph of a gradient (gradient penalty, second-order "
+    "meta-learning): weights are used there in ways that no layer shows"
 )
 LEFTOVER = "`.grad` held a gradient from before this step's first backward pass: zero the gradients each step"
 REPEATED = "a layer is called more than once per example; its uses are joined from the next step on"

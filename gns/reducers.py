@@ -80,7 +80,7 @@ def sq_norm(block: Tensor) -> Tensor:
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:
-    if rule.scale == 1.0:
+    if not rule.scaled:
         return dy
     return (dy if dy.dtype is torch.float64 else dy.float()) * rule.scale
 

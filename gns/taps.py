@@ -57,6 +57,7 @@ class Tap:
         self.on_leaf: Callable[[Tensor], None] | None = None
         self.on_error: Callable[[Exception], None] | None = None
         self.on_misplaced: Callable[[Tap, Placement], None] | None = None
+        self.on_doubled: Callable[[], None] | None = None
         self.leaf = self._new_leaf()
 
     def failed(self, error: Exception) -> None:
@@ -193,6 +194,8 @@ class _TapFunction(torch.autograd.Function):
         x = saved[0] if saved else dy
         if torch.compiler.is_compiling():
             return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
+        if torch.is_grad_enabled() and ctx.tap.on_doubled is not None:
+            ctx.tap.on_doubled()
         try:
             return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
         except Exception as error:  # nothing of ours may reach the user's backward

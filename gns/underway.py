@@ -28,6 +28,7 @@ class StepUnderWay:
     reason: str | None = None
     misfits: dict[str, str] = field(default_factory=dict)  # parameter → why its rows are not examples
     placed: set[int] = field(default_factory=set)  # taps that were called outside compiled regions
+    doubled: set[int] = field(default_factory=set)  # graph tasks that made a graph of their gradient
     to_gather: set[int] = field(default_factory=set)  # taps that fired more than once in a call
     loss_scaled: bool = False
     stamp: Stamp | None = None  # of the gradients when last read

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from gns.integrations.shared import Given, Readings, attached, monitor_or_options, pack, unpack
+from gns.integrations.shared import Given, Readings, attached, monitor_or_options
 from gns.monitor import GNSMonitor, GNSWarning
 from gns.reasons import UNSEEN
 
@@ -93,7 +93,7 @@ class LightningGNSCallback(Callback):
         self._readings = Readings()
         self._saved: dict[str, Any] | None = None
         self._finder: _Finder | None = None
-        self._ours = False
+        self._ours = self._built = False
         self._later: nn.Module | None = None  # to be measured once the step under way is over
         self._began = 0  # optimizer steps before this training
 
@@ -111,8 +111,11 @@ class LightningGNSCallback(Callback):
             ValueError: there is no such `module`, or the monitor that was given belongs to another model.
         """
         self.detach()  # the last training may have been killed where no hook runs
+        theirs = self.monitor is None or any(part is self.monitor.model for part in pl_module.modules())
+        if self._built and not theirs:
+            self.monitor = None  # of another training, with a model of its own
         if self.monitor is not None:
-            if not any(part is self.monitor.model for part in pl_module.modules()):
+            if not theirs:
                 raise ValueError(
                     "the GNSMonitor belongs to another model than the Trainer trains; build it with the "
                     "LightningModule or a part of it, or let LightningGNSCallback build it"
@@ -135,7 +138,7 @@ class LightningGNSCallback(Callback):
         if self.monitor.model is not called:
             self.detach()
             state = self.monitor.state_dict()  # what a checkpoint gave; the step under way is not measured
-            self._saved = pack({**state, "next_step": state["next_step"] + 1})
+            self._saved = {**state, "next_step": state["next_step"] + 1}
             self.monitor, self._later = None, called
 
     def on_train_batch_start(
@@ -147,6 +150,7 @@ class LightningGNSCallback(Callback):
 
     def _attach(self, trainer: Trainer, root: nn.Module) -> None:
         if self.monitor is None:
+            self._built = True
             self.monitor = GNSMonitor(root, **self._options)
         if self.monitor.attached:
             return
@@ -162,9 +166,9 @@ class LightningGNSCallback(Callback):
         assert self.monitor is not None
         saved, self._saved = self._saved, None
         if saved is not None:
-            self.monitor.load_state_dict(unpack(saved))
+            self.monitor.load_state_dict(saved)
         elif global_step and not self.monitor.history:
-            self.monitor.load_state_dict({"next_step": global_step, "history": []})
+            self.monitor.start_at(global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach; the readings stay in `monitor`."""
@@ -210,7 +214,7 @@ class LightningGNSCallback(Callback):
         """Give what a checkpoint keeps: the readings, as plain data."""
         if self.monitor is None:
             return {} if self._saved is None else {"saved": self._saved}
-        return {"saved": pack(self.monitor.state_dict())}
+        return {"saved": self.monitor.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the readings of a checkpoint for the training that is about to begin."""

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import inspect
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
-
-import numpy as np
 
 from gns.estimate import Estimate
 from gns.monitor import GNSMonitor, GNSWarning
-from gns.sums import Layout, StepSums
 
 LOGGED = {
     "gns/b_simple": "b_simple",
@@ -24,7 +19,6 @@ LOGGED = {
     "gns/grad_sq_norm": "grad_sq_norm",
 }
 _OPTIONS = tuple(inspect.signature(GNSMonitor).parameters)[1:]
-_SCALARS = [f.name for f in fields(StepSums) if f.name not in ("rows", "layout")]
 
 Given = GNSMonitor | Mapping[str, Any] | None
 
@@ -94,30 +88,3 @@ class Readings:
             self.shown, self._shown_at = monitor.estimate(), latest.step
         values = {key: float(getattr(self.shown, name)) for key, name in LOGGED.items()}
         return {key: value for key, value in values.items() if math.isfinite(value)}
-
-
-def pack(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a monitor's `state_dict()` into plain JSON data; the rows exactly, as base64 of their bytes."""
-    layouts: dict[tuple[str, ...], int] = {}
-    steps = []
-    for step in state["history"]:
-        packed = {name: getattr(step, name) for name in _SCALARS}
-        if step.rows is not None and step.layout is not None:
-            text = base64.b64encode(np.ascontiguousarray(step.rows).tobytes()).decode()
-            packed |= {"rows": text, "dtype": step.rows.dtype.name}
-            packed["layout"] = layouts.setdefault(step.layout.names, len(layouts))
-        steps.append(packed)
-    return {"next_step": state["next_step"], "layouts": [list(names) for names in layouts], "steps": steps}
-
-
-def unpack(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `pack`; a field that the writer did not know yet takes its default."""
-    layouts = [Layout(tuple(names)) for names in packed["layouts"]]
-    steps = []
-    for step in packed["steps"]:
-        values = {name: step[name] for name in _SCALARS if name in step}
-        if "rows" in step:
-            flat = np.frombuffer(base64.b64decode(step["rows"]), dtype=step["dtype"])
-            values |= {"rows": flat.reshape(-1, 2).copy(), "layout": layouts[step["layout"]]}
-        steps.append(StepSums(**values))
-    return {"next_step": packed["next_step"], "history": steps}

@@ -26,7 +26,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from gns.estimate import Estimate
 from gns.integrations import trl
-from gns.integrations.shared import Given, Readings, attached, monitor_or_options, pack, unpack
+from gns.integrations.shared import Given, Readings, attached, monitor_or_options
 from gns.monitor import GNSMonitor, GNSWarning
 
 
@@ -58,7 +58,7 @@ class GNSCallback(TrainerCallback, ExportableState):
         self.monitor, self._options = monitor_or_options(monitor_or_kwargs, kwargs)
         self.saved: dict[str, Any] | None = None  # set by the Trainer where it restores callbacks
         self._readings = Readings()
-        self._ours = False
+        self._ours = self._built = False
 
     @property
     def shown(self) -> Estimate | None:
@@ -83,8 +83,11 @@ class GNSCallback(TrainerCallback, ExportableState):
         if handler is not None:
             _move_to_front(handler, self)
         self.detach()  # the last training may have ended in an exception
+        if self._built and self.monitor is not None and not _same(self.monitor.model, model):
+            self.monitor = None  # of another training, with a model of its own
         if self.monitor is None:
             assert model is not None
+            self._built = True
             self.monitor = GNSMonitor(model, **{**trl.options_for(args), **self._options})
         elif not _same(self.monitor.model, model):
             raise ValueError(
@@ -112,9 +115,9 @@ class GNSCallback(TrainerCallback, ExportableState):
         saved = self.saved or exported.get("attributes", {}).get("saved")
         self.saved = None
         if saved is None:
-            self.monitor.load_state_dict({"next_step": global_step, "history": self.monitor.history})
+            self.monitor.start_at(global_step)
         else:
-            self.monitor.load_state_dict(unpack(saved))
+            self.monitor.load_state_dict(saved)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the readings to a log of training; a log of evaluation alone is left as it is."""
@@ -145,7 +148,7 @@ class GNSCallback(TrainerCallback, ExportableState):
         """Give what a checkpoint keeps: the options that JSON can hold, and the readings."""
         plain = str | int | float | bool | None
         options = {name: value for name, value in self._options.items() if isinstance(value, plain)}
-        saved = pack(self.monitor.state_dict()) if self.monitor is not None else None
+        saved = self.monitor.state_dict() if self.monitor is not None else None
         return {"args": options, "attributes": {"saved": saved}}
 
 

@@ -56,6 +56,7 @@ class Rule:
     tokenwise: bool = True
     ids: bool = False
     scale: float = 1.0
+    scaled: bool = False  # whether `scale` counts; a compiler with dynamic shapes cannot compare floats
     mode: bool | None = None
 
     def knows(self, parameter: str) -> bool:

@@ -126,7 +126,7 @@ def _recognise(module: nn.Module) -> Rule | None:
     if type(module).forward is nn.Embedding.forward:
         return EMBEDDING
     scale = _scale(module)
-    return None if scale is None else replace(EMBEDDING, scale=scale)
+    return None if scale is None else replace(EMBEDDING, scale=scale, scaled=True)
 
 
 def _scale(module: nn.Embedding) -> float | None:

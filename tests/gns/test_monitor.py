@@ -469,7 +469,7 @@ def test_sink_and_state_carry_the_readings_on():
     with later:
         run(model, later, batches(2, seed=9))
     assert [s.step for s in later.history] == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="'history'"):
+    with pytest.raises(ValueError, match="'next_step', 'layouts' and 'steps'"):
         GNSMonitor(model).load_state_dict({"steps": []})
 
 

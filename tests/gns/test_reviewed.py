@@ -302,3 +302,130 @@ def test_rows_of_an_example_are_joined_below_the_bound_on_memory(limit):
     blocks = tap.rule.blocks(layer, x, dy, "weight")
     wanted = sum(blocks[ids == i].sum(0).square().sum() for i in range(3))
     close(tap._joined(x, dy, "weight", Segments(ids, torch.device("cpu"))), wanted)
+
+
+# engines
+
+
+def loop():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def test_a_step_whose_last_backward_broke_off_is_refused_and_leaves_out_nothing():
+    model = loop()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def broken(gradient):
+        raise ArithmeticError("planted")
+
+    with (
+        GNSMonitor(model, on_error="raise") as monitor,
+        pytest.warns(GNSWarning, match="raised an exception"),
+    ):
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 5, dtype=torch.float64)).square().mean().backward()
+            if step == 1:
+                out = model[:2](torch.randn(4, 5, dtype=torch.float64))
+                out.register_hook(broken)
+                with contextlib.suppress(ArithmeticError):
+                    model[2](out).square().mean().backward()
+            optimizer.step()
+        assert [s.reason is None for s in monitor.history] == [True, False, True]
+        assert monitor.coverage().share == 1
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_gradient_penalty_between_self_checks_is_refused(together):
+    model = loop()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with (
+        GNSMonitor(model, on_error="raise") as monitor,
+        pytest.warns(GNSWarning, match="graph of a gradient"),
+    ):
+        for step in range(8):
+            optimizer.zero_grad()
+            x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+            out = model(x)
+            loss = out.square().mean()
+            if step == 5:
+                (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+                if together:
+                    loss = loss + g.square().sum()
+                else:
+                    g.square().sum().backward(retain_graph=True)
+            loss.backward()
+            optimizer.step()
+        assert [s.step for s in monitor.history if s.reason is not None] == [5]
+        assert monitor.coverage().share == 1
+
+
+def test_a_backward_that_makes_a_graph_but_uses_none_is_exact():
+    model, x = loop(), torch.randn(4, 5, dtype=torch.float64)
+    with GNSMonitor(model, on_error="raise") as monitor:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for make in (False, True):
+            optimizer.zero_grad()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Using backward.. with create_graph")
+                model(x).square().mean().backward(create_graph=make)
+            optimizer.step()
+        plain, graph = monitor.history
+    assert graph.reason is None and graph.mean_sq_norm == plain.mean_sq_norm
+
+
+# the compiler instantiates autograd functions while it traces them
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:the model's own call was not seen:gns.monitor.GNSWarning")
+def test_a_compiler_with_dynamic_shapes_goes_through():
+    torch._dynamo.reset()
+    model = nn.Sequential(
+        nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 6), nn.Linear(6, 3)
+    ).double()
+    with GNSMonitor(model, on_error="raise") as monitor:
+        call = torch.compile(model, backend="aot_eager", dynamic=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for n in (8, 5, 7):
+            optimizer.zero_grad()
+            call(torch.randn(n, 5, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        assert [(s.n_examples, s.reason) for s in monitor.history] == [(8, None), (5, None), (7, None)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_autograd_is_left_alone_and_said():
+    torch._dynamo.reset()
+    model = loop()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        with pytest.warns(GNSWarning, match="compiled autograd is configured"):
+            monitor = GNSMonitor(model, on_error="raise").attach()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+        def step(x):
+            model(x).square().mean().backward()
+
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.compile(step, backend="eager")(torch.randn(4, 5, dtype=torch.float64))
+            optimizer.step()
+    monitor.detach()
+    assert not monitor.history
+
+
+def test_a_checkpoint_with_the_monitors_state_is_read_back_with_no_class_of_ours(tmp_path):
+    model = loop()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with GNSMonitor(model, on_error="raise") as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 5, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+    torch.save({"monitor": monitor.state_dict()}, tmp_path / "all.pt")
+    later = GNSMonitor(model)
+    later.load_state_dict(torch.load(tmp_path / "all.pt")["monitor"])
+    assert later.history == monitor.history
+    assert [list(s.parameters()) for s in later.history] == [list(s.parameters()) for s in monitor.history]
+    with pytest.raises(ValueError, match="state has .'history'.; 'next_step', 'layouts' and 'steps'"):
+        later.load_state_dict({"history": []})

@@ -10,8 +10,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from gns import GNSCallback, GNSMonitor
 from gns.data import Collator, encode_texts
-from gns.integrations.shared import LOGGED, Readings, pack, unpack
+from gns.integrations.shared import LOGGED, Readings
 from gns.integrations.transformers import next_step
+from gns.monitor import GNSWarning
+from gns.packing import pack, unpack
 from gns.sums import Layout, StepSums, from_rows
 from tests.gns import tiny
 
@@ -314,9 +316,29 @@ def test_readings_survive_json_bit_for_bit():
         from_rows(np.array([[1e-30, 2.0]]), other, step=1, n_examples=3, n_tokens=7, learning_rate=1e-3),
     ]
     bare = StepSums(step=2, n_examples=1, mean_sq_norm=1.0, sq_norm_of_mean=2.0)
-    state = {"next_step": 3, "history": [*steps, bare]}
-    found = unpack(json.loads(json.dumps(pack(state))))
-    assert found["next_step"] == 3
-    assert records(found["history"][:2]) == records(steps)
-    assert found["history"][2] == bare
-    assert found["history"][0].rows.dtype == np.float32
+    packed = json.loads(json.dumps(pack(3, [*steps, bare])))
+    found = unpack(packed)
+    assert packed["next_step"] == 3
+    assert records(found[:2]) == records(steps)
+    assert found[2] == bare
+    assert found[0].rows.dtype == np.float32
+
+
+def test_a_second_training_of_another_model_has_readings_of_its_own(make):
+    callback = GNSCallback(on_error="raise")
+    make([callback]).train()
+    first = callback.monitor
+    make([callback]).train()
+    assert callback.monitor is not first and not first.attached
+    assert [s.step for s in callback.monitor.history] == [s.step for s in first.history]
+
+
+def test_a_model_with_nothing_to_measure_is_trained_all_the_same(make, monkeypatch):
+    def refused(self):
+        raise ValueError("none of the 3 trainable parameters can be measured")
+
+    monkeypatch.setattr("gns.monitor.GNSMonitor.attach", refused)
+    with pytest.warns(GNSWarning, match="nothing is measured in this training: none of the 3"):
+        make([GNSCallback()]).train()
+    with pytest.raises(ValueError, match="none of the 3"):
+        make([GNSCallback(on_error="raise")]).train()

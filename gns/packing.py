@@ -1,0 +1,41 @@
+"""A monitor's history as plain data, for checkpoints that are read back with no class of ours."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from gns.sums import Layout, StepSums
+
+_SCALARS = [f.name for f in fields(StepSums) if f.name not in ("rows", "layout")]
+
+
+def pack(next_step: int, history: Sequence[StepSums]) -> dict[str, Any]:
+    """Turn a history into plain JSON data; the rows exactly, as base64 of their bytes."""
+    layouts: dict[tuple[str, ...], int] = {}
+    steps = []
+    for step in history:
+        packed = {name: getattr(step, name) for name in _SCALARS}
+        if step.rows is not None and step.layout is not None:
+            text = base64.b64encode(np.ascontiguousarray(step.rows).tobytes()).decode()
+            packed |= {"rows": text, "dtype": step.rows.dtype.name}
+            packed["layout"] = layouts.setdefault(step.layout.names, len(layouts))
+        steps.append(packed)
+    return {"next_step": next_step, "layouts": [list(names) for names in layouts], "steps": steps}
+
+
+def unpack(packed: Mapping[str, Any]) -> list[StepSums]:
+    """Give the history that was packed; a field that the writer did not know yet takes its default."""
+    layouts = [Layout(tuple(names)) for names in packed["layouts"]]
+    steps = []
+    for step in packed["steps"]:
+        values = {name: step[name] for name in _SCALARS if name in step}
+        if "rows" in step:
+            flat = np.frombuffer(base64.b64decode(step["rows"]), dtype=step["dtype"])
+            values |= {"rows": flat.reshape(-1, 2).copy(), "layout": layouts[step["layout"]]}
+        steps.append(StepSums(**values))
+    return steps
