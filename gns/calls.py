@@ -82,10 +82,11 @@ class Calls:
         rows = {id(each.rows): each.rows for each in running if each.rows is not None}
         found = [_placement(tap, x, each) for each in rows.values()]
         fitting = [where for where in found if where.misfit is None]
+        known = len(fitting) == 1
         if not fitting:
             found = [_placement(tap, x, each) for each in reversed(self._recent)]
             fitting = [where for where in found if where.misfit is None][:1]
-        if len(fitting) > 1 and any(where.segments is not None for where in fitting):
+        if not known and any(where.segments is not None for where in fitting):
             return dataclasses.replace(fitting[0], ambiguous=True)
         return next(iter(fitting or found), None)
 

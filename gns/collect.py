@@ -408,7 +408,7 @@ class Collector:
 
     def _activate(self) -> None:
         self.active = self.step % self.every == 0 and not self.dead
-        if self.active and _compiles_backward():
+        if self.active and _compiled_autograd():
             self.active = False
             self.on_notice(COMPILED_AUTOGRAD)
         self.hidden = self.hidden and not self._ours
@@ -417,7 +417,7 @@ class Collector:
             self.check.begin(self.step // self.every, everything=self.hidden)
 
 
-def _compiles_backward() -> bool:
+def _compiled_autograd() -> bool:
     """Whether compiled autograd is configured, which cannot trace what the taps do in backward."""
     config = sys.modules.get("torch._dynamo.config")
     return bool(getattr(config, "compiled_autograd", False))

@@ -85,6 +85,8 @@ class Gather:
 
 
 class _SquareOfSum(torch.autograd.Function):
+    """Makes a carrier of blocks [n, *shape]; its gradient's squared norm becomes the leaf's."""
+
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, n: int, shape: torch.Size) -> Tensor:
         return leaf.new_zeros(()).expand(n, *shape)
@@ -151,7 +153,7 @@ class EmbeddingTie(Gather):
         """Give the gradients of the carriers ‖H‖² [1], p [R, T, D], dy [R, T, D]."""
         if rule.ids:
             _, rows = rows_of(x, dy, self.padding)
-            return None, None, (rows * rule.scale).reshape(dy.shape)
+            return None, None, (rows * rule.scale if rule.scaled else rows).reshape(dy.shape)
         total = torch.zeros_like(self.leaf).detach()
         for a, b, _ in where.parts(rule, x, dy):
             total = total + reducers.sum_sq_norms(rule, layer, a, b, local, self.limit).to(total.dtype)
@@ -178,6 +180,8 @@ class EmbeddingTie(Gather):
 
 
 class _Joined(torch.autograd.Function):
+    """Makes the carriers of a tie; their gradients ‖H‖², p and dy become ‖E + H‖² on the leaf."""
+
     @staticmethod
     def forward(
         ctx: Any, leaf: Tensor, tie: EmbeddingTie, ids: Tensor, where: Placement, width: int

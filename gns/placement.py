@@ -24,7 +24,6 @@ class Segments:
 
     def __init__(self, ids: np.ndarray, device: torch.device):
         self.by_position = ids.ndim == 2
-        self.shape = ids.shape
         labels, where = np.unique(ids, return_inverse=True)
         where = where.reshape(-1) - int((labels < 0).sum())
         self.n = int((labels >= 0).sum())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gns.rules import Rule
-from gns.rules.base import parameter_of
+from gns.rules.base import added, parameter_of
 
 MAX_BYTES = 256 * 2**20  # of blocks alive at once: a full 4096 × 4096 weight is 64 MiB an example
 
@@ -42,7 +42,7 @@ def sum_sq_norms(
     found = rule.sq_norms(layer, x, dy, parameter, limit) if rule.sq_norms is not None else None
     if found is not None:
         return found
-    return _total(
+    return added(
         [
             sq_norm(rule.blocks(layer, a, b, parameter))
             for a, b in _chunks(rule, layer, x, dy, parameter, limit)
@@ -69,7 +69,7 @@ def sum_of_blocks(
     dy = _scaled(rule, dy)
     if rule.total is not None:
         return rule.total(layer, x, dy, parameter)
-    return _total(
+    return added(
         [rule.blocks(layer, a, b, parameter).sum(0) for a, b in _chunks(rule, layer, x, dy, parameter, limit)]
     )
 
@@ -91,7 +91,3 @@ def _chunks(
     floats = parameter_of(layer, parameter).numel() + (rule.floats(x, dy) if rule.floats else 0)
     size = max(1, limit // (4 * max(1, floats)))
     return zip(x.split(size), dy.split(size), strict=True)
-
-
-def _total(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -21,7 +21,7 @@ from gns.gather import Gather, sum_dtype
 from gns.placement import Placement, Segments
 from gns.reasons import IN_PLACE, WRONG_SHAPE
 from gns.rules import Rule
-from gns.rules.base import parameter_of
+from gns.rules.base import added, parameter_of
 
 if TYPE_CHECKING:
     from gns.collect import Collector
@@ -101,7 +101,7 @@ class Tap:
             reducers.sum_sq_norms(self.rule, self.module, a, b, parameter, self.limit)
             for a, b, _ in where.parts(self.rule, x, dy)
         ]
-        return found[0] if len(found) == 1 else torch.stack(found or [dy.new_zeros(())]).sum(0)
+        return added(found or [dy.new_zeros(())])
 
     def _joined(self, x: Tensor, dy: Tensor, parameter: str, segments: Segments) -> Tensor:
         """Σᵢ ‖cᵢ‖² of a rule that does not add over positions: an example's rows are added, then squared."""
@@ -242,7 +242,7 @@ def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) ->
     ]
     if not parts:  # no row is an example
         return torch.zeros_like(tap.parameter(parameter), dtype=sum_dtype(dy.dtype))
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return added(parts)
 
 
 class _Hook:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,8 +56,11 @@ class Rule:
     tokenwise: bool = True
     ids: bool = False
     scale: float = 1.0
-    scaled: bool = False  # whether `scale` counts; a compiler with dynamic shapes cannot compare floats
     mode: bool | None = None
+    scaled: bool = field(init=False)  # a compiler with dynamic shapes cannot compare `scale` itself
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scaled", self.scale != 1.0)
 
     def knows(self, parameter: str) -> bool:
         """Whether the rule has blocks for a parameter of that name."""
@@ -117,6 +120,11 @@ def known_kinds() -> str:
 def registered() -> tuple[Rule, ...]:
     """Give all rules; the tests walk them."""
     return tuple(rule for rule, _ in _REGISTRY.values())
+
+
+def added(parts: Sequence[Tensor]) -> Tensor:
+    """Add up the results of one chunk or more, all of one shape."""
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
 def wide(x: Tensor) -> Tensor:

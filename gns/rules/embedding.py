@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gns.rules.base import Rule, register, unknown, wide
+from gns.rules.base import Rule, added, register, unknown, wide
 from gns.rules.probing import close, own_parameters, run
 
 FLOAT = 4  # bytes
@@ -54,7 +54,7 @@ def table_sum_sq_norms(ids: Tensor, dy: Tensor, limit: int) -> Tensor:
     size = max(1, limit // (3 * FLOAT * dy.shape[1:].numel()))
     chunks = zip(ids.split(size), dy.split(size), strict=True)
     parts = [distinct_rows(i, d).square().sum() for i, d in chunks]
-    return torch.stack(parts).sum(0)
+    return added(parts)
 
 
 def _weight_only(parameter: str) -> None:
@@ -126,7 +126,7 @@ def _recognise(module: nn.Module) -> Rule | None:
     if type(module).forward is nn.Embedding.forward:
         return EMBEDDING
     scale = _scale(module)
-    return None if scale is None else replace(EMBEDDING, scale=scale, scaled=True)
+    return None if scale is None else replace(EMBEDDING, scale=scale)
 
 
 def _scale(module: nn.Embedding) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gns.rules.base import Rule, exactly, register, unknown, wide
+from gns.rules.base import Rule, added, exactly, register, unknown, wide
 from gns.rules.probing import close, own_parameters, run
 
 FLOAT = 4  # bytes
@@ -89,7 +89,7 @@ def linear_sq_norms_gram(x: Tensor, dy: Tensor, limit: int = 2**28) -> Tensor:
         (torch.bmm(xs, x.mT) * torch.bmm(dys, dy.mT)).sum((1, 2))
         for xs, dys in zip(x.split(rows, 1), dy.split(rows, 1), strict=True)
     ]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return added(parts)
 
 
 def linear_sum_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> Tensor | None:
@@ -103,12 +103,12 @@ def linear_sum_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str,
         t = x.shape[1:-1].numel()
         size = max(1, limit // (2 * FLOAT * max(1, t * t)))
         chunks = zip(x.split(size), dy.split(size), strict=True)
-        return _total([linear_sq_norms_gram(a, b, limit).sum() for a, b in chunks])
+        return added([linear_sq_norms_gram(a, b, limit).sum() for a, b in chunks])
     i, o = x.shape[-1], dy.shape[-1]
     if FLOAT * i * o <= limit:
         return None
     width = max(1, limit // (FLOAT * i))
-    return _total(
+    return added(
         [
             torch.bmm(slice_.mT, xs).square().sum()
             for xs, dys in (
@@ -117,10 +117,6 @@ def linear_sum_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str,
             for slice_ in dys.split(width, -1)
         ]
     )
-
-
-def _total(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 LINEAR = Rule(

@@ -68,7 +68,7 @@ def test_one_example_larger_than_the_limit_is_still_measured():
 
 def test_a_scaled_rule_scales_blocks_sums_and_norms(activations):
     x, dy, _ = activations
-    twice = replace(LINEAR, scale=2.0, scaled=True)
+    twice = replace(LINEAR, scale=2.0)
     c = LINEAR.blocks(LAYER, x, dy, "weight")
     close(reducers.blocks(twice, LAYER, x, dy, "weight"), 2 * c)
     close(reducers.sum_of_blocks(twice, LAYER, x, dy, "weight"), 2 * c.sum(0))

@@ -60,7 +60,7 @@ def test_lora_on_an_embedding_multiplies_in_float32():
 
 def test_a_rule_is_scaled_in_float32():
     x, dy = torch.ones(1, 1, **HALF), torch.full((1, 1), 300.0, **HALF)
-    rule = replace(LINEAR, scale=300.0, scaled=True)
+    rule = replace(LINEAR, scale=300.0)
     assert float(reducers.blocks(rule, nn.Linear(1, 1), x, dy, "bias")) == 90_000
 
 
