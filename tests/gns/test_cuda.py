@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import warnings
 
 import pytest
 import torch
@@ -120,37 +121,47 @@ def test_the_readings_of_low_precision_are_those_of_float32(name):
     assert half[0].sq_norm_of_mean == pytest.approx(full[0].sq_norm_of_mean, rel=0.03)
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_a_measured_step_never_waits_for_the_device(autocast):
+def waits(watched, autocast):
+    """Where a training waits for the device, after two steps that allocate and make lazy handles."""
     model = lora("llama").cuda()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     data = [plain_tokens(4, seed=i) for i in range(8)]
-    with GNSMonitor(model, on_error="raise") as monitor:
+    monitor = GNSMonitor(model, on_error="raise")
+    found = []
+    with monitor if watched else contextlib.nullcontext():
         for i, batch in enumerate(data):
-            # the first two steps allocate and make lazy handles; the self-check still looks on in the third
-            with no_wait() if i >= 2 else contextlib.nullcontext():
-                with torch.autocast("cuda", autocast) if autocast else contextlib.nullcontext():
-                    loss = model(**batch).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        assert len(monitor.history) == len(data) and not any(s.reason for s in monitor.history)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn" if i >= 2 else "default")
+                try:
+                    with torch.autocast("cuda", autocast) if autocast else contextlib.nullcontext():
+                        loss = model(**batch).loss
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            found += [(i, w.filename, w.lineno) for w in seen if "synchroniz" in str(w.message)]
+        if watched:
+            assert len(monitor.history) == len(data) and not any(s.reason for s in monitor.history)
+    return found
 
 
-@contextlib.contextmanager
-def no_wait():
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_a_measured_step_waits_for_the_device_no_more_often_than_an_unwatched_one(autocast):
+    # the self-check still looks on in the third step
+    assert waits(True, autocast) == waits(False, autocast)
+
+
+def test_a_wait_would_be_seen():
     torch.cuda.set_sync_debug_mode("error")
     try:
-        yield
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_wait_inside_a_step_would_be_seen():
-    with no_wait(), pytest.raises(RuntimeError, match="synchroniz"):
-        torch.ones(1, device="cuda").item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -183,8 +194,8 @@ def test_detaching_frees_everything():
     steps(3)
     before = steps(3)
     monitor = GNSMonitor(model, on_error="raise").attach()
-    first, later = steps(20), steps(200)
-    assert later <= first
+    steps(100)  # the row maps of the last calls are remembered, up to a number
+    assert steps(20) >= steps(150)
     monitor.detach()
     del monitor
     assert steps(3) == before
@@ -192,13 +203,14 @@ def test_detaching_frees_everything():
 
 @pytest.mark.filterwarnings("ignore:the model's own call was not seen:gns.monitor.GNSWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_model_has_the_same_sums():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_model_has_the_same_sums(backend):
     torch.manual_seed(0)
     torch._dynamo.reset()
     layers = torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
     model = torch.nn.Sequential(*layers).cuda()
     twin, found = copy.deepcopy(model), []
-    for net, wrap in ((twin, lambda f: f), (model, torch.compile)):
+    for net, wrap in ((twin, lambda f: f), (model, lambda f: torch.compile(f, backend=backend))):
         with GNSMonitor(net, on_error="raise") as monitor:
             call, optimizer = wrap(net), torch.optim.SGD(net.parameters(), lr=0.1)
             for seed in range(3):
