@@ -29,6 +29,7 @@ class Arm:
     """
 
     name = "untouched"
+    sq_norms: Any = None  # [B], ‖gᵢ‖² of the last micro-batch, where the arm makes them
 
     def __init__(self, setting: Setting, model: nn.Module):
         self.setting = setting
@@ -104,12 +105,12 @@ class PerExample(Arm):
 
     def backward(self, ids: Tensor) -> None:
         """Square the norm of each example's own gradient, and add the gradients up."""
-        self.sq_norms = []
-        total = [torch.zeros_like(p) for p in self.trained]
+        norms, total = [], [torch.zeros_like(p) for p in self.trained]
         for row in ids.split(1):
-            found = torch.autograd.grad(self.loss(row) / len(ids), self.trained)
-            self.sq_norms.append(_sq_norm(found))
-            torch._foreach_add_(total, list(found))
+            found = torch.autograd.grad(self.loss(row), self.trained)
+            norms.append(_sq_norm(found))
+            torch._foreach_add_(total, list(found), alpha=1 / (len(ids) * self.setting.accumulate))
+        self.sq_norms = torch.stack(norms)
         _accumulate(self.trained, total)
 
 
@@ -199,7 +200,7 @@ class Backpack(Arm):
 
         with backpack.backpack(BatchL2Grad()):
             super().backward(ids)
-        self.sq_norms = sum(p.batch_l2 for p in self.trained)
+        self.sq_norms = sum(p.batch_l2 for p in self.trained) * (len(ids) * self.setting.accumulate) ** 2
 
 
 OURS: tuple[Callable[..., Arm], ...] = (Monitored, Tenth)
