@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experiments.overhead import __main__ as command
+from experiments.overhead import table
 from experiments.overhead.arms import OURS, PEERS, Arm, Monitored
 from experiments.overhead.measure import compare, describe, ratio
 from experiments.overhead.settings import SHAPES, Setting, Shape, batches, build
@@ -105,3 +106,19 @@ def test_the_command_saves_rows_with_what_they_ran_on(tmp_path, monkeypatch, cap
     assert all(r["machine"]["versions"]["torch"] == importlib.metadata.version("torch") for r in rows)
     assert rows[0]["setting"] == setting().row()
     assert "tiny: monitor: ×" in capsys.readouterr().out
+
+
+def test_table_and_figure_are_of_rows_alone(tmp_path):
+    rows = compare(setting(), (Broken,), device="cpu", pairs=3, say=lambda _: None)
+    about = {"device": "a CPU", "python": "3.11", "versions": {"torch": "2", "opacus": None}, "commit": "abc"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r | {"machine": about}) + "\n" for r in [*rows, *rows]))
+    found = table.read([path])
+    assert len(found) == 2
+    text = table.table(found)
+    assert "### tiny, float32, on a CPU" in text and "torch 2; commit abc; 3 pairs." in text
+    assert f"| untouched (A/A) | {ratio(rows[0])[0]:.3f} (" in text
+    assert "| broken | could not run: ValueError: planted | | |" in text
+    (ax,) = table.figure(found).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["untouched (A/A)"]
+    assert ax.get_xlabel().startswith("time of a step")
