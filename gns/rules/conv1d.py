@@ -10,7 +10,7 @@ from gns.rules.base import Rule, register
 from gns.rules.linear import (
     as_sequences,
     linear_blocks,
-    linear_sum_sq_norms,
+    linear_sq_norms,
     linear_total,
     multiplies,
     wide_bmm,
@@ -53,7 +53,7 @@ CONV1D = Rule(
     conv1d_blocks,
     needs_input=("weight",),
     total=conv1d_total,
-    sq_norms=linear_sum_sq_norms,  # a norm does not see the transposition
+    sq_norms=linear_sq_norms,  # a norm does not see the transposition
     autocast=True,
 )
 
