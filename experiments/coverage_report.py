@@ -1,0 +1,1 @@
+"""Figures and table of the coverage study."""
