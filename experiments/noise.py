@@ -8,8 +8,8 @@ three numbers alone, a = ‖ē‖², p = u·ē (u = G/|G|) and s = (1/n) Σ‖e�
 so a noise drawn once serves every |G|. Spectra are scaled to tr Σ = 1: |G|² = 1/B, and B is in examples.
 
 d = 64 dimensions: what the spread of the sums depends on is r_eff = (tr Σ)²/tr(Σ²), and flat, 1/j and j⁻²
-give 64, 13.8 and 2.45 there, from "nearly normal sums" to "one direction is most of the noise". More dimensions
-would make flat and 1/j easier and leave j⁻² as it is.
+give 64, 13.8 and 2.45 there, from "nearly normal sums" to "one direction is most of the noise". More
+dimensions would make flat and 1/j easier and leave j⁻² as it is.
 """
 
 from __future__ import annotations
