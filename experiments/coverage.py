@@ -16,24 +16,20 @@ are not independent.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import itertools
 import json
-import os
-import platform
-import subprocess
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 from tqdm import tqdm
 
 from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Noise, simulate
+from experiments.rows import complete, provenance, read, row_of
 from experiments.sets import DECAY, METHODS, RESAMPLES, Sets, statuses
 
 RESULTS = Path(__file__).parent / "results" / "coverage"
@@ -159,64 +155,20 @@ def measure(cell: Cell, noise: Noise) -> dict[str, Any]:
     return {"methods": methods, "statuses": counted}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file; a row that was being written when the run was killed is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        try:
-            rows.extend(json.loads(line) for line in file)
-        except (EOFError, json.JSONDecodeError, gzip.BadGzipFile):
-            pass  # cut off by a kill: all that is whole has been read
-    return rows
-
-
-def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write all rows anew, whole or not at all; the bytes depend on the rows only."""
-    partial = path.with_suffix(".partial")
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    partial.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    os.replace(partial, path)
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row at the end, as a gzip member of its own."""
-    with path.open("ab") as file:
-        file.write(gzip.compress((json.dumps(row) + "\n").encode(), mtime=0))
-
-
 def run(wanted: Sequence[Cell], path: Path) -> list[dict[str, Any]]:
-    """Compute the cells that have no row yet, behind a progress bar.
-
-    A cell that fails leaves a row with status "failed" and the error, and is tried again by the next run.
+    """Compute the cells that have no row yet.
 
     Args:
-        wanted: cells.
-        path: file of the rows, made if missing; a row is added to it as soon as it is known.
+        wanted: cells, those that share a noise next to each other.
+        path: file of the rows.
 
     Returns:
-        All rows of the file, in the order of `wanted`; rows of other cells after them.
+        All rows of the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {row["hash"]: row for row in read(path)}
-    if rows:  # without what a kill cut off, so that the next row does not follow on half of one
-        write(path, rows.values())
-    else:
-        path.unlink(missing_ok=True)
-    todo = [cell for cell in wanted if rows.get(cell.hash, {}).get("status") != "done"]
-    with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="cell") as bar:
-        for row in _computed(todo, bar):
-            append(path, row)
-            rows[row["hash"]] = row
-            bar.update()
-    order = {cell.hash: i for i, cell in enumerate(wanted)}
-    ordered = sorted(rows.values(), key=lambda row: order.get(row["hash"], len(order)))
-    write(path, ordered)
-    return ordered
+    return complete(wanted, path, computed)
 
 
-def _computed(todo: Sequence[Cell], bar: tqdm) -> Iterator[dict[str, Any]]:
+def computed(todo: Sequence[Cell], bar: tqdm) -> Iterator[dict[str, Any]]:
     """Yield the row of each cell; one noise is alive at a time."""
     about = provenance()
     for shared, group in itertools.groupby(todo, key=lambda cell: cell.noise):
@@ -225,13 +177,7 @@ def _computed(todo: Sequence[Cell], bar: tqdm) -> Iterator[dict[str, Any]]:
         noise = simulate(law, spectrum, n, repeats, max(STEPS), noise_seed(*shared))
         for cell in group:
             bar.set_description(f"{law} {spectrum} n={n} B={cell.b_simple} K={cell.k}")
-            started = time.monotonic()
-            try:
-                found: dict[str, Any] = {"status": "done"} | measure(cell, noise)
-            except (ArithmeticError, ValueError, AssertionError) as error:
-                found = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-            spent = round(time.monotonic() - started, 3)
-            yield {"hash": cell.hash, "config": asdict(cell), "seconds": spent, **about, **found}
+            yield row_of(cell, partial(measure, cell, noise)) | about
 
 
 def noise_seed(law: str, spectrum: str, n: int, repeats: int, seed: int) -> int:
@@ -239,17 +185,6 @@ def noise_seed(law: str, spectrum: str, n: int, repeats: int, seed: int) -> int:
     return int.from_bytes(
         hashlib.sha256(repr((law, spectrum, n, repeats, seed)).encode()).digest()[:8], "big"
     )
-
-
-def provenance() -> dict[str, str]:
-    """Commit and versions that a row was made with."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"  # not a checkout
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
-    return {"commit": commit, **versions}
 
 
 def parser() -> argparse.ArgumentParser:

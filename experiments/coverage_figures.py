@@ -36,6 +36,7 @@ LABEL = {
     "1/j^2": "j⁻²",
     "gaussian": "Gaussian",
     "t5": "t₅",
+    "lognormal": "Lognormal",
     "fieller": "plain Fieller",
     "delta": "delta method",
 }
@@ -88,7 +89,7 @@ def named(key: str) -> str:
     return LABEL.get(key, key)
 
 
-def _stretched(axes: Axes, low: float) -> None:
+def stretched(axes: Axes, low: float) -> None:
     """Coverage axis in %, drawn out towards 100 where the differences are."""
     axes.set_yscale("function", functions=(lambda y: -np.log(104 - y), lambda z: 104 - np.exp(-z)))
     axes.set_ylim(low, 100.3)
@@ -97,12 +98,13 @@ def _stretched(axes: Axes, low: float) -> None:
     axes.minorticks_off()
 
 
-def _band(axes: Axes) -> None:
+def band(axes: Axes) -> None:
+    """Shade the wanted 93–97 % and mark 95 %."""
     axes.axhspan(*BAND, color="#EFEFEF", zorder=0)
     axes.axhline(95, color=GREY, linewidth=0.8, zorder=1)
 
 
-def _truths(axes: Axes, rows: Sequence[Row]) -> list[int]:
+def truth_axis(axes: Axes, rows: Sequence[Row]) -> list[int]:
     """Horizontal axis over the true B, equally spaced; its values."""
     truths = values_of(rows, "b_simple")
     axes.set_xticks(range(len(truths)), [f"{b:,}" if b < 1000 else f"{b // 1000}k" for b in truths])
@@ -111,20 +113,21 @@ def _truths(axes: Axes, rows: Sequence[Row]) -> list[int]:
     return truths
 
 
-def _line(
-    axes: Axes, rows: Sequence[Row], tally: Callable[[Row], tuple[int, int]], shift: float, **style: Any
-):
-    """One curve over the true B: a share in % with its binomial interval; without tries there is no point."""
-    truths = values_of(rows, "b_simple")
-    found = [(i + shift, *tally(row)) for i, row in enumerate(rows)]
-    assert len(truths) == len(rows), "one row for each true B"
-    drawn = [(x, hits, of) for x, hits, of in found if of]
+def curve(axes: Axes, counts: Sequence[tuple[int, int]], shift: float, **style: Any) -> None:
+    """Draw a share in % over the true B with its binomial interval.
+
+    Args:
+        axes: with `truth_axis`.
+        counts: (hits, tries) for each true B; without tries there is no point.
+        shift: sideways, so that intervals do not hide each other.
+        **style: of the line, at least `color`.
+    """
+    drawn = [(i + shift, hits, of) for i, (hits, of) in enumerate(counts) if of]
     if not drawn:
         return
     x = [x for x, _, _ in drawn]
-    share = np.array([100 * hits / of for _, hits, of in drawn])
     ends = np.array([interval(hits, of) for _, hits, of in drawn]).T * 100
-    axes.plot(x, share, markersize=3.2, linewidth=1.1, **style)
+    axes.plot(x, [100 * hits / of for _, hits, of in drawn], markersize=3.2, linewidth=1.1, **style)
     axes.vlines(x, ends[0], ends[1], color=style["color"], linewidth=0.7)
 
 
@@ -157,7 +160,8 @@ def _grid(rows: Sequence[Row], title: str, y_label: str, draw: Callable[[Axes, l
     return figure
 
 
-def _legend(figure: Figure, handles: Sequence[Any]) -> None:
+def legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Put one legend below all panels."""
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
@@ -167,16 +171,16 @@ def by_law(rows: Sequence[Row], law: str) -> Figure:
     floor = min(100 * hits / of for hits, of in map(covered("toolkit"), rows))
 
     def draw(axes: Axes, some: list[Row]) -> None:
-        _band(axes)
+        band(axes)
         for i, spectrum in enumerate(values_of(some, "spectrum")):
             colour, marker = SPECTRUM_STYLE[spectrum]
             for direction, dash, fill in (("even", "-", colour), ("top", ":", "white")):
-                curve = select(some, spectrum=spectrum, direction=direction)
+                line = select(some, spectrum=spectrum, direction=direction)
                 shift = (i - 1) * 0.16 + (0.05 if direction == "top" else -0.05)
                 style = {"color": colour, "marker": marker, "linestyle": dash, "markerfacecolor": fill}
-                _line(axes, curve, covered("toolkit"), shift, **style)
-        _stretched(axes, min(88.0, floor - 1))
-        _truths(axes, some)
+                curve(axes, [covered("toolkit")(row) for row in line], shift, **style)
+        stretched(axes, min(88.0, floor - 1))
+        truth_axis(axes, some)
 
     title = f"{named(law)} gradients: coverage of the toolkit's nominal 95 % set"
     figure = _grid(rows, title, "coverage (%)", draw)
@@ -198,7 +202,7 @@ def by_law(rows: Sequence[Row], law: str) -> Figure:
         ),
         Patch(color="#EFEFEF", label="93–97 %"),
     ]
-    _legend(figure, handles)
+    legend(figure, handles)
     return figure
 
 
@@ -207,12 +211,12 @@ def by_method(rows: Sequence[Row]) -> Figure:
     rows = select(rows, law="gaussian", spectrum="1/j", direction="even")
 
     def draw(axes: Axes, some: list[Row]) -> None:
-        _band(axes)
+        band(axes)
         for i, (method, (colour, marker, dash)) in enumerate(METHOD_STYLE.items()):
             style = {"color": colour, "marker": marker, "linestyle": dash}
-            _line(axes, some, covered(method), (i - 2.5) * 0.07, **style)
-        _stretched(axes, -2)
-        _truths(axes, some)
+            curve(axes, [covered(method)(row) for row in some], (i - 2.5) * 0.07, **style)
+        stretched(axes, -2)
+        truth_axis(axes, some)
 
     title = "Methods side by side: coverage of nominal 95 % sets\n"
     title += "(Gaussian gradients, 1/j spectrum, G spread evenly)"
@@ -221,7 +225,7 @@ def by_method(rows: Sequence[Row]) -> Figure:
         Line2D([], [], color=c, marker=m, linestyle=d, label=named(name))
         for name, (c, m, d) in METHOD_STYLE.items()
     ]
-    _legend(figure, [*handles, Patch(color="#EFEFEF", label="93–97 %")])
+    legend(figure, [*handles, Patch(color="#EFEFEF", label="93–97 %")])
     return figure
 
 
@@ -230,7 +234,7 @@ def by_status(rows: Sequence[Row]) -> Figure:
     rows = select(rows, law="gaussian", spectrum="1/j", direction="even")
 
     def draw(axes: Axes, some: list[Row]) -> None:
-        truths = _truths(axes, some)
+        truths = truth_axis(axes, some)
         bottom = np.zeros(len(truths))
         for status, colour in STATUS_COLOUR.items():
             counts = [row["statuses"][LEVEL].get(status, 0) / row["config"]["repeats"] for row in some]
@@ -238,7 +242,7 @@ def by_status(rows: Sequence[Row]) -> Figure:
             bottom += 100 * np.array(counts)
         if "collecting" not in some[0]["statuses"][LEVEL]:
             style = {"color": INK, "marker": "o", "linestyle": "", "markeredgecolor": "white"}
-            _line(axes, some, given_bounded, 0.0, **style)
+            curve(axes, [given_bounded(row) for row in some], 0.0, **style)
         axes.axhline(95, color=INK, linewidth=0.7, linestyle=":")
         axes.set_ylim(0, 101)
 
@@ -256,7 +260,7 @@ def by_status(rows: Sequence[Row]) -> Figure:
             label="coverage given “measured”, with its 95 % interval",
         )
     )
-    _legend(figure, handles)
+    legend(figure, handles)
     return figure
 
 
@@ -277,7 +281,7 @@ def widths(rows: Sequence[Row]) -> Figure:
         axes.set_ylim(2e-3, 500)
         axes.set_yticks([0.01, 0.1, 1, 10, 200], ["0.01", "0.1", "1", "10", "∞"])
         axes.minorticks_off()
-        _truths(axes, some)
+        truth_axis(axes, some)
 
     title = "Median width of nominal 95 % sets, (high − low)/B (Gaussian, 1/j spectrum, G spread evenly);\n"
     title += "a narrow set beyond what the data can resolve is a wrong one (compare the coverage)"
@@ -286,14 +290,14 @@ def widths(rows: Sequence[Row]) -> Figure:
         Line2D([], [], color=c, marker=m, linestyle=d, label=named(name))
         for name, (c, m, d) in METHOD_STYLE.items()
     ]
-    _legend(figure, handles)
+    legend(figure, handles)
     return figure
 
 
 def save(figure: Figure, path: Any) -> None:
-    """Write a PNG of 130 dots per inch without date or version: the bytes follow from the rows."""
+    """Write a PNG of 110 dots per inch without date or version: the bytes follow from the rows."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 def draw_all(rows: Sequence[Row]) -> dict[str, Figure]:

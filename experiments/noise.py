@@ -15,7 +15,7 @@ dimensions would make flat and 1/j easier and leave j⁻² as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,22 +132,32 @@ def simulate(law: str, spectrum: str, n: int, repeats: int, steps: int, seed: in
 
     Slow twin: tests/experiments/test_noise.py draws examples and adds them up one by one.
     """
+    rng, total = np.random.default_rng(np.random.SeedSequence(seed)), repeats * steps
+    loadings = np.stack(list(DIRECTIONS.values()), axis=1).astype(np.float32)
+    found = np.empty((2 + len(DIRECTIONS), total))
+    for start, mean, mean_sq in _chunks(rng, law, spectrum, n, total):
+        here = slice(start, start + len(mean))
+        found[0, here] = np.einsum("sd,sd->s", mean, mean)
+        found[1, here] = mean_sq
+        found[2:, here] = (mean @ loadings).T
+    a, s, *along = found.reshape(-1, repeats, steps)
+    return Noise(a, s, dict(zip(DIRECTIONS, along, strict=True)), n)
+
+
+def _chunks(
+    rng: np.random.Generator, law: str, spectrum: str, n: int, total: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (first step, ē [some, d], (1/n) Σ‖eᵢ‖² [some]) until `total` steps are drawn."""
     if n < 2:
         raise ValueError(f"n is {n} example(s) a step; at least 2 are needed to see a spread")
     draw, scale = LAWS[law], np.sqrt(SPECTRA[spectrum]).astype(np.float32)
-    loadings = np.stack(list(DIRECTIONS.values()), axis=1).astype(np.float32)
-    rng, total = np.random.default_rng(np.random.SeedSequence(seed)), repeats * steps
     size = max(1, CHUNK // (DIMENSIONS * (2 if law == "gaussian" else n)))
-    found = np.empty((2 + len(DIRECTIONS), total))
     for start in range(0, total, size):
         some = min(size, total - start)
-        pair = _short_cut(rng, some, n, scale) if law == "gaussian" else _drawn(draw, rng, some, n, scale)
-        mean, mean_sq = pair
-        found[0, start : start + some] = np.einsum("sd,sd->s", mean, mean)
-        found[1, start : start + some] = mean_sq
-        found[2:, start : start + some] = (mean @ loadings).T
-    a, s, *along = found.reshape(-1, repeats, steps)
-    return Noise(a, s, dict(zip(DIRECTIONS, along, strict=True)), n)
+        if law == "gaussian":
+            yield start, *_short_cut(rng, some, n, scale)
+        else:
+            yield start, *_drawn(draw, rng, some, n, scale)
 
 
 def _short_cut(
@@ -166,3 +176,92 @@ def _drawn(
     """ē [steps, d] and (1/n) Σ‖eᵢ‖² [steps], from every example."""
     z = draw(rng, (steps, n, len(scale)))
     return z.sum(1) * (scale / n), np.einsum("snd,snd->sd", z, z) @ (scale**2 / n)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What many simulated frozen probes keep of their noise: K batches at one point, all products of them.
+
+    Args:
+        gram: [repeats, K, K], ēₖ·ēₗ, in units of tr Σ.
+        mean_sq: [repeats, K], s = (1/n) Σ‖eᵢ‖².
+        along: name of a direction → [repeats, K], p = u·ē.
+        n: examples in a batch.
+    """
+
+    gram: np.ndarray
+    mean_sq: np.ndarray
+    along: dict[str, np.ndarray]
+    n: int
+
+    @property
+    def steps(self) -> Noise:
+        """The same batches as K training steps would see them."""
+        own = np.einsum("rkk->rk", self.gram)
+        return Noise(own, self.mean_sq, self.along, self.n)
+
+    def jackknife(self, b_simple: float, direction: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tr Σ, |G|²) over all pairs of examples as pseudo-values of the delete-one-batch jackknife.
+
+        Pooled over batches of one size, with C = Σ_{k≠l} ḡₖ·ḡₗ, W = Σₖ (‖ḡₖ‖² − mₖ/n) and N = nK examples,
+        |G|² = (C + W)/(K²(1 − 1/N)) and tr Σ = Σ mₖ/K − |G|²; pseudo-value k is K·all − (K − 1)·(without k).
+
+        Args:
+            b_simple: true noise scale, in examples.
+            direction: of G.
+
+        Returns:
+            [repeats, K] each. Their mean is the jackknife's own estimate; `whole` is the plain one.
+        """
+        x, y = self.whole(b_simple, direction)
+        k = self.mean_sq.shape[1]
+        m, row, within = self._terms(b_simple, direction)
+        total = row.sum(1, keepdims=True) + within.sum(1, keepdims=True)
+        left_y = (total - 2 * row - within) / ((k - 1) ** 2 * (1 - 1 / (self.n * (k - 1))))
+        left_x = (m.sum(1, keepdims=True) - m) / (k - 1) - left_y
+        return k * x[:, None] - (k - 1) * left_x, k * y[:, None] - (k - 1) * left_y
+
+    def whole(self, b_simple: float, direction: str) -> tuple[np.ndarray, np.ndarray]:
+        """(tr Σ, |G|²), [repeats] each, over all pairs of examples."""
+        m, row, within = self._terms(b_simple, direction)
+        k = self.mean_sq.shape[1]
+        y = (row.sum(1) + within.sum(1)) / (k**2 * (1 - 1 / (self.n * k)))
+        return m.mean(1) - y, y
+
+    def _terms(self, b_simple: float, direction: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(mₖ, Σ_{l≠k} ḡₖ·ḡₗ, ‖ḡₖ‖² − mₖ/n), [repeats, K] each."""
+        m, q = self.steps.recorded(b_simple, direction)
+        p, k = self.along[direction], self.mean_sq.shape[1]
+        own = np.einsum("rkk->rk", self.gram)
+        cross = self.gram.sum(2) - own
+        along = (k - 2) * p + p.sum(1, keepdims=True)
+        return m, (k - 1) / b_simple + along / math.sqrt(b_simple) + cross, q - m / self.n
+
+
+def simulate_pooled(law: str, spectrum: str, n: int, repeats: int, batches: int, seed: int) -> Pooled:
+    """Draw the noise of `repeats` frozen probes of `batches` batches of n examples; see `simulate`.
+
+    Args:
+        law: a key of `LAWS`.
+        spectrum: a key of `SPECTRA`.
+        n: examples in a batch, at least 2.
+        repeats: probes.
+        batches: batches in a probe.
+        seed: of this noise.
+
+    Returns:
+        The noise, which depends on the arguments only.
+
+    Raises:
+        KeyError: `law` or `spectrum` is unknown.
+        ValueError: n is below 2.
+    """
+    rng, total = np.random.default_rng(np.random.SeedSequence(seed)), repeats * batches
+    means = np.empty((total, DIMENSIONS), dtype=np.float32)
+    mean_sq = np.empty(total)
+    for start, mean, squares in _chunks(rng, law, spectrum, n, total):
+        means[start : start + len(mean)], mean_sq[start : start + len(mean)] = mean, squares
+    means = means.reshape(repeats, batches, DIMENSIONS)
+    along = {name: (means @ u.astype(np.float32)).astype(float) for name, u in DIRECTIONS.items()}
+    gram = means @ means.transpose(0, 2, 1)
+    return Pooled(gram.astype(float), mean_sq.reshape(repeats, batches), along, n)

@@ -54,9 +54,12 @@ def hull(x: np.ndarray, y: np.ndarray, levels: Sequence[float]) -> Sets:
 
     Slow twin: `gns.estimate.estimate`, run by run, in tests/experiments/test_sets.py.
     """
-    k = x.shape[1]
-    t = stats.t.ppf((1 + np.asarray(levels)) / 2, k - 1)
-    moments = moments_of(x, y)
+    return hull_of(moments_of(x, y), levels)
+
+
+def hull_of(moments: Moments, levels: Sequence[float]) -> Sets:
+    """Give the toolkit's sets of many runs from their `moments_of`."""
+    t = stats.t.ppf((1 + np.asarray(levels)) / 2, moments.df)
     low, high, empty = _ends(moments, t)
     below = np.flatnonzero(moments.y < 0)
     if len(below):  # with Y < 0 no more is claimed than Y := 0 would

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from experiments import coverage as study
-from experiments.coverage import LEVELS, Cell, append, cells, measure, read, run, tally, write
+from experiments.coverage import LEVELS, Cell, cells, measure, run, tally
 from experiments.coverage_figures import interval
 from experiments.coverage_report import conditional, levels, report, target, usable
 from experiments.noise import simulate
+from experiments.rows import append, read, write
 from experiments.sets import METHODS, Sets
 from gns.estimate import estimate
 from gns.sums import StepSums
