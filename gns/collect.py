@@ -10,7 +10,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -152,6 +152,12 @@ class Collector:
         if not known:
             self.on_error(error)
 
+    def leave_out(self, names: Collection[str]) -> None:
+        """From now on do not count some parameters in the norms of single examples."""
+        for entry in self.entries:
+            if entry.name in names:
+                entry.leave_out()
+
     # the model's own call
 
     @guarded
@@ -171,8 +177,10 @@ class Collector:
             return
         if rows.notice is not None:
             self.on_notice(rows.notice)
+        call = self.calls.under_way
         for gather in {id(g): g for tap in self.taps for g in tap.gathers.values()}.values():
-            gather.begin(rows.n)
+            leaf = gather.leaf
+            gather.begin(rows.n, None if call is None else call.each(leaf.device, leaf.dtype))
 
     @guarded
     def call_ends(self, out: Any) -> None:
@@ -211,7 +219,7 @@ class Collector:
         tap.follow_device()
         self.check.follow(tap, out.device)
         running = [call for call, _ in self._running]
-        where = self.calls.place(tap, x, running, in_backward=in_backward())
+        where = self.calls.place(tap, x, out.device, running, in_backward=in_backward())
         if where is None or where.misfit is not None:
             if where is not None and not tap.admits(x, where):
                 self._misplaced(tap, where)  # it will not be there to tell in backward
@@ -381,6 +389,11 @@ class Collector:
         return known and not self.boundary.pending and not in_backward() and world_size() > 1
 
     # the step
+
+    @guarded
+    def end_step(self) -> None:
+        """End a step here, where no optimizer does: for measurements without training."""
+        self._end(self.boundary.close())
 
     def _end(self, close: Close | None) -> None:
         if close is None:

@@ -355,6 +355,8 @@ class GNSMonitor:
         """Leave parameters out of both sums, also of the steps measured before."""
         self._excluded |= reasons
         self._verified -= reasons.keys()
+        if self._collector is not None:
+            self._collector.leave_out(reasons.keys())
         kept = [step.without(reasons, self._left(step, reasons)) for step in self._history]
         self._history.clear()
         self._history.extend(kept)

@@ -18,8 +18,11 @@ from gns.ranks import Refused, Reply
 from gns.readings import Readings, empty
 from gns.reasons import AMBIGUOUS, LEFTOVER, NO_GRADIENT, NO_TAP, SILENT_TAP, SPLIT_USES
 from gns.selfcheck import tolerance
+from gns.spread import Spread
 from gns.sums import Contributions, Layout, StepSums
 from gns.taps import Tap
+
+SPREAD_RTOL = {False: 1e-4, True: 1e-9}  # by whether all is in float64: the same sums in another order
 
 
 class Closed(NamedTuple):
@@ -55,12 +58,14 @@ class OpenStep:
         misfits: name in a layer → why rows of it are not examples, if those rows count.
         without_gradient: parameters whose `.grad` is None.
         checked: parameters of the self-check.
-        copy: after the taps: ‖ḡ‖² an entry, one value a checked parameter, token and weight totals, leftover
-            gradient, loss scale. The value is ‖Σcᵢ − ḡ‖ in one process, else the projections of both, [2, K].
+        copy: after the taps: ‖cᵢ‖² [n] a call, ‖ḡ‖² an entry, one value a checked parameter, token and weight
+            totals, leftover gradient, loss scale. The value is ‖Σcᵢ − ḡ‖ in one process, else the projections
+            of both, [2, K].
         seen_backward: whether any gradient was read.
         dtypes: parameter of the self-check → lowest precision on its way.
         pool: of the data-parallel ranks, or None for one process.
         local: ‖ḡ‖² is that of Σcᵢ of this rank's examples.
+        calls: for how many calls `copy` holds the squared norms of their examples.
     """
 
     step: int
@@ -78,6 +83,7 @@ class OpenStep:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     pool: Pool | None = None
     local: bool = False
+    calls: int = 0
     _reply: Reply | None = None
 
     def __post_init__(self) -> None:
@@ -131,6 +137,7 @@ class OpenStep:
         values = self.copy.get()
         by_tap = {id(tap): values[i] for i, tap in enumerate(self.taps)}
         values = values[len(self.taps) :]
+        each, values = values[: self.calls], values[self.calls :]
         if not self.seen_backward:
             return Own(self.step, empty(len(self.entries), reason=self.reason), self.checked)
         count = len(self.entries)
@@ -157,6 +164,7 @@ class OpenStep:
             mismatch={k: float(v) / scale for k, v in zip(self.checked, check, strict=True)} if alone else {},
             dtypes=self.dtypes,
             local=self.local,
+            spread=Spread.of(np.concatenate(each)).scaled(1 / scale**2) if each else None,
         )
         if alone or not self.checked:
             return Own(self.step, readings, self.checked)
@@ -224,6 +232,9 @@ class OpenStep:
             "local": r.local,
         }
         wide = any(e.parameter.dtype is torch.float64 for e in self.entries)
+        exact = all(e.parameter.dtype is torch.float64 for e in self.entries)
+        if r.spread is not None and r.spread.fits(r.s[keep].sum(), SPREAD_RTOL[exact]):
+            about |= r.spread.fields(r.n)
         sums = part.close(r.q[keep], layout(names), reason=reason, **about)
         if sums.rows is not None and not wide:  # joint sums are taken in float64 first
             object.__setattr__(sums, "rows", sums.rows.astype(np.float32))

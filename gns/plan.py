@@ -27,6 +27,7 @@ class Entry:
     name: str
     sites: list[tuple[Tap, str]]
     scalars: int
+    left_out: bool = False  # it does not count in the norms of single examples
 
     @property
     def parameter(self) -> Tensor:
@@ -53,8 +54,17 @@ class Entry:
         because the model uses one of them twice, both go over to the general form.
         """
         meeting = (None if self.gathered else self._tie()) or Gather(self.parameter, self.sites[0][0].limit)
+        meeting.left_out = self.left_out
         for tap, local in self.sites:
             tap.gathers[local] = meeting
+
+    def leave_out(self) -> None:
+        """From now on do not count it in the norms of single examples."""
+        self.left_out = True
+        for tap, local in self.sites:
+            tap.left_out.add(local)
+        if self.meeting is not None:
+            self.meeting.left_out = True
 
     def _tie(self) -> Gather | None:
         embeddings = [

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from gns.spread import Spread
+
 
 @dataclass(frozen=True)
 class Readings:
@@ -30,6 +32,7 @@ class Readings:
         dtypes: parameter of the self-check → lowest precision on its way; those whose taps never fired are
             missing.
         slack: how many times the tolerance of the self-check is allowed.
+        spread: of the examples' ‖cᵢ‖² over all parameters; None where they are not known.
         local: `.grad` is hidden; q is ‖Σcᵢ‖² of the examples on one rank, see `gns/localstats.py`.
     """
 
@@ -48,6 +51,7 @@ class Readings:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     slack: float = 1.0
     local: bool = False
+    spread: Spread | None = None
 
     @property
     def finite(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gns.rules import Rule
-from gns.rules.base import added, parameter_of
+from gns.rules.base import added, joined, parameter_of
 
 MAX_BYTES = 256 * 2**20  # of blocks alive at once: a full 4096 × 4096 weight is 64 MiB an example
 
@@ -22,10 +22,10 @@ def blocks(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) 
     return rule.blocks(layer, x, _scaled(rule, dy), parameter)
 
 
-def sum_sq_norms(
+def sq_norms(
     rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int = MAX_BYTES
 ) -> Tensor:
-    """Sum of the examples' squared gradient norms, Σ_b ‖c_b‖².
+    """Squared norm of each example's gradient, ‖c_b‖².
 
     Args:
         rule: of the layer.
@@ -36,15 +36,15 @@ def sum_sq_norms(
         limit: bytes of blocks, or of what stands in for them, alive at once; one example may pass it.
 
     Returns:
-        Scalar, float32 or float64, in (loss / parameter)².
+        [B], float32 or float64, in (loss / parameter)².
     """
     dy = _scaled(rule, dy)
     found = rule.sq_norms(layer, x, dy, parameter, limit) if rule.sq_norms is not None else None
     if found is not None:
         return found
-    return added(
+    return joined(
         [
-            sq_norm(rule.blocks(layer, a, b, parameter))
+            sq_norms_of(rule.blocks(layer, a, b, parameter))
             for a, b in _chunks(rule, layer, x, dy, parameter, limit)
         ]
     )
@@ -74,9 +74,10 @@ def sum_of_blocks(
     )
 
 
-def sq_norm(block: Tensor) -> Tensor:
-    """Squared norm of all entries, scalar; summed pairwise, in the block's own float32 or float64."""
-    return block.square().sum()
+def sq_norms_of(blocks: Tensor) -> Tensor:
+    """Squared norm of each block [B, ...], [B]; summed pairwise, in the blocks' own float32 or float64."""
+    squares = blocks.square()
+    return squares.sum(tuple(range(1, blocks.ndim))) if blocks.ndim > 1 else squares
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:

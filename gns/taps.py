@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,8 @@ class Tap:
         self.limit, self.shareable = limit, shareable
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
+        self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
+        self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
         self.on_leaf: Callable[[Tensor], None] | None = None
         self.on_error: Callable[[Exception], None] | None = None
@@ -93,27 +95,37 @@ class Tap:
             return x.ndim >= (1 if self.rule.ids else 2) and not self.gathers
         return where.misfit is None or (bool(x.ndim >= 2 or self.rule.ids) and not self.gathers)
 
-    def sum_sq_norms(self, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
-        """Σᵢ ‖cᵢ‖² over the examples of a call, []."""
+    def sq_norms(self, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
+        """‖cᵢ‖² of the examples of a call, [n], or of its rows where examples are not known."""
         if where.segments is not None and not self.rule.tokenwise:
-            return self._joined(x, dy, parameter, where.segments)
-        found = [
-            reducers.sum_sq_norms(self.rule, self.module, a, b, parameter, self.limit)
-            for a, b, _ in where.parts(self.rule, x, dy)
-        ]
-        return added(found or [dy.new_zeros(())])
+            found = self._joined(x, dy, parameter, where.segments)
+        else:
+            found = (
+                (reducers.sq_norms(self.rule, self.module, a, b, parameter, self.limit), examples)
+                for a, b, examples in where.parts(self.rule, x, dy)
+            )
+        return where.per_example(found, dy)
 
-    def _joined(self, x: Tensor, dy: Tensor, parameter: str, segments: Segments) -> Tensor:
-        """Σᵢ ‖cᵢ‖² of a rule that does not add over positions: an example's rows are added, then squared."""
-        found = dy.new_zeros((), dtype=sum_dtype(dy.dtype))
-        for a, b, _ in segments.parts(x, dy):
+    def _joined(
+        self, x: Tensor, dy: Tensor, parameter: str, segments: Segments
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ‖cᵢ‖² of a rule that does not add over positions: its rows are added, then squared."""
+        for a, b, examples in segments.parts(x, dy):
             rows = b.shape[1]
             size = max(1, self.limit // (4 * rows * self.parameter(parameter).numel()))
-            for xs, dys in zip(a.split(size), b.split(size), strict=True):
+            for xs, dys, at in zip(a.split(size), b.split(size), examples.split(size), strict=True):
                 xs, dys = xs.flatten(0, 1), dys.flatten(0, 1)
                 blocks = reducers.blocks(self.rule, self.module, xs, dys, parameter)
-                found = found + reducers.sq_norm(blocks.unflatten(0, (-1, rows)).sum(1))
-        return found
+                yield reducers.sq_norms_of(blocks.unflatten(0, (-1, rows)).sum(1)), at
+
+    def count(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Give a number of rows as a scalar on the device, made once as long as it stays the same."""
+        if torch.compiler.is_compiling():
+            return torch.full((), rows, dtype=dtype, device=device)
+        known = self._counted
+        if known is None or known[0] != rows or known[1].dtype != dtype or known[1].device != device:
+            known = self._counted = (rows, torch.full((), rows, dtype=dtype, device=device))
+        return known[1]
 
     def sites(self, x: Tensor, where: Placement) -> tuple[Tensor, ...]:
         """Give what gathered parameters return their parts to."""
@@ -168,6 +180,7 @@ class _TapFunction(torch.autograd.Function):
         tap: Tap,
         live: tuple[str, ...],
         where: Placement | None,
+        each: Tensor | None,
         leaf: Tensor,
         *extra: Tensor,
     ) -> Tensor:
@@ -183,7 +196,7 @@ class _TapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         onward = dy.sum(0, keepdim=True) if dy.shape != ctx.alone else dy  # as the addition itself would
-        none = (onward, *[None] * (5 + ctx.n_extra))
+        none = (onward, *[None] * (6 + ctx.n_extra))
         try:
             saved = ctx.saved_tensors  # to be asked for once only: checkpointing recomputes on demand
         except RuntimeError as error:
@@ -204,7 +217,11 @@ class _TapFunction(torch.autograd.Function):
 
 
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a tap's leaves: [P + 1] (sums of squared norms, rows), then carriers, then check sums."""
+    """Gradients of a tap's leaves.
+
+    ‖cᵢ‖² [n] over its parameters, for the call; [P + 1], their sums over the examples and the rows, for the
+    tap; then carriers, then check sums.
+    """
     tap, where = ctx.tap, ctx.where
     if where is None:
         where = Placement(dy.shape[0])
@@ -215,23 +232,23 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
         x = x.expand(where.shared_by, *x.shape[1:])
     with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
         seen = dy.shape[0] if where.misfit else where.n
-        rows = torch.full((), seen, dtype=ctx.dtype, device=dy.device)
+        rows = tap.count(seen, ctx.dtype, dy.device)
         carried = [
             part
             for p, gather, noted in ctx.gathered
             for part in gather.contribute(rule, layer, x, dy, p, where, noted)
         ]
         summed = [p for p in ctx.live if all(p != q for q, _, _ in ctx.gathered)]
-        sums = [
-            tap.sum_sq_norms(x, dy, p, where).to(ctx.dtype) if p in summed else torch.zeros_like(rows)
-            for p in tap.parameters
-        ]
+        norms = {p: tap.sq_norms(x, dy, p, where).to(ctx.dtype) for p in summed}
+        sums = [norms[p].sum() if p in norms else torch.zeros_like(rows) for p in tap.parameters]
+        there = [sq for p, sq in norms.items() if p not in tap.left_out]
+        each = functools.reduce(torch.add, there) if there and where.each is not None else None
         totals = [_total(tap, x, dy, p, where) for p in ctx.checked]
         wrong = [p for p, total in zip(ctx.checked, totals, strict=True) if total.shape != ctx.shapes[p]]
         if wrong:  # the rule does not fit: autograd would raise in the user's backward
             tap.misplaced(Placement(0, misfit=WRONG_SHAPE))
             totals = [None if p in wrong else total for p, total in zip(ctx.checked, totals, strict=True)]
-        return torch.stack([*sums, rows]), *carried, *totals
+        return each, torch.stack([*sums, rows]), *carried, *totals
 
 
 def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
@@ -308,7 +325,8 @@ class OutputHook(_Hook):
             return None
         sites = () if where is None else tap.sites(x, where)
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
-        return _TapFunction.apply(out, x, tap, live, where, tap.leaf, *sites, *tap.checks.values())
+        each = None if where is None else where.each
+        return _TapFunction.apply(out, x, tap, live, where, each, tap.leaf, *sites, *tap.checks.values())
 
 
 class RootInput(_Hook):

@@ -82,18 +82,22 @@ class StepUnderWay:
             self.scale.reshape(1) if self.scale is not None else one,
         ]
         sums = [tap.read() for tap in taps]
+        seen = rows and len(rows) == len(self.calls)
+        each = [call.sq_norms(call.rows.n) for call in self.calls if call.rows is not None]
+        each = each if seen and not self.local else []
         return OpenStep(
             step=step,
             entries=entries,
             taps=taps,
-            n=sum(r.n for r in rows) if rows and len(rows) == len(self.calls) else None,
+            n=sum(r.n for r in rows) if seen else None,
+            calls=len(each),
             loss_scaled=self.loss_scaled,
             learning_rate=self.learning_rate,
             reason=reason or self.reason or repeated,
             misfits=self.misfits | self._packed_unseen(taps),
             without_gradient=self.without_gradient,
             checked=checked if self.mismatches or pool is not None else (),
-            copy=HostCopy([*sums, *self.sq_norms, *self.mismatches, *totals, *tail]),
+            copy=HostCopy([*sums, *each, *self.sq_norms, *self.mismatches, *totals, *tail]),
             seen_backward=bool(self.sq_norms),
             dtypes=_lowest(entries) if self.mismatches else {},
             pool=pool,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gns.rules.base import Rule, register
-from gns.rules.linear import as_sequences, linear_blocks, linear_sum_sq_norms, linear_total, multiplies
+from gns.rules.linear import as_sequences, linear_blocks, linear_sq_norms, linear_total, multiplies
 
 
 def conv1d_blocks(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
@@ -47,7 +47,7 @@ CONV1D = Rule(
     conv1d_blocks,
     needs_input=("weight",),
     total=conv1d_total,
-    sq_norms=linear_sum_sq_norms,  # a norm does not see the transposition
+    sq_norms=linear_sq_norms,  # a norm does not see the transposition
     autocast=True,
 )
 

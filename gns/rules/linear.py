@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gns.rules.base import Rule, added, exactly, register, unknown, wide
+from gns.rules.base import Rule, added, exactly, joined, register, unknown, wide
 from gns.rules.probing import close, own_parameters, run
 
 FLOAT = 4  # bytes
@@ -92,8 +92,8 @@ def linear_sq_norms_gram(x: Tensor, dy: Tensor, limit: int = 2**28) -> Tensor:
     return added(parts)
 
 
-def linear_sum_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> Tensor | None:
-    """Σ_b ‖C_b‖² of a weight by the cheaper form, in chunks of at most `limit` bytes; None for a bias.
+def linear_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> Tensor | None:
+    """‖C_b‖² of a weight, [B], by the cheaper form in chunks of at most `limit` bytes; None for a bias.
 
     Where one example's I·O product alone would pass the limit, output features are worked off in slices.
     """
@@ -103,20 +103,18 @@ def linear_sum_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str,
         t = x.shape[1:-1].numel()
         size = max(1, limit // (2 * FLOAT * max(1, t * t)))
         chunks = zip(x.split(size), dy.split(size), strict=True)
-        return added([linear_sq_norms_gram(a, b, limit).sum() for a, b in chunks])
+        return joined([linear_sq_norms_gram(a, b, limit) for a, b in chunks])
     i, o = x.shape[-1], dy.shape[-1]
     if FLOAT * i * o <= limit:
         return None
     width = max(1, limit // (FLOAT * i))
-    return added(
-        [
-            torch.bmm(slice_.mT, xs).square().sum()
-            for xs, dys in (
-                (as_sequences(a), as_sequences(b)) for a, b in zip(x.split(1), dy.split(1), strict=True)
-            )
-            for slice_ in dys.split(width, -1)
-        ]
-    )
+    pairs = zip(x.split(1), dy.split(1), strict=True)
+    return joined([_sliced_sq_norm(as_sequences(a), as_sequences(b), width) for a, b in pairs])
+
+
+def _sliced_sq_norm(x: Tensor, dy: Tensor, width: int) -> Tensor:
+    """‖C_b‖² of one example, [1], from products of `width` output features at a time."""
+    return added([torch.bmm(part.mT, x).square().sum((1, 2)) for part in dy.split(width, -1)])
 
 
 LINEAR = Rule(
@@ -125,7 +123,7 @@ LINEAR = Rule(
     linear_blocks,
     needs_input=("weight",),
     total=linear_total,
-    sq_norms=linear_sum_sq_norms,
+    sq_norms=linear_sq_norms,
     autocast=True,
 )
 

@@ -402,7 +402,7 @@ def test_an_error_of_ours_never_reaches_the_loop(monkeypatch):
     with pytest.warns(GNSWarning, match="stands down.*planted") as seen:
         with GNSMonitor(model) as monitor:
             run(model, monitor, batches(2))
-            monkeypatch.setattr(reducers, "sum_sq_norms", broken)
+            monkeypatch.setattr(reducers, "sq_norms", broken)
             run(model, monitor, batches(2))
     assert len(seen) == 1
     assert len(monitor.history) == 2

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.reference.per_example import contributions, sums, trainable
+from tests.reference.per_example import contributions, spread, sums, trainable
 
 
 def even(step: int, rank: int) -> list[int]:
@@ -103,6 +103,7 @@ class Expected:
 
     n: int
     sums: dict[str, tuple[float, float]]
+    spread: list[float]
 
 
 def twin(case: Case, size: int) -> list[Expected]:
@@ -119,7 +120,7 @@ def twin(case: Case, size: int) -> list[Expected]:
                 x = rows(case, step, rank, micro)
                 each += [lambda i=i, x=x, a=share: losses(model(x[i : i + 1])).sum() * a for i in range(n)]
         cs = contributions(trainable(model), each)
-        found.append(Expected(len(each), sums(cs)))
+        found.append(Expected(len(each), sums(cs), spread(cs)))
         for name, p in model.named_parameters():
             p.grad = sum(c[name] for c in cs).to(p.dtype)
         if case.clip is not None:

@@ -50,6 +50,7 @@ def record(sums: Any) -> dict[str, Any]:
     return {
         "step": sums.step, "n": sums.n_examples, "reason": sums.reason, "weights": sums.sum_sq_weights,
         "m": sums.mean_sq_norm, "q": sums.sq_norm_of_mean, "tokens": sums.n_tokens, "finite": sums.finite,
+        "spread": None if sums.mean_fourth is None else [sums.mean_fourth, *sums.top_sq_norms],
         "rows": {name: [s.mean_sq_norm, s.sq_norm_of_mean] for name, s in sums.parameters()},
     }  # fmt: skip
 

@@ -31,6 +31,7 @@ def test_readings_equal_one_backward_pass_per_example(ranks, case):
             close([step["rows"][k] for k in names], [e.sums[k] for k in names], case.tolerance or case.dtype)
             joint = [sum(v[i] for v in e.sums.values()) for i in (0, 1)]
             close([step["m"], step["q"]], joint, case.tolerance or case.dtype)
+            close(step["spread"], e.spread, case.tolerance or case.dtype, what="Σ‖g‖⁴/n and the largest ‖g‖²")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
