@@ -249,7 +249,22 @@ def tails(rows: Sequence[Row]) -> str:
     text = """The toolkit's worst cell, nominal 95 % (%). Under heavy tails a set is wrong because tr Σ
 is: its average reads low until one of the few loud examples is met. No target was set for K = 10, t₅
 and lognormal."""
-    return "\n\n".join(["## Heavy tails, shown and not hidden", text, table(header, body)])
+    return "\n\n".join(["## Heavy tails, shown and not hidden", text, table(header, body), sides(rows)])
+
+
+def sides(rows: Sequence[Row]) -> str:
+    """On which side of the truth the sets that miss it lie, by law."""
+    said = []
+    for law in values_of(rows, "law"):
+        some = [row for row in select(rows, law=law) if row["config"]["k"] >= MIN_STEPS and half_bounded(row)]
+        below, above = (
+            sum(row["methods"]["toolkit"][side][LEVEL] for row in some) for side in ("low_miss", "high_miss")
+        )
+        if below + above:
+            said.append(f"{named(law)} {percent(below / (below + above), 0)} %")
+    text = """Share of the misses in which the set lies below the truth (mostly bounded cells, K ≥ 20), which
+would be a half of a set that is right on both sides:"""
+    return f"{text} {', '.join(said)}." if said else ""
 
 
 def every_cell(rows: Sequence[Row]) -> str:

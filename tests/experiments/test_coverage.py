@@ -12,7 +12,7 @@ import pytest
 from experiments import coverage as study
 from experiments.coverage import LEVELS, Cell, cells, measure, run, tally
 from experiments.coverage_figures import interval
-from experiments.coverage_report import conditional, levels, report, target, usable
+from experiments.coverage_report import conditional, levels, report, sides, target, usable
 from experiments.noise import simulate
 from experiments.rows import append, read, write
 from experiments.sets import METHODS, Sets
@@ -246,6 +246,12 @@ def test_the_table_conditions_on_measured():
 def test_levels_keep_bounded_and_unbounded_cells_apart():
     text = levels([planted(), planted(b_simple=500, bounded=20, covered=198)])
     assert "| Gaussian | 20 | 95.0 … 95.0 | 99.0 … 99.0 |" in text
+
+
+def test_the_table_says_on_which_side_sets_miss():
+    row = planted()
+    row["methods"]["toolkit"] = row["methods"]["toolkit"] | {"low_miss": [9] * 3, "high_miss": [1] * 3}
+    assert sides([row, planted("t5")]).endswith("Gaussian 90 %.")
 
 
 def test_a_quick_run_does_not_blur_the_study():
