@@ -156,7 +156,8 @@ def adapted_layers(model: Any) -> list[AdaptedLayer]:
         if not isinstance(module, LoraLayer) or not module.lora_A:
             continue
         rank = sum(module.r[name] for name in module.lora_A)  # several adapters at once add their ranks
-        found[(module.in_features, module.out_features, rank)] += 1
+        if module.in_features and module.out_features:
+            found[(module.in_features, module.out_features, rank)] += 1
     return [AdaptedLayer(*shape, count) for shape, count in found.items()]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `gns demo`, `gns measure`, `gns report`, `gns advise`.
+"""The command line: `gns demo`, `gns measure`, `gns report`, `gns advise`, `gns throughput`.
 
 Results go to standard output, progress and remarks to standard error. Bad input ends in one line and exit
 code 2, before anything is written; Ctrl-C in a report of what was measured and exit code 130. Heavy imports
@@ -28,6 +28,7 @@ from gns.commands.shared import (
     settings_of,
     spoken_warnings,
 )
+from gns.commands.throughput import throughput
 
 if TYPE_CHECKING:
     from gns.estimate import Estimate
@@ -41,6 +42,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="How large a batch pays when you fine-tune with LoRA, and how sure that number is.",
 )
+
+
+app.command()(throughput)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

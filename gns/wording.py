@@ -87,10 +87,7 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
     if rate is not None and target != batch:
         transfer = [_transfer(rate, batch, target, ends)]
     found = [
-        (
-            "Batch size",
-            [_both_cost(near), _sureness(near, ends), _why(near), _only_examples_cost(advice.ranges)],
-        ),
+        ("Batch size", [*_worth_it(near, ends), _only_examples_cost(advice.ranges)]),
         ("The batch in use", [_batch_in_use(batch, ends, near)]),
         ("Wall-clock time", speed),
         ("One epoch", epoch),
@@ -125,6 +122,11 @@ def _priced(price: Price | None) -> str:
     return f"If examples matter {format_count(1 / time)} × as much as time"
 
 
+def _worth_it(near: BatchRange, ends: tuple[float, float]) -> list[str | None]:
+    """Say which batches are worth their price, how sure that is, and why."""
+    return [_both_cost(near), _sureness(near, ends), _why(near)]
+
+
 def _both_cost(near: BatchRange) -> str:
     """Say the range for a price of time."""
     start = f"{_priced(near.price)}:"
@@ -149,9 +151,9 @@ def _why(near: BatchRange) -> str | None:
         factor = math.sqrt(near.price.time or 1.0)
         best = "the noise scale itself" if factor == 1 else f"{format_count(factor)} × the noise scale"
     return (
-        "Why: far below the noise scale, twice the batch takes half the steps for hardly any more examples; far "
-        "above it, twice the batch takes twice the examples and saves hardly a step. At this price the best "
-        f"batch is {best}."
+        "Why: far below the noise scale, twice the batch takes half the steps for hardly any more examples; "
+        "far above it, twice the batch takes twice the examples and saves hardly a step. At this price the "
+        f"best batch is {best}."
     )
 
 
