@@ -28,6 +28,11 @@ CAVEATS = (
     "the noise scale moves with the learning rate and along training: a reading belongs to its settings.",
 )
 
+TIME = (
+    "fewer steps save time only as far as a larger batch does not take longer a step: on more devices, or on "
+    "one that is not yet full. `gns throughput` measures it."
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -253,7 +258,7 @@ def _advise(estimate: Estimate, given: _Given, price: Price) -> Advice:
         capacity=given.capacity,
         cost=given.cost,
         warnings=tuple(wording.remarks(estimate, batch, table)),
-        caveats=(*CAVEATS, *wording.plan_caveats(plan)),
+        caveats=(*CAVEATS, *(() if timed else (TIME,)), *wording.plan_caveats(plan)),
     )
     return replace(advice, sections=wording.sections(estimate, advice, rate))
 

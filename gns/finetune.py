@@ -218,8 +218,8 @@ def first_epoch(logs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         logs: entries with "loss" (nats a token) and "epoch" are looked at; a resumed run has those before it.
 
     Returns:
-        `first_epoch_loss`, the mean loss in nats a token, None where none was finite; `first_epoch_share`, how
-        much of the epoch it is of, 0 … 1.
+        `first_epoch_loss`, the mean loss in nats a token, None where it is not finite; `first_epoch_share`,
+        how much of the epoch it is of, 0 … 1.
     """
     inside = [entry for entry in logs if "loss" in entry and entry.get("epoch", math.inf) <= 1 + 1e-6]
     losses = [float(entry["loss"]) for entry in inside]

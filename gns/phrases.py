@@ -120,7 +120,7 @@ def _affordable(plan: EpochPlan) -> str:
     if math.isinf(high):
         top = f"{top}, perhaps far larger ones"
     elif _batch(high, data) != top:
-        top = f"{top} for sure, perhaps {_batch(high, data)}"
+        top = f"{top}, perhaps up to {_batch(high, data)}"
     more = plan.largest_doubled[0] / low if math.isfinite(low) else math.nan
     grow = f" (twice the data: {format_count(more)} × that)" if more > 1 and low < data else ""
     return f"{start} with batches up to {top}{grow}."

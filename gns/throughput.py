@@ -159,9 +159,9 @@ def read(path: str | Path) -> Throughput:
 def predicted_peak(known: Sequence[tuple[int, int]], base: int, size: int) -> int:
     """Memory that a micro-batch will take, the larger of two extrapolations.
 
-    The line through the last two sizes, and the last size's use above `base` in proportion. A step takes
-    a + b·size bytes above the base with a ≥ 0, for which both are at least right; where something grows faster
-    than the batch, the first is the better one.
+    The line through the last two sizes, and the last size's use above `base` in proportion. Where a step
+    takes a + b·size bytes above the base, a ≥ 0, neither is too small; where something grows faster than the
+    batch, the first is the better one.
 
     Args:
         known: (size, peak bytes), rising; at least one.

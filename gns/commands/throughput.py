@@ -54,8 +54,8 @@ def throughput(
     """Time training steps with LoRA adapters on this machine, for batch sizes 1, 2, 4, 8 and so on.
 
     Full steps on random tokens: forward, backward, clipping, optimizer; the median of several. Sizes that
-    would take more than a safe share of the free memory are not tried: larger batches are made by accumulation.
-    Ctrl-C keeps the curve so far. `gns advise` makes of it the batch that is soonest at a given loss.
+    would take more than a safe share of the free memory are not tried: larger batches are accumulated. Ctrl-C
+    keeps the curve so far. `gns advise` makes of it the batch that is soonest at a given loss.
     """
     given = {
         "model": model,
