@@ -73,8 +73,12 @@ def sum_of_blocks(
 
 def sq_norms_of(blocks: Tensor) -> Tensor:
     """Squared norm of each block [B, ...], [B]; summed pairwise, in the blocks' own float32 or float64."""
-    squares = blocks.square()
-    return squares.sum(tuple(range(1, blocks.ndim))) if blocks.ndim > 1 else squares
+    if blocks.ndim == 1:
+        return blocks.square()
+    if blocks.is_cuda:  # reads the blocks once and writes no squares
+        return torch.linalg.vector_norm(blocks.flatten(1), dim=1).square()
+    # on CPU that kernel adds in sequence: 10⁻⁴ off at 3 million float32 entries
+    return blocks.square().sum(tuple(range(1, blocks.ndim)))
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:

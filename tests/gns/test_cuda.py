@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from gns import reducers
 from gns.monitor import GNSMonitor
 from gns.rules.linear import wide_bmm
 from tests.gns.small_models import FAMILIES, lora, tokens
@@ -220,3 +221,9 @@ def test_a_compiled_model_has_the_same_sums(backend):
                 optimizer.zero_grad()
             found.append([[s.n_examples, s.mean_sq_norm, s.sq_norm_of_mean] for s in monitor.history])
     close(found[1], found[0], torch.float32)
+
+
+def test_norms_on_the_device_are_pairwise_sums():
+    made = torch.Generator("cuda").manual_seed(0)
+    blocks = torch.randn(2, 1_500, 2_000, device="cuda", generator=made)
+    close(reducers.sq_norms_of(blocks), blocks.double().square().sum((1, 2)), torch.float32)
