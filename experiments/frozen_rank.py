@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import time
 import warnings
@@ -105,6 +106,9 @@ def slope(rows: Sequence[dict[str, Any]], over: str) -> tuple[float, float, floa
 
     Examples are shared between rows, so the interval shows the scatter over adapters, not that over data.
     """
+    rows = [r for r in rows if r["b_simple"] > 0]  # NaN where |G|² averaged below zero
+    if len(rows) < 3:
+        return math.nan, math.nan, math.nan
     x, y = np.log([r[over] for r in rows]), np.log([r["b_simple"] for r in rows])
     fit = stats.linregress(x, y)
     half = float(stats.t.ppf(0.975, len(x) - 2)) * float(fit.stderr)
@@ -124,7 +128,12 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _interval(ax: Any, x: float, r: dict[str, Any], colour: str, **style: Any) -> None:
-    ax.plot([x, x], [r["low"], r["high"]], color=colour, linewidth=2, alpha=0.4)
+    """Draw a reading with its set; one without an upper end goes up to an arrow at the top."""
+    low, high = max(r["low"], 1e-3), r["high"]
+    if np.isinf(high):
+        ax.plot([x], [0.97], "^", color=colour, transform=ax.get_xaxis_transform(), markersize=5)
+        high = max(low, np.nan_to_num(r["b_simple"]))
+    ax.plot([x, x], [low, high], color=colour, linewidth=2, alpha=0.4)
     ax.plot([x], [r["b_simple"]], color=colour, linestyle="none", **style)
 
 
@@ -133,7 +142,8 @@ def _over_rank(ax: Any, rows: Sequence[dict[str, Any]], base: str) -> None:
     for r in lora:
         _interval(ax, r["rank"] * 1.06 ** r["seed"], r, BLUE, marker="o", markersize=5)
     (full,) = (r for r in rows if r["rank"] is None)
-    ax.axhspan(full["low"], full["high"], color=ORANGE, alpha=0.15, linewidth=0)
+    if np.isfinite(full["high"]):
+        ax.axhspan(full["low"], full["high"], color=ORANGE, alpha=0.15, linewidth=0)
     ax.axhline(full["b_simple"], color=ORANGE, label="full weights, 95 % band")
     middle, low, high = slope(lora, "rank")
     ax.plot([], [], "o", color=BLUE, label=f"factor B, slope {middle:.3f} ({low:.3f} … {high:.3f})")
@@ -164,6 +174,7 @@ def _dress(ax: Any, ticks: Sequence[int]) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     low, high = ax.get_ylim()
+    low = max(low, high / 1e4)
     ax.set_ylim(low / 1.5, high * 1.8)
     ax.set_yticks(
         [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000) if low / 1.5 < t < high * 1.8]
