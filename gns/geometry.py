@@ -2,7 +2,8 @@
 
 The joint number of a LoRA model is a convention. A → cA, B → B/c leaves the function alone and moves it,
 since the factors' squared norms are then scaled by 1/c² and c². The numbers of each factor do not move, for a
-common scale cancels in tr Σ / |G|²: they are in `.groups` of every module and layer.
+common scale cancels in tr Σ / |G|²: they are in `.groups` of every module and layer. The metrics that a step
+can be measured in are in `METRICS`, see `gns.metrics`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gns.estimate import Estimate, estimate
+from gns.metrics import METRICS
 from gns.sets import Moments, detection_limit, honest_set, status_of
 from gns.sums import FACTORS, Layout, StepSums, factor_of
 
-__all__ = ["by_layer", "by_module", "layer_of", "module_of"]
+__all__ = ["METRICS", "by_layer", "by_module", "layer_of", "module_of"]
 
 _PEFT = "base_model.model."
 # parts of a parameter's name that belong to an adapter inside the module, not to the path of the module

@@ -1,4 +1,4 @@
-"""What is kept of per-example gradient blocks: their squared norms, or their sum.
+"""What is kept of per-example gradient blocks: their squared norms in a metric, or their sum.
 
 Each reducer takes a rule with its arguments, so that the examples of a large layer can be worked off in
 chunks, and so that a rule's cheaper form can stand in for the blocks.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gns.metrics import of_blocks
 from gns.rules import Rule
 from gns.rules.base import added, joined, parameter_of
 
@@ -21,7 +22,13 @@ def blocks(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) 
 
 
 def sq_norms(
-    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int = MAX_BYTES
+    rule: Rule,
+    layer: nn.Module,
+    x: Tensor,
+    dy: Tensor,
+    parameter: str,
+    limit: int = MAX_BYTES,
+    root: Tensor | None = None,
 ) -> Tensor:
     """Squared norm of each example's gradient, ‖c_b‖².
 
@@ -32,19 +39,22 @@ def sq_norms(
         dy: [B, ..., O], gradient of the loss at its output.
         parameter: the parameter's name in the layer.
         limit: bytes of blocks, or of what stands in for them, alive at once; one example may pass it.
+        root: √ of a diagonal metric, of the parameter's shape; blocks are formed then.
 
     Returns:
-        [B], float32 or float64, in (loss / parameter)².
+        [B], float32 or float64, in (loss / parameter)²; with a root [B, 2], in that metric too.
     """
     dy = _scaled(rule, dy)
-    found = rule.sq_norms(layer, x, dy, parameter, limit) if rule.sq_norms is not None else None
-    if found is not None:
-        return found
+    if root is None and rule.sq_norms is not None:
+        found = rule.sq_norms(layer, x, dy, parameter, limit)
+        if found is not None:
+            return found
+    limit = limit if root is None else limit // 2  # beside the blocks stand the weighed ones
     size = _chunk(rule, layer, x, dy, parameter, limit)
     if len(dy) <= size:
-        return sq_norms_of(rule.blocks(layer, x, dy, parameter))
+        return of_blocks(rule.blocks(layer, x, dy, parameter), root)
     chunks = zip(x.split(size), dy.split(size), strict=True)
-    return joined([sq_norms_of(rule.blocks(layer, a, b, parameter)) for a, b in chunks])
+    return joined([of_blocks(rule.blocks(layer, a, b, parameter), root) for a, b in chunks])
 
 
 def sum_of_blocks(
@@ -69,16 +79,6 @@ def sum_of_blocks(
     size = _chunk(rule, layer, x, dy, parameter, limit)
     chunks = zip(x.split(size), dy.split(size), strict=True)
     return added([rule.blocks(layer, a, b, parameter).sum(0) for a, b in chunks])
-
-
-def sq_norms_of(blocks: Tensor) -> Tensor:
-    """Squared norm of each block [B, ...], [B]; summed pairwise, in the blocks' own float32 or float64."""
-    if blocks.ndim == 1:
-        return blocks.square()
-    if blocks.is_cuda:  # reads the blocks once and writes no squares
-        return torch.linalg.vector_norm(blocks.flatten(1), dim=1).square()
-    # on CPU that kernel adds in sequence: 10⁻⁴ off at 3 million float32 entries
-    return blocks.square().sum(tuple(range(1, blocks.ndim)))
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:

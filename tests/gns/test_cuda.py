@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from gns import reducers
+from gns import metrics
 from gns.monitor import GNSMonitor
 from gns.rules.linear import wide_bmm
 from tests.gns.small_models import FAMILIES, lora, tokens
@@ -226,4 +226,4 @@ def test_a_compiled_model_has_the_same_sums(backend):
 def test_norms_on_the_device_are_pairwise_sums():
     made = torch.Generator("cuda").manual_seed(0)
     blocks = torch.randn(2, 1_500, 2_000, device="cuda", generator=made)
-    close(reducers.sq_norms_of(blocks), blocks.double().square().sum((1, 2)), torch.float32)
+    close(metrics.of_blocks(blocks), blocks.double().square().sum((1, 2)), torch.float32)
