@@ -11,7 +11,7 @@ import numpy as np
 
 from gns.estimate import Estimate, format_count
 from gns.largest import LargeExample
-from gns.pairs import Batches, Dependence, SignFlip, dependence, jackknife, pooled, sign_flip
+from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, jackknife, pooled, sign_flip
 from gns.sets import Moments, detection_limit, honest_set, status_of
 
 VIEW = "all pairs of examples at one parameter point"
@@ -118,7 +118,7 @@ def from_batches(
         **(about or {}),
     }
     x, y = pooled(batches)
-    if len(batches) < 2:
+    if not has_spread(batches):
         nan = math.nan
         return FrozenEstimate(
             nan,
