@@ -28,7 +28,7 @@ from huggingface_hub.utils import enable_progress_bars
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gns import records, runfolder
-from gns.data import NO_LOSS, Collator, Row
+from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
 from gns.integrations.transformers import GNSCallback, next_step
 from gns.monitor import GNSMonitor
@@ -98,7 +98,7 @@ def run(
     out, watcher = Path(out), watcher or Watcher()
     config.check()
     checkpoint = runfolder.resumable(out, config) if resume else runfolder.refuse_used(out)
-    with _without_bars():
+    with without_bars():
         prepared = prepare(config)
         if checkpoint is not None and runfolder.steps_of(checkpoint) >= prepared.n_steps:
             raise ConfigError(
@@ -121,7 +121,7 @@ class _Run:
         if steps.exists():  # steps after the checkpoint will be made again
             records.cut_after(steps, (next_step(checkpoint) or 0) - 1 if checkpoint else -1)
         runfolder.write_config(out, config)
-        self.collator = Collator(_pad_id(prepared.tokenizer))
+        self.collator = Collator(pad_id(prepared.tokenizer))
         self.monitor = GNSMonitor(prepared.model, every=config.every, sink=steps)
         self.trainer = Trainer(
             prepared.model,
@@ -281,14 +281,8 @@ def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingAr
     return arguments
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """Any token will do: neither attention nor loss sees it."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in ids if i is not None)
-
-
 @contextmanager
-def _without_bars() -> Generator[None]:
+def without_bars() -> Generator[None]:
     """Switch transformers' own progress bars off for a while; downloads keep theirs, and warnings stay."""
     bars = transformers.utils.logging
     if not bars.is_progress_bar_enabled():

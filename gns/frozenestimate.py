@@ -81,7 +81,8 @@ class FrozenEstimate(Estimate):
         said = super().__str__().replace(" steps × ", " batches × ")
         if self.n_steps < 2:
             return said.replace("usable step(s)", "usable batch(es)")
-        return f"{said}; frozen weights; any gradient at all: p = {self.p_value:.2g}"
+        ended = "" if self.stopped is None else f"; {self.stopped}"
+        return f"{said}; frozen weights; any gradient at all: p = {self.p_value:.2g}{ended}"
 
 
 def from_batches(

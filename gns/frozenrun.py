@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gns.calling import Loss, ProbeError, loss_of, moved
 from gns.estimate import estimate
 from gns.frozenestimate import DropoutNoise, FrozenEstimate, from_batches
-from gns.gradrows import SIZE, GradientRows
+from gns.gradrows import GradientRows
 from gns.largest import Largest
 from gns.monitor import GNSMonitor
 from gns.pairs import Batches, pooled
@@ -220,7 +220,7 @@ class Run:
         kept = "whole"
         if self.rows.sketched:
             share = f"{100 * joint.sketch_share:.2g} %"
-            kept = f"sketched, {SIZE:,} numbers a batch; {share} of their products' spread is the sketch's"
+            kept = f"sketched, {self.rows.size:,} numbers a batch; {share} of the products' spread is theirs"
         remarks = [*getattr(base, "warnings", ()), *self.skipped]
         if self.random and not self.dropout:
             remarks.append(RANDOM)

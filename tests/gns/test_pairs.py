@@ -199,7 +199,7 @@ SPECTRUM = 1 / np.arange(1, 65)  # r_eff 13.8
 
 
 def simulated(seed: int, b_simple: float, k: int, n: int, spectrum=SPECTRUM) -> Batches:
-    """K batches of n Gaussian gradients; no example is drawn, see `gaussian_steps` of the estimators' twin."""
+    """K batches of n Gaussian gradients; no example is drawn, see `gaussian_steps` of the twin."""
     rng, d = np.random.default_rng(seed), len(spectrum)
     mean = np.full(d, np.sqrt(spectrum.sum() / b_simple / d))
     centre = mean + rng.standard_normal((k, d)) * np.sqrt(spectrum / n)
@@ -217,10 +217,10 @@ def steps_see_it(b: Batches, level: float = 0.05) -> bool:
 
 @pytest.mark.parametrize(("spectrum", "b_simple", "ratio"), [(np.ones(64), 350, 7), (SPECTRUM, 170, 6)])
 def test_pooling_sees_seven_times_larger_noise_scales(spectrum, b_simple, ratio):
-    """800 examples: what 50 steps of 16 see half the time, their pairs see half the time at 6 to 7 times the B.
+    """800 examples: where 50 steps of 16 see |G|² half the time, their pairs do at 6 to 7 times that B.
 
-    The facts' 1,277 against 175 (7.3 times) are for a Gaussian statistic. That of the pairs is skewed, the more
-    the steeper the spectrum: 6.9 times on the flat one, 6.0 on 1/j.
+    The facts' 1,277 against 175 (7.3 times) are for a Gaussian statistic. That of the pairs is skewed, the
+    more the steeper the spectrum: 6.9 times on the flat one, 6.0 on 1/j.
     """
     repeats = 400
     steps = np.mean([steps_see_it(simulated(r, b_simple, 50, 16, spectrum)) for r in range(repeats)])
