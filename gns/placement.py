@@ -113,20 +113,20 @@ class Placement:
             else:
                 yield a.flatten(0, 1), b.flatten(0, 1), examples.repeat_interleave(a.shape[1])
 
-    def per_example(self, parts: Iterable[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
-        """Put values of the examples that `parts` yields in the order of the examples, [n].
+    def per_example(self, parts: Iterable[tuple[Tensor, Tensor | None]], none: Tensor) -> Tensor:
+        """Put values of the examples that `parts` yields in the order of the examples, [n, ...].
 
         Args:
-            parts: values [E] with the examples' numbers, or None where they are all and in order.
-            like: a tensor of the values' dtype and device.
+            parts: values [E, ...] with the examples' numbers, or None where they are all and in order.
+            none: what to give where no row is an example, [0, ...].
         """
         total = None
         for values, examples in parts:
             if examples is None:
                 return values
-            total = values.new_zeros(self.n) if total is None else total
+            total = values.new_zeros(self.n, *values.shape[1:]) if total is None else total
             total.index_add_(0, examples, values)
-        return like.new_zeros(self.n) if total is None else total
+        return none if total is None else total
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is kept of per-example gradient blocks: their squared norms, or their sum.
+"""What is kept of per-example gradient blocks: their squared norms in a metric, or their sum.
 
 Each reducer takes a rule with its arguments, so that the examples of a large layer can be worked off in
 chunks, and so that a rule's cheaper form can stand in for the blocks.
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from gns.metrics import of_blocks
 from gns.rules import Rule
 from gns.rules.base import added, joined, parameter_of
 
@@ -23,7 +24,13 @@ def blocks(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) 
 
 
 def sq_norms(
-    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int = MAX_BYTES
+    rule: Rule,
+    layer: nn.Module,
+    x: Tensor,
+    dy: Tensor,
+    parameter: str,
+    limit: int = MAX_BYTES,
+    root: Tensor | None = None,
 ) -> Tensor:
     """Squared norm of each example's gradient, ‖c_b‖².
 
@@ -34,17 +41,20 @@ def sq_norms(
         dy: [B, ..., O], gradient of the loss at its output.
         parameter: the parameter's name in the layer.
         limit: bytes of blocks, or of what stands in for them, alive at once; one example may pass it.
+        root: √ of a diagonal metric, of the parameter's shape; blocks are formed then.
 
     Returns:
-        [B], float32 or float64, in (loss / parameter)².
+        [B], float32 or float64, in (loss / parameter)²; with a root [B, 2], in that metric too.
     """
     dy = _scaled(rule, dy)
-    found = rule.sq_norms(layer, x, dy, parameter, limit) if rule.sq_norms is not None else None
-    if found is not None:
-        return found
+    if root is None and rule.sq_norms is not None:
+        found = rule.sq_norms(layer, x, dy, parameter, limit)
+        if found is not None:
+            return found
+    limit = limit if root is None else limit // 2  # beside the blocks stand the weighed ones
     return joined(
         [
-            sq_norms_of(rule.blocks(layer, a, b, parameter))
+            of_blocks(rule.blocks(layer, a, b, parameter), root)
             for a, b in _chunks(rule, layer, x, dy, parameter, limit)
         ]
     )
@@ -72,12 +82,6 @@ def sum_of_blocks(
     return added(
         [rule.blocks(layer, a, b, parameter).sum(0) for a, b in _chunks(rule, layer, x, dy, parameter, limit)]
     )
-
-
-def sq_norms_of(blocks: Tensor) -> Tensor:
-    """Squared norm of each block [B, ...], [B]; summed pairwise, in the blocks' own float32 or float64."""
-    squares = blocks.square()
-    return squares.sum(tuple(range(1, blocks.ndim))) if blocks.ndim > 1 else squares
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gns import reducers
 from gns.gather import Gather, sum_dtype
+from gns.metrics import of_blocks
 from gns.placement import Placement, Segments
 from gns.reasons import IN_PLACE, WRONG_SHAPE
 from gns.rules import Rule
@@ -53,6 +54,10 @@ class Tap:
         self.limit, self.shareable = limit, shareable
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
+        self.roots: dict[
+            str, Tensor
+        ] = {}  # parameter → √ of the metric, of this step, where it weighs entries
+        self.weighed: Tensor | None = None  # leaf of the sums in that metric
         self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
         self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
@@ -84,10 +89,16 @@ class Tap:
         """Name of a parameter in the whole model."""
         return f"{self.name}.{parameter}" if self.name else parameter
 
-    def listen(self, on_leaf: Callable[[Tensor], None] | None) -> None:
-        """Let the collector know, inside backward, that sums are about to reach the leaf."""
+    def listen(self, on_leaf: Callable[[Tensor], None] | None, *, weighs: bool = False) -> None:
+        """Let the collector know, inside backward, that sums are about to reach the leaf.
+
+        Args:
+            on_leaf: what to call then.
+            weighs: whether sums in a metric that weighs entries are collected too.
+        """
         self.on_leaf = on_leaf
         self.leaf = self._new_leaf()
+        self.weighed = self.leaf.detach()[:-1].clone().requires_grad_() if weighs else None
 
     def admits(self, x: Tensor, where: Placement | None) -> bool:
         """Whether a call on x can be tapped; the same answer in a recomputation, whatever has happened."""
@@ -95,19 +106,21 @@ class Tap:
             return x.ndim >= (1 if self.rule.ids else 2) and not self.gathers
         return where.misfit is None or (bool(x.ndim >= 2 or self.rule.ids) and not self.gathers)
 
-    def sq_norms(self, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
-        """‖cᵢ‖² of the examples of a call, [n], or of its rows where examples are not known."""
+    def sq_norms(
+        self, x: Tensor, dy: Tensor, parameter: str, where: Placement, root: Tensor | None = None
+    ) -> Tensor:
+        """‖cᵢ‖² of the examples of a call (or its rows), [n]; with a root [n, 2], in that metric too."""
         if where.segments is not None and not self.rule.tokenwise:
-            found = self._joined(x, dy, parameter, where.segments)
+            found = self._joined(x, dy, parameter, where.segments, root)
         else:
             found = (
-                (reducers.sq_norms(self.rule, self.module, a, b, parameter, self.limit), examples)
+                (reducers.sq_norms(self.rule, self.module, a, b, parameter, self.limit, root), examples)
                 for a, b, examples in where.parts(self.rule, x, dy)
             )
-        return where.per_example(found, dy)
+        return where.per_example(found, dy.new_zeros(0) if root is None else dy.new_zeros(0, 2))
 
     def _joined(
-        self, x: Tensor, dy: Tensor, parameter: str, segments: Segments
+        self, x: Tensor, dy: Tensor, parameter: str, segments: Segments, root: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ‖cᵢ‖² of a rule that does not add over positions: its rows are added, then squared."""
         for a, b, examples in segments.parts(x, dy):
@@ -116,7 +129,7 @@ class Tap:
             for xs, dys, at in zip(a.split(size), b.split(size), examples.split(size), strict=True):
                 xs, dys = xs.flatten(0, 1), dys.flatten(0, 1)
                 blocks = reducers.blocks(self.rule, self.module, xs, dys, parameter)
-                yield reducers.sq_norms_of(blocks.unflatten(0, (-1, rows)).sum(1)), at
+                yield of_blocks(blocks.unflatten(0, (-1, rows)).sum(1), root), at
 
     def count(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Give a number of rows as a scalar on the device, made once as long as it stays the same."""
@@ -144,6 +157,8 @@ class Tap:
         """Move the leaf to where the layer is now."""
         if self.leaf.device != self.parameter(self.parameters[0]).device:
             self.leaf = self._new_leaf()
+            if self.weighed is not None:
+                self.weighed = self.leaf.detach()[:-1].clone().requires_grad_()
 
     def read(self) -> Tensor:
         """Give what was collected: [P + 1], sums of squared norms and rows seen."""
@@ -156,6 +171,16 @@ class Tap:
         ]
         return torch.stack([*parts, sums[-1]])
 
+    def read_weighed(self) -> Tensor:
+        """Give what was collected in the metric: [P], sums of squared norms."""
+        assert self.weighed is not None
+        found = self.weighed.grad
+        sums = torch.zeros_like(self.weighed).detach() if found is None else found.detach()
+        parts = [
+            self.gathers[p].read(1) if p in self.gathers else sums[i] for i, p in enumerate(self.parameters)
+        ]
+        return torch.stack(parts) if self.gathers else sums
+
     def close_checks(self) -> None:
         """Stop collecting Σᵢcᵢ and free it."""
         self.checks = {}
@@ -163,6 +188,8 @@ class Tap:
     def drop(self) -> None:
         """Forget what was collected."""
         self.leaf.grad = None
+        if self.weighed is not None:
+            self.weighed.grad = None
         for gather in self.gathers.values():
             gather.leaf.grad = None
         for check in self.checks.values():
@@ -181,6 +208,7 @@ class _TapFunction(torch.autograd.Function):
         live: tuple[str, ...],
         where: Placement | None,
         each: Tensor | None,
+        weighed: Tensor | None,
         leaf: Tensor,
         *extra: Tensor,
     ) -> Tensor:
@@ -188,7 +216,7 @@ class _TapFunction(torch.autograd.Function):
             ctx.save_for_backward(x)
         ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
         ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
-        ctx.checked, ctx.alone = tuple(tap.checks), out.shape
+        ctx.checked, ctx.alone, ctx.weighs = tuple(tap.checks), out.shape, weighed is not None
         ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
         seen = out.detach()  # neither a view nor the input itself: users change outputs in place
         return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
@@ -196,7 +224,7 @@ class _TapFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         onward = dy.sum(0, keepdim=True) if dy.shape != ctx.alone else dy  # as the addition itself would
-        none = (onward, *[None] * (6 + ctx.n_extra))
+        none = (onward, *[None] * (7 + ctx.n_extra))
         try:
             saved = ctx.saved_tensors  # to be asked for once only: checkpointing recomputes on demand
         except RuntimeError as error:
@@ -217,11 +245,7 @@ class _TapFunction(torch.autograd.Function):
 
 
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a tap's leaves.
-
-    ‖cᵢ‖² [n] over its parameters, for the call; [P + 1], their sums over the examples and the rows, for the
-    tap; then carriers, then check sums.
-    """
+    """Gradients of a tap's leaves: those of `_sums`, then carriers, then check sums."""
     tap, where = ctx.tap, ctx.where
     if where is None:
         where = Placement(dy.shape[0])
@@ -231,24 +255,42 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
     if where.shared_by:
         x = x.expand(where.shared_by, *x.shape[1:])
     with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-        seen = dy.shape[0] if where.misfit else where.n
-        rows = tap.count(seen, ctx.dtype, dy.device)
         carried = [
             part
             for p, gather, noted in ctx.gathered
             for part in gather.contribute(rule, layer, x, dy, p, where, noted)
         ]
-        summed = [p for p in ctx.live if all(p != q for q, _, _ in ctx.gathered)]
-        norms = {p: tap.sq_norms(x, dy, p, where).to(ctx.dtype) for p in summed}
-        sums = [norms[p].sum() if p in norms else torch.zeros_like(rows) for p in tap.parameters]
-        there = [sq for p, sq in norms.items() if p not in tap.left_out]
-        each = functools.reduce(torch.add, there) if there and where.each is not None else None
+        sums = _sums(ctx, x, dy, where)
         totals = [_total(tap, x, dy, p, where) for p in ctx.checked]
         wrong = [p for p, total in zip(ctx.checked, totals, strict=True) if total.shape != ctx.shapes[p]]
         if wrong:  # the rule does not fit: autograd would raise in the user's backward
             tap.misplaced(Placement(0, misfit=WRONG_SHAPE))
             totals = [None if p in wrong else total for p, total in zip(ctx.checked, totals, strict=True)]
-        return each, torch.stack([*sums, rows]), *carried, *totals
+        return *sums, *carried, *totals
+
+
+def _sums(
+    ctx: Any, x: Tensor, dy: Tensor, where: Placement
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Squared norms, as gradients of three leaves.
+
+    For the call ‖cᵢ‖² [n] over the parameters, in the metric where it weighs entries; for the tap the sums
+    over the examples, [P] in such a metric, and [P + 1] as they are with the number of rows.
+    """
+    tap = ctx.tap
+    roots = {} if torch.compiler.is_compiling() else tap.roots
+    rows = tap.count(dy.shape[0] if where.misfit else where.n, ctx.dtype, dy.device)
+    alone = [p for p in ctx.live if all(p != q for q, _, _ in ctx.gathered)]
+    norms = {p: tap.sq_norms(x, dy, p, where, roots.get(p)).to(ctx.dtype) for p in alone}
+    weighed = {p: both[:, 1] for p, both in norms.items() if p in roots}
+    norms = {p: found[:, 0] if p in roots else found for p, found in norms.items()}
+    of_metric = weighed if ctx.weighs else norms
+    counted = [found for p, found in of_metric.items() if p not in tap.left_out]
+    each = functools.reduce(torch.add, counted) if counted and where.each is not None else None
+    zero = torch.zeros_like(rows) if len(of_metric) < len(tap.parameters) else rows
+    sums = [norms[p].sum() if p in norms else zero for p in tap.parameters]
+    in_metric = [weighed[p].sum() if p in weighed else zero for p in tap.parameters if ctx.weighs]
+    return each, torch.stack(in_metric) if ctx.weighs else None, torch.stack([*sums, rows])
 
 
 def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
@@ -326,7 +368,8 @@ class OutputHook(_Hook):
         sites = () if where is None else tap.sites(x, where)
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
         each = None if where is None else where.each
-        return _TapFunction.apply(out, x, tap, live, where, each, tap.leaf, *sites, *tap.checks.values())
+        leaves = each, None if compiling else tap.weighed, tap.leaf
+        return _TapFunction.apply(out, x, tap, live, where, *leaves, *sites, *tap.checks.values())
 
 
 class RootInput(_Hook):
