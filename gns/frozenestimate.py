@@ -11,8 +11,9 @@ import numpy as np
 
 from gns.estimate import Estimate, format_count
 from gns.largest import LargeExample
+from gns.moments import Moments
 from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, jackknife, pooled, sign_flip
-from gns.sets import Moments, detection_limit, honest_set, status_of
+from gns.sets import detection_limit, honest_set, status_of
 
 VIEW = "all pairs of examples at one parameter point"
 DEPENDENT = 0.01  # p-value of a difference between pairs inside and across batches that is warned of

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy import stats
 
-from gns.sets import Moments
+from gns.moments import Moments
 
 EXACT_FLIPS = 13  # batches: 2¹² distinct patterns; with more, patterns are drawn
 DRAWS = 9_999  # patterns drawn
