@@ -7,14 +7,16 @@ Y = |G|² over all pairs of N examples is a U-statistic. If |G|² is g, and v = 
 a part that grows with the signal and one that is there without any. The delete-one-batch jackknife estimates
 4ĝᵀΣĝ/N with the measured ĝ = G + noise in the place of G. That is wrong twice. Without signal it is twice the
 truth, 4 tr(Σ²)/N²: the set has no upper end where it could have one. And where noise happens to cancel G, so
-that Y is small, it is small as well: the set then lies above the truth, in 14 % of probes at nominal 5 % (G in
-the noisiest direction, r_eff 2.5). So θ is tested with the variance that holds *if θ is true*, with g = X/θ:
+that Y is small, it is small as well: the set then lies above the truth, in 14 % of probes at nominal 5 % (G
+in the noisiest direction, r_eff 2.5). So θ is tested with the variance that holds *if θ is true*, with
+g = X/θ:
 
 - tr(Σ²) from the products of different batches' centred gradients;
 - v from the jackknife, which is a Rayleigh quotient at ĝ; as far as ĝ is noise, by the share
   w = (X/N)/(Y + X/N), the top eigenvalue of Σ instead: ĝ does not know the direction of G there.
 
 The jackknife's covariance with tr Σ and its skewness (for Hall's correction) are kept, scaled to match.
+The price: where G lies in a quiet direction of a steep spectrum, the set is up to twice as wide as need be.
 Simulated: experiments/results/coverage/FROZEN.md.
 """
 
