@@ -7,33 +7,23 @@ gradient, and `gns.pairs` makes of both the average over all pairs of examples o
 from __future__ import annotations
 
 import itertools
-import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from gns.calling import Loss, ProbeError, loss_of, moved
-from gns.estimate import estimate
-from gns.frozenestimate import DropoutNoise, FrozenEstimate, from_batches
-from gns.gradrows import MAX_BYTES, SIZE, GradientRows
+from gns.calling import Loss, ProbeError
+from gns.frozenestimate import FrozenEstimate
+from gns.frozenrun import Run, StillMonitor
+from gns.gradrows import MAX_BYTES, GradientRows
+from gns.largest import Largest
 from gns.looks import declared
-from gns.monitor import GNSMonitor
-from gns.pairs import Batches, pooled
 from gns.ranks import world_size
 from gns.segments import SegmentsOf
-from gns.still import RandomState, seeded, still, uninterrupted
-from gns.sums import StepSums
-
-RANDOM = (
-    "Random numbers were drawn in the model's forward pass although dropout is off: some noise of the "
-    "model's own is in tr Σ."
-)
-MIXED = "token labels in some batches and not in others"
+from gns.still import still
 
 
 def probe(
@@ -46,6 +36,8 @@ def probe(
     max_batches: int | None = None,
     dropout: bool = False,
     split_dropout: bool = False,
+    largest: int = 0,
+    describe: Any = None,
     progress: bool | None = None,
     seed: int = 0,
     weights: str = "auto",
@@ -71,6 +63,8 @@ def probe(
             checkpointing their activations by it. True: training mode, but for batch norms.
         split_dropout: run each batch a second time with other dropout masks, and say how much of tr Σ is
             dropout's; implies `dropout`.
+        largest: how many of the examples with the largest gradients to name.
+        describe: how to show them: a tokenizer, or a function (batch, row) → text; None: by number only.
         progress: show a bar on standard error; None: if that is a terminal.
         seed: of dropout masks, sketch and sign-flip test.
         weights: of the examples in the loss, see `GNSMonitor`.
@@ -96,10 +90,20 @@ def probe(
     most = _most(batches, max_batches)
     looks = _looks(relative_width, most)
     _check(model, level, max_batches)
-    run = _Run(model, loss, bool(dropout or split_dropout), split_dropout, seed, max_bytes)
+    run = Run(
+        model,
+        loss,
+        dropout=bool(dropout or split_dropout),
+        split=split_dropout,
+        seed=seed,
+        rows=GradientRows(max_bytes=max_bytes, seed=seed),
+        largest=Largest(largest, describe) if largest else None,
+    )
     with (
         still(model, dropout=run.dropout),
-        _Monitor(model, weights=weights, segments=segments, on_error="raise", history=2**31) as run.monitor,
+        StillMonitor(
+            model, weights=weights, segments=segments, on_error="raise", history=2**31
+        ) as run.monitor,
     ):
         stopped = None
         try:
@@ -166,191 +170,6 @@ def _check(model: nn.Module, level: float, max_batches: int | None) -> None:
 
 def _narrow(found: FrozenEstimate, width: float) -> bool:
     return (found.high - found.low) / (2 * found.b_simple) <= width
-
-
-class _Monitor(GNSMonitor):
-    """A monitor whose steps are ended by hand, and whose remarks are kept."""
-
-    def gradients(self) -> dict[str, Tensor | None]:
-        """Give the gradients of the measured parameters."""
-        assert self._plan is not None
-        return {e.name: e.parameter.grad for e in self._plan.entries}
-
-    def by_tokens(self) -> bool:
-        """Whether the examples of the calls since the last step weigh by their tokens."""
-        assert self._collector is not None
-        calls = self._collector.now.calls
-        return bool(calls) and all(c.rows is not None and c.rows.weight_sum is not None for c in calls)
-
-    def end_step(self) -> StepSums:
-        """End a step here and give its record."""
-        assert self._collector is not None
-        self._collector.end_step()
-        self.flush()
-        return self._history[-1]
-
-    def _tell(self, sums: StepSums) -> None:
-        """Say nothing of a batch: the result says what was left out."""
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A batch that was measured.
-
-    Args:
-        at: its place in the monitor's history.
-        by_tokens: its examples weigh by their tokens.
-        gaps: parameter → ‖ḡ − ḡ′‖² of two runs with different dropout masks.
-    """
-
-    at: int
-    by_tokens: bool
-    gaps: Mapping[str, float]
-
-
-class _Run:
-    """A probe on its way."""
-
-    monitor: _Monitor
-
-    def __init__(
-        self, model: nn.Module, loss: Loss | None, dropout: bool, split: bool, seed: int, max_bytes: int
-    ):
-        self.model, self.loss, self.dropout, self.split, self.seed = model, loss, dropout, split, seed
-        self.rows = GradientRows(max_bytes=max_bytes, seed=seed)
-        self.done: list[_Done] = []
-        self.skipped: list[str] = []
-        self.random = False
-        devices = {p.device for p in model.parameters()}
-        self.device = devices.pop() if len(devices) == 1 else None
-
-    # measuring
-
-    def feed(self, batch: Any) -> None:
-        """Measure one batch."""
-        batch = batch if self.device is None else moved(batch, self.device)
-        first = self._backward(batch, 0)
-        with uninterrupted():
-            by_tokens, gradients = self.monitor.by_tokens(), self.monitor.gradients()
-            self._free()
-            step, at = self.monitor.end_step(), len(self.monitor.history) - 1
-        gaps = self._again(batch, gradients) if self.split else {}
-        with uninterrupted():
-            if (why := _unusable(step)) is not None:
-                self.skipped.append(f"batch {first}: {why}")
-                return
-            if self.done and self.done[0].by_tokens != by_tokens:
-                raise ProbeError(f'{MIXED}; pass weights="tokens" or weights="equal"')
-            self.rows.add(gradients, _mass(step, by_tokens))
-            self.done.append(_Done(at, by_tokens, gaps))
-
-    def _backward(self, batch: Any, again: int) -> int:
-        number = len(self.done) + len(self.skipped)
-        with seeded((self.seed << 24) + 2 * number + again) as before:
-            loss_of(self.model, batch, self.loss).backward()
-            self.random = self.random or not RandomState.now().same_torch(before)
-        return number
-
-    def _again(self, batch: Any, gradients: Mapping[str, Tensor | None]) -> dict[str, float]:
-        """Run a batch with other masks, and give ‖ḡ − ḡ′‖² of each parameter."""
-        self._backward(batch, 1)
-        gaps = {}
-        for name, other in self.monitor.gradients().items():
-            one = gradients[name]
-            if one is not None or other is not None:
-                gap = (one if one is not None else 0) - (other if other is not None else 0)
-                gaps[name] = float(gap.double().square().sum())  # type: ignore[union-attr]
-        with uninterrupted():
-            self._free()
-            self.monitor.end_step()
-        return gaps
-
-    def _free(self) -> None:
-        for p in self.model.parameters():
-            p.grad = None
-
-    # concluding
-
-    def result(self, level: float, looks: Sequence[int] = (), stopped: str | None = None) -> FrozenEstimate:
-        """Estimate from the batches so far."""
-        history = [self.monitor.history[d.at] for d in self.done]
-        layout = history[-1].layout if history else None
-        names: list[str] = list(layout.names) if layout is not None else []
-        rows = layout.groups if layout is not None else {}
-        parts = {g: [names[i] for i in of_group] for g, of_group in rows.items()}
-        grams = {g: self.rows.gram(part) for g, part in (parts or {"": names}).items()}
-        joint = self._batches(names, history, np.sum(list(grams.values()), axis=0))
-        how = {"level": level, "looks": max(1, len(looks)), "seed": self.seed}
-        groups = {
-            g: from_batches(self._batches(part, [s.groups[g] for s in history], grams[g]), **how)
-            for g, part in parts.items()
-        }
-        about = self._about(history, level, joint)
-        about |= {"groups": groups, "looks": tuple(looks), "stopped": stopped}
-        return from_batches(joint, about=about, **how)
-
-    def _batches(self, names: Sequence[str], steps: Sequence[StepSums], gram: np.ndarray) -> Batches:
-        n = np.array([s.n_examples for s in steps], dtype=np.int64)
-        mass, cross = np.array(self.rows.mass), self.rows.sq_norm_of_sum(names)
-        share = self.rows.sketch_share(names, gram)
-        if cross is not None:
-            q = np.array([s.sq_norm_of_mean for s in steps])
-            np.fill_diagonal(gram, q)
-            cross -= float(mass**2 @ q)
-        return Batches(
-            gram=gram,
-            n=n,
-            sum_sq_norms=np.array([s.mean_sq_norm for s in steps]) / n,
-            sum_sq_weights=np.array([s.sum_sq_weights for s in steps]),
-            mass=mass,
-            cross=cross,
-            sketch_share=share,
-        )
-
-    def _about(self, history: Sequence[StepSums], level: float, joint: Batches) -> dict[str, Any]:
-        """Give what the result says of itself besides its figures."""
-        base = estimate(history, level=level)
-        kept = "whole"
-        if self.rows.sketched:
-            share = f"{100 * joint.sketch_share:.2g} %"
-            kept = f"sketched, {SIZE:,} numbers a batch; {share} of their products' spread is the sketch's"
-        remarks = [*getattr(base, "warnings", ()), *self.skipped]
-        if self.random and not self.dropout:
-            remarks.append(RANDOM)
-        return {
-            "unit": base.unit,
-            "loss_scaled": base.loss_scaled,
-            "n_skipped": len(self.skipped),
-            "coverage": self.monitor.coverage().share,
-            "history": tuple(replace(step, step=i) for i, step in enumerate(history)),
-            "steps": (0, len(history) - 1) if history else None,
-            "gradients": kept,
-            "warnings": tuple(remarks),
-            "dropout": self._noise(joint) if self.split and history else None,
-        }
-
-    def _noise(self, joint: Batches) -> DropoutNoise:
-        """Split tr Σ: half of ‖ḡ − ḡ′‖² of a batch is the variance of ḡ over masks."""
-        last = self.monitor.history[self.done[-1].at]
-        names = set(last.layout.names) if last.layout is not None else set()
-        gaps = np.array([sum(v for name, v in d.gaps.items() if name in names) for d in self.done])
-        each = joint.n.sum() * (joint.mass / joint.mass.sum()) ** 2 * gaps / 2
-        masks, k = float(each.sum()), len(each)
-        se = math.sqrt(k / (k - 1) * float(((each - each.mean()) ** 2).sum())) if k > 1 else math.nan
-        return DropoutNoise(data=pooled(joint)[0] - masks, dropout=masks, dropout_se=se)
-
-
-def _unusable(step: StepSums) -> str | None:
-    """Say why a batch is left out; one example alone is no reason: its pairs are with other batches."""
-    alone = replace(step, reason=None).reason  # what the numbers themselves say
-    if not step.finite or step.n_examples < 1 or step.reason != alone:
-        return step.reason
-    return None
-
-
-def _mass(step: StepSums, by_tokens: bool) -> float:
-    """Weight of a batch in the whole: its tokens where examples weigh by them, else its examples."""
-    return float(step.n_tokens) if by_tokens and step.n_tokens is not None else float(step.n_examples)
 
 
 def _first(batches: Iterable[Any], most: int | None) -> Iterator[Any]:

@@ -10,30 +10,12 @@ from typing import Any
 import numpy as np
 
 from gns.estimate import Estimate, format_count
+from gns.largest import LargeExample
 from gns.pairs import Batches, Dependence, SignFlip, dependence, jackknife, pooled, sign_flip
 from gns.sets import Moments, detection_limit, honest_set, status_of
 
 VIEW = "all pairs of examples at one parameter point"
 DEPENDENT = 0.01  # p-value of a difference between pairs inside and across batches that is warned of
-
-
-@dataclass(frozen=True)
-class LargeExample:
-    """An example with a large gradient.
-
-    Args:
-        index: its place in the stream of examples, from 0.
-        batch: the batch it was in, from 0.
-        sq_norm: ‖gᵢ‖² over the measured parameters, in (loss / parameter)².
-        share: of Σ ‖gᵢ‖² over all examples.
-        text: what `describe` says of it, or None.
-    """
-
-    index: int
-    batch: int
-    sq_norm: float
-    share: float
-    text: str | None = None
 
 
 @dataclass(frozen=True)

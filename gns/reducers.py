@@ -6,8 +6,6 @@ chunks, and so that a rule's cheaper form can stand in for the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -42,12 +40,11 @@ def sq_norms(
     found = rule.sq_norms(layer, x, dy, parameter, limit) if rule.sq_norms is not None else None
     if found is not None:
         return found
-    return joined(
-        [
-            sq_norms_of(rule.blocks(layer, a, b, parameter))
-            for a, b in _chunks(rule, layer, x, dy, parameter, limit)
-        ]
-    )
+    size = _chunk(rule, layer, x, dy, parameter, limit)
+    if len(dy) <= size:
+        return sq_norms_of(rule.blocks(layer, x, dy, parameter))
+    chunks = zip(x.split(size), dy.split(size), strict=True)
+    return joined([sq_norms_of(rule.blocks(layer, a, b, parameter)) for a, b in chunks])
 
 
 def sum_of_blocks(
@@ -69,15 +66,19 @@ def sum_of_blocks(
     dy = _scaled(rule, dy)
     if rule.total is not None:
         return rule.total(layer, x, dy, parameter)
-    return added(
-        [rule.blocks(layer, a, b, parameter).sum(0) for a, b in _chunks(rule, layer, x, dy, parameter, limit)]
-    )
+    size = _chunk(rule, layer, x, dy, parameter, limit)
+    chunks = zip(x.split(size), dy.split(size), strict=True)
+    return added([rule.blocks(layer, a, b, parameter).sum(0) for a, b in chunks])
 
 
 def sq_norms_of(blocks: Tensor) -> Tensor:
     """Squared norm of each block [B, ...], [B]; summed pairwise, in the blocks' own float32 or float64."""
-    squares = blocks.square()
-    return squares.sum(tuple(range(1, blocks.ndim))) if blocks.ndim > 1 else squares
+    if blocks.ndim == 1:
+        return blocks.square()
+    if blocks.is_cuda:  # reads the blocks once and writes no squares
+        return torch.linalg.vector_norm(blocks.flatten(1), dim=1).square()
+    # on CPU that kernel adds in sequence: 10⁻⁴ off at 3 million float32 entries
+    return blocks.square().sum(tuple(range(1, blocks.ndim)))
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:
@@ -86,9 +87,7 @@ def _scaled(rule: Rule, dy: Tensor) -> Tensor:
     return (dy if dy.dtype is torch.float64 else dy.float()) * rule.scale
 
 
-def _chunks(
-    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunk(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> int:
+    """How many examples' blocks may be alive at once; at least one."""
     floats = parameter_of(layer, parameter).numel() + (rule.floats(x, dy) if rule.floats else 0)
-    size = max(1, limit // (4 * max(1, floats)))
-    return zip(x.split(size), dy.split(size), strict=True)
+    return max(1, limit // (4 * max(1, floats)))
