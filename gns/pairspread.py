@@ -23,7 +23,7 @@ Simulated: experiments/results/coverage/FROZEN.md.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,10 @@ class ScoreMoments(Moments):
     def se_y(self) -> float:
         """Standard error of Y without signal: what a detection limit is about."""
         return math.sqrt(self.null)
+
+    def scaled(self, times: float) -> ScoreMoments:
+        """Give the moments to be expected of so many times the batches."""
+        return replace(super().scaled(times), linear=self.linear / times, null=self.null / times**2)  # type: ignore
 
     def statistics(self, theta: np.ndarray, kappa: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Student's T and Hall's H of D = κX − θY, with Var Y = linear · κX/θ + null.

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from experiments import coverage_frozen as study
-from experiments.coverage import LEVELS
+from experiments.coverage import LEVELS, RESULTS
 from experiments.coverage_frozen import FrozenCell, SignFlips, cells, jackknifed, main, measure, scored
-from experiments.coverage_frozen_report import limit, limits, report
+from experiments.coverage_frozen_report import covered, limit, limits, report
+from experiments.coverage_report import share, usable
 from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, simulate_pooled
 from experiments.rows import complete, read
 from experiments.sets import METHODS, hull_of, statuses
@@ -141,3 +142,14 @@ def test_rows_resume_and_the_report_follows_from_them(tmp_path, monkeypatch, cap
     assert all((tmp_path / name).read_bytes() == content for name, content in written.items())
     assert "| Gaussian | 1/j | 175 |" in limits(rows)
     assert "1,280" in limits(rows)
+
+
+def test_the_committed_study_shows_which_set_holds():
+    """The rows in the repository: whole, and 93 % or more for the score set in every Gaussian and t₅ cell."""
+    rows = usable(read(RESULTS / study.ROWS))
+    assert len(rows) == 180
+    assert rows[0]["config"]["repeats"] >= 2000
+    light = [row for row in rows if row["config"]["law"] != "lognormal"]
+    assert min(share(row, "score") for row in light) > 0.93
+    assert min(share(row, "jackknife") for row in light) < 0.90
+    assert covered(rows) in (RESULTS / "FROZEN.md").read_text(encoding="utf-8")

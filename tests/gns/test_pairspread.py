@@ -134,6 +134,19 @@ def test_a_spread_that_is_the_jackknifes_changes_nothing():
         close(mine, theirs, rtol=1e-9)
 
 
+def test_more_batches_sharpen_both_parts_of_the_spread():
+    """Twice the batches: what they are expected to say, on average over probes."""
+    rng = np.random.default_rng(14)
+    few = [score(probe(rng, 50, [16] * 20)) for _ in range(300)]
+    many = [score(probe(rng, 50, [16] * 40)) for _ in range(300)]
+    half = few[0].scaled(2)
+    assert isinstance(half, ScoreMoments)
+    assert isinstance(few[0], ScoreMoments)
+    assert (half.linear, half.null, half.k) == (few[0].linear / 2, few[0].null / 4, 2 * few[0].k)
+    null = [np.mean([m.se_y() ** 2 for m in probes]) for probes in ([m.scaled(2) for m in few], many)]
+    assert null[0] == pytest.approx(null[1], rel=0.1)  # N(N − 1) against N², and 3 standard errors
+
+
 def test_where_the_direction_is_unknown_the_noisiest_is_assumed():
     plain = jackknife(probe(np.random.default_rng(11), 1e9, [16] * 20))
     a = 1 / 320
