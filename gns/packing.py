@@ -20,6 +20,7 @@ def pack(next_step: int, history: Sequence[StepSums]) -> dict[str, Any]:
     steps = []
     for step in history:
         packed = {name: getattr(step, name) for name in _SCALARS}
+        packed["top_sq_norms"] = list(step.top_sq_norms)
         if step.rows is not None and step.layout is not None:
             text = base64.b64encode(np.ascontiguousarray(step.rows).tobytes()).decode()
             packed |= {"rows": text, "dtype": step.rows.dtype.name}
@@ -34,6 +35,7 @@ def unpack(packed: Mapping[str, Any]) -> list[StepSums]:
     steps = []
     for step in packed["steps"]:
         values = {name: step[name] for name in _SCALARS if name in step}
+        values["top_sq_norms"] = tuple(step.get("top_sq_norms", ()))
         if "rows" in step:
             flat = np.frombuffer(base64.b64decode(step["rows"]), dtype=step["dtype"])
             values |= {"rows": flat.reshape(-1, 2).copy(), "layout": layouts[step["layout"]]}

@@ -29,7 +29,7 @@ _DTYPES = {"float32": np.float32, "float64": np.float64}
 _NO_ROWS: tuple[str, tuple[str, ...]] = ("float64", ())
 _SCALARS = [f for f in fields(StepSums) if f.name not in ("rows", "layout")]
 _NEEDED = [f.name for f in _SCALARS if f.default is MISSING]
-_FLOATS = {f.name for f in _SCALARS if "float" in str(f.type)}
+_FLOATS = {f.name for f in _SCALARS if str(f.type).startswith("float")}
 
 
 class RecordsError(ValueError):
@@ -46,8 +46,10 @@ class RecordsError(ValueError):
 
 
 def number(x: Any) -> Any:
-    """Turn a scalar into plain JSON: numpy to Python, a non-finite float to its name."""
+    """Turn a scalar, or a tuple of them, into plain JSON: numpy to Python, a non-finite float to its name."""
     x = x.item() if isinstance(x, np.generic) else x
+    if isinstance(x, tuple):
+        return [number(each) for each in x]
     if isinstance(x, float) and not math.isfinite(x):
         return "NaN" if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
     return x
@@ -323,11 +325,16 @@ def _checked(name: str, value: Any) -> Any:
     Raises:
         ValueError: the value is of the wrong kind.
     """
-    if name in _FLOATS and value is not None:
+    if name == "top_sq_norms":
+        kind, right = "a list of numbers", isinstance(value, list)
+        value = tuple(float(x) for x in value) if right else value
+    elif name in _FLOATS and value is not None:
         kind, value = "a number", float(value) if isinstance(value, str | int | float) else value
         right = isinstance(value, float)
     elif name in ("finite", "loss_scaled", "local"):
         kind, right = "true or false", isinstance(value, bool)
+    elif name == "metric":
+        kind, right = "a name", isinstance(value, str)
     elif name in ("step", "n_examples"):
         kind, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
     else:

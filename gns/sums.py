@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FACTORS = ("A", "B")
+_FEWER: dict[str, Any] = {"mean_fourth": None, "top_sq_norms": ()}  # of a step with fewer parameters
 
 
 def factor_of(parameter: str) -> str | None:
@@ -100,6 +101,10 @@ class StepSums:
             equal weights.
         local: the engine hides `.grad`, and each rank's own batch stands for a step: both sums are of that
             smaller batch, averaged over ranks.
+        mean_fourth: (1/n) Σ ‖gᵢ‖⁴ over the examples, all measured parameters together, in
+            (loss / parameter)⁴; None where the examples' own norms are not known, or not of these parameters.
+        top_sq_norms: the largest ⌈n/10⌉ of ‖gᵢ‖², descending, in (loss / parameter)²; empty where unknown.
+        metric: in which m and q are taken, see `gns.geometry.METRICS`.
         rows: [P, 2], (m, q) of each parameter, float32 or float64; None for sums built by hand.
         layout: names of those rows.
     """
@@ -116,6 +121,9 @@ class StepSums:
     loss_scaled: bool = False
     call_seen: bool = True
     local: bool = False
+    mean_fourth: float | None = None
+    top_sq_norms: tuple[float, ...] = ()
+    metric: str = "euclidean"
     rows: np.ndarray | None = field(default=None, repr=False, compare=False)
     layout: Layout | None = field(default=None, repr=False, compare=False)
 
@@ -184,10 +192,13 @@ class StepSums:
     def _of_rows(self, rows: np.ndarray) -> StepSums:
         assert self.rows is not None
         m, q = self.rows[rows].sum(axis=0, dtype=np.float64)
-        return replace(self, mean_sq_norm=float(m), sq_norm_of_mean=float(q), rows=None, layout=None)
+        part = replace(self, **_FEWER, mean_sq_norm=float(m), sq_norm_of_mean=float(q))
+        return replace(part, rows=None, layout=None)
 
     def without(self, names: Iterable[str], layout: Layout | None = None) -> StepSums:
         """Give the same step with some parameters left out of both sums.
+
+        Norms of single examples over the other parameters are not known: those fields become unknown.
 
         Args:
             names: parameters to leave out; those not in the record change nothing.
@@ -203,11 +214,10 @@ class StepSums:
         if keep.all():
             return self
         if not keep.any():
-            return replace(
-                self, reason=self.reason or "every measured parameter of this step was left out since"
-            )
+            reason = self.reason or "every measured parameter of this step was left out since"
+            return replace(self, **_FEWER, reason=reason)
         left = layout or Layout(tuple(n for n in self.layout.names if n not in gone))
-        return from_rows(self.rows[keep], left, like=self)
+        return from_rows(self.rows[keep], left, like=self, **_FEWER)
 
 
 def from_rows(rows: np.ndarray, layout: Layout, *, like: StepSums | None = None, **fields: Any) -> StepSums:

@@ -10,6 +10,7 @@ import pytest
 
 from gns.coverage import Coverage
 from gns.estimate import estimate
+from gns.packing import pack, unpack
 from gns.records import (
     RecordsError,
     StepsWriter,
@@ -43,6 +44,9 @@ def draw(count: int, start: int = 0, layout: Layout = LAYOUT, dtype: type = np.f
             "n_tokens": 801 + i,
             "learning_rate": 1e-4 / (i + 1),
             "sum_sq_weights": 0.1251,
+            "mean_fourth": float(((g**2).sum((1, 2)) ** 2).mean()),
+            "top_sq_norms": (float((g**2).sum((1, 2)).max()),),
+            "metric": "adam",
         }
         steps.append(from_rows(rows, layout, step=i, **fields))
     return steps
@@ -81,6 +85,8 @@ ODD = [
     StepSums(step=2, n_examples=4, mean_sq_norm=-math.inf, sq_norm_of_mean=5e-324, loss_scaled=True),
     StepSums(step=3, n_examples=4, mean_sq_norm=1.0, sq_norm_of_mean=1.0, reason='NaN "quoted" ,"rows": Σ\n'),
     StepSums(step=4, n_examples=1, mean_sq_norm=1.0, sq_norm_of_mean=1.0, sum_sq_weights=1.0, n_tokens=3),
+    StepSums(step=5, n_examples=4, mean_sq_norm=1.0, sq_norm_of_mean=1.0, mean_fourth=math.inf),
+    StepSums(step=6, n_examples=4, mean_sq_norm=1.0, sq_norm_of_mean=1.0, top_sq_norms=(math.inf, 1 / 3)),
 ]
 
 
@@ -90,6 +96,24 @@ def test_round_trip_is_exact(tmp_path, dtype):
     back = read_steps(written(tmp_path / "steps.jsonl", steps))
     assert all_same(steps, back)
     assert back[0].layout is back[4].layout
+
+
+def test_a_record_from_before_a_field_was_known_takes_its_default(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    header = b'{"format":"gns-steps","version":1,"dtype":"float64","names":[]}\n'
+    path.write_bytes(header + b'{"step":2,"n_examples":8,"mean_sq_norm":1,"sq_norm_of_mean":1}\n')
+    (step,) = read_steps(path)
+    assert (step.mean_fourth, step.top_sq_norms, step.metric) == (None, (), "euclidean")
+
+
+def test_a_packed_history_is_plain_data_that_unpacks_exactly():
+    steps = draw(3)
+    packed = json.loads(json.dumps(pack(3, steps)))
+    assert all_same(steps, unpack(packed))
+    for step in packed["steps"]:
+        del step["mean_fourth"], step["top_sq_norms"], step["metric"]
+    (old, *_) = unpack(packed)
+    assert (old.mean_fourth, old.top_sq_norms, old.metric) == (None, (), "euclidean")
 
 
 def test_every_field_survives_on_odd_steps(tmp_path):
@@ -197,6 +221,16 @@ BAD_LINES = [
         "step = 'x'; a whole",
     ),
     ("no number", b'{"step":2,"n_examples":8,"mean_sq_norm":"x","sq_norm_of_mean":1}\n', "float"),
+    (
+        "no list",
+        b'{"step":2,"n_examples":8,"mean_sq_norm":1,"sq_norm_of_mean":1,"top_sq_norms":3}\n',
+        "top_sq_norms = 3; a list of numbers is needed",
+    ),
+    (
+        "no name",
+        b'{"step":2,"n_examples":8,"mean_sq_norm":1,"sq_norm_of_mean":1,"metric":null}\n',
+        "metric = None; a name is needed",
+    ),
     ("negative n", b'{"step":2,"n_examples":-1,"mean_sq_norm":1,"sq_norm_of_mean":1}\n', "n_examples is -1"),
     (
         "too few rows",

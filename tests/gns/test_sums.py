@@ -249,6 +249,15 @@ def test_leaving_parameters_out_takes_them_out_of_both_sums():
     assert s.without(["b"], shared).layout is shared
 
 
+def test_norms_of_single_examples_are_of_all_parameters_or_unknown():
+    known = {"mean_fourth": 9.0, "top_sq_norms": (2.0,)}
+    s = from_rows(np.ones((2, 2)), Layout(("lora_A", "b")), step=0, n_examples=4, **known)
+    assert (s.mean_fourth, s.top_sq_norms) == (9.0, (2.0,))
+    assert s.without(["unknown"]).mean_fourth == 9.0
+    for part in (s.without(["b"]), s.without(["b", "lora_A"]), s.groups["A"], dict(s.parameters())["b"]):
+        assert (part.mean_fourth, part.top_sq_norms) == (None, ())
+
+
 def test_a_step_with_every_parameter_left_out_is_not_usable():
     s = from_rows(np.array([[1.0, 0.5]]), Layout(("a",)), step=0, n_examples=4)
     assert not s.without(["a"]).usable, "m = q = 0 of no parameter at all is no measurement"
