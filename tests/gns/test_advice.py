@@ -364,6 +364,29 @@ def test_what_to_measure_next_is_said_with_numbers():
     assert all(s.title != "To know more" for s in advise(MEASURED, batch_size=16).sections)
 
 
+def test_an_interval_too_wide_for_a_sure_range_says_how_much_more():
+    wide = replace(MEASURED, low=60)
+    section = advise(wide, batch_size=16).sections[-1]
+    assert (section.title, section.sentences) == (
+        "To know more",
+        (f"To name a range that is sure, measure on. {wide.outlook()}",),
+    )
+    assert "more examples for ±20 %" in wide.outlook()
+    tiny = replace(MEASURED, low=0.01, high=0.5)
+    assert all(s.title != "To know more" for s in advise(tiny, batch_size=16).sections)  # batch 1, surely
+
+
+def test_a_probes_bound_asks_for_more_examples_not_for_a_probe():
+    probed = replace(BOUND, view="all pairs of examples at one parameter point")
+    (line,) = advise(probed, batch_size=16).sections[-1].sentences
+    assert line.startswith("To know more, give the probe more examples") and "`gns probe`" not in line
+
+
+def test_warnings_of_the_estimate_are_passed_on():
+    advice = advise(replace(MEASURED, warnings=("heavy tails", "another.")), batch_size=16)
+    assert advice.warnings == ("heavy tails.", "another.")
+
+
 @given(
     st.floats(1, 1e5), st.floats(1, 30), st.floats(0.01, 100), st.integers(1, 12), st.sampled_from([2, 8, 64])
 )

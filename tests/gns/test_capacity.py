@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from gns.capacity import (
     AdaptedLayer,
     Capacity,
-    adapted_layers,
     first_epoch_bits,
     read_layers,
     step_cost,
 )
+from gns.finetune import adapted_layers
 from tests.gns import tiny
 
 sizes = st.integers(1, 500)
