@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -26,10 +27,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils import enable_progress_bars
+from peft.tuners.lora import LoraLayer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gns import records, runfolder
-from gns.capacity import adapted_layers
+from gns.capacity import AdaptedLayer
 from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
 from gns.integrations.transformers import GNSCallback, next_step
@@ -226,6 +228,18 @@ def first_epoch(logs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     mean = math.fsum(losses) / len(losses) if losses else math.nan
     share = max((float(entry["epoch"]) for entry in inside), default=0.0)
     return {"first_epoch_loss": mean if math.isfinite(mean) else None, "first_epoch_share": min(share, 1.0)}
+
+
+def adapted_layers(model: Any) -> list[AdaptedLayer]:
+    """List the linear layers of a model that carry a LoRA adapter, those of one shape together."""
+    found: Counter[tuple[int, int, int]] = Counter()
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or not module.lora_A:
+            continue
+        rank = sum(module.r[name] for name in module.lora_A)  # several adapters at once add their ranks
+        if module.in_features and module.out_features:
+            found[(module.in_features, module.out_features, rank)] += 1
+    return [AdaptedLayer(*shape, count) for shape, count in found.items()]
 
 
 def n_labels(row: Row) -> int:

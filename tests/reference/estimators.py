@@ -93,7 +93,7 @@ def by_differences(x: np.ndarray, y: np.ndarray, theta: float) -> tuple[float, f
 
 
 def neighbours_closer(values: np.ndarray, shuffles: int, seed: int) -> float:
-    """Share of random orders in which neighbours' ranks are as close as in the given one: a permutation p-value."""
+    """Share of random orders in which neighbours' ranks are as close as in the given one: a p-value."""
     ranks = stats.rankdata(values)
     rng = np.random.default_rng(seed)
     orders = rng.permuted(np.tile(ranks, (shuffles, 1)), axis=1)
