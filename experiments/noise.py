@@ -40,7 +40,7 @@ SPECTRA: dict[str, np.ndarray] = {
 
 # The answer depends on where G points: uᵀΣu is the noise along it. "even": G has the same entry in every
 # eigendirection, uᵀΣu = tr Σ/d, what a random direction has on average. "top": G lies in the noisiest
-# direction, the other end, 1/d of tr Σ on the flat spectrum but 21 % on 1/j and 61 % on j⁻².
+# direction, the largest: 1/d of tr Σ on the flat spectrum but 21 % on 1/j and 61 % on j⁻².
 DIRECTIONS: dict[str, np.ndarray] = {
     "even": np.full(DIMENSIONS, DIMENSIONS**-0.5),
     "top": np.eye(DIMENSIONS)[0],
