@@ -72,7 +72,11 @@ class Summary:
 
 
 def _estimate_data(result: Estimate) -> dict[str, Any]:
-    data = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in ("history", "groups")}
+    data = {
+        f.name: getattr(result, f.name)
+        for f in fields(result)
+        if f.name not in ("history", "groups", "moments")
+    }
     data["groups"] = {name: _estimate_data(group) for name, group in result.groups.items()}
     return {"in_words": str(result), **_plain(data)}
 
