@@ -27,7 +27,9 @@ from tqdm import tqdm
 from experiments.coverage import LEVELS, RESULTS, noise_seed, tally
 from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Pooled, simulate_pooled
 from experiments.rows import complete, provenance, read, row_of
-from experiments.sets import Sets, hull, hull_of, moments_of, statuses
+from experiments.sets import hull, hull_of, moments_of, statuses
+from gns.estimate import Moments
+from gns.pairspread import ScoreMoments
 
 ROWS = "frozen.jsonl.gz"
 BATCH, BATCHES = 16, 50
@@ -57,7 +59,7 @@ class FrozenCell:
     @property
     def hash(self) -> str:
         """The key under which a finished row is found again."""
-        fixed = {"levels": LEVELS, "d": DIMENSIONS, "flips": FLIPS, "what": "frozen"}
+        fixed = {"levels": LEVELS, "d": DIMENSIONS, "flips": FLIPS, "what": "frozen, score"}
         return hashlib.sha256(json.dumps([asdict(self), fixed], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -67,23 +69,40 @@ def cells(repeats: int, seed: int = 0) -> list[FrozenCell]:
     return [FrozenCell(*values, repeats=repeats, seed=seed) for values in itertools.product(*axes)]
 
 
-def frozen(noise: Pooled, b_simple: float, direction: str, levels: Sequence[float] = LEVELS) -> Sets:
-    """Give the probe's sets: pooled over all pairs, with the spread of the delete-one-batch jackknife.
+def jackknifed(noise: Pooled, b_simple: float, direction: str) -> Moments:
+    """Pool over all pairs, with the spread of the delete-one-batch jackknife, probe by probe in array fields.
 
     Args:
         noise: of many probes.
         b_simple: true noise scale, in examples.
         direction: of G.
-        levels: nominal coverages.
 
     Returns:
-        The sets.
+        The moments, [repeats] in each field.
 
-    Slow twin: `gns.pairs`, probe by probe, in tests/experiments/test_coverage_frozen.py.
+    Slow twin: `gns.pairs.jackknife`, probe by probe, in tests/experiments/test_coverage_frozen.py.
     """
     x, y = noise.whole(b_simple, direction)
-    moments = replace(moments_of(*noise.jackknife(b_simple, direction)), x=x, y=y)  # type: ignore[arg-type]
-    return hull_of(moments, levels)
+    return replace(moments_of(*noise.jackknife(b_simple, direction)), x=x, y=y)  # type: ignore[arg-type]
+
+
+def scored(plain: Moments, noise: Pooled) -> ScoreMoments:
+    """Give the spread under the noise scale that is tested, `gns.pairspread.score`, probe by probe.
+
+    Args:
+        plain: of the jackknife.
+        noise: of the probes.
+
+    Returns:
+        The moments, [repeats] in each field.
+    """
+    trace_sq, top = noise.spectrum
+    a = 1 / (noise.n * noise.mean_sq.shape[1])
+    share, plugin = plain.x * a, plain.y + plain.x * a
+    seen = plain.second[2] * plain.k / (plain.k - 1) / (4 * a * plugin)
+    along = np.maximum(seen, seen + np.clip(share / plugin, 0, 1) * (top - seen))
+    fields = (plain.x, plain.y, plain.second, plain.third, plain.k)
+    return ScoreMoments(*fields, linear=4 * a * along, null=2 * trace_sq * a * a / (1 - a))  # type: ignore
 
 
 class SignFlips:
@@ -119,14 +138,18 @@ def measure(cell: FrozenCell, noise: Pooled, flips: SignFlips) -> dict[str, Any]
         flips: of that noise.
 
     Returns:
-        `methods`: "frozen" and "steps" → `tally`; `statuses`: a list over `LEVELS` of the probe's; `flips`:
-        how many sign-flip tests reject |G|² = 0 at `SIZE`.
+        `methods`: "score" and "jackknife", both of all pairs, and "steps" → `tally`; `statuses`: a list over
+        `LEVELS` of the score set's; `flips`: how many sign-flip tests reject |G|² = 0 at `SIZE`.
     """
-    pooled = frozen(noise, cell.b_simple, cell.direction)
-    steps = hull(*noise.steps.unbiased(cell.b_simple, cell.direction), LEVELS)
-    counted = [np.unique(row, return_counts=True) for row in statuses(pooled, cell.k)]
+    plain = jackknifed(noise, cell.b_simple, cell.direction)
+    found = {
+        "score": hull_of(scored(plain, noise), LEVELS),
+        "jackknife": hull_of(plain, LEVELS),
+        "steps": hull(*noise.steps.unbiased(cell.b_simple, cell.direction), LEVELS),
+    }
+    counted = [np.unique(row, return_counts=True) for row in statuses(found["score"], cell.k)]
     return {
-        "methods": {"frozen": tally(pooled, cell.b_simple), "steps": tally(steps, cell.b_simple)},
+        "methods": {name: tally(sets, cell.b_simple) for name, sets in found.items()},
         "statuses": [dict(zip(names.tolist(), counts.tolist(), strict=True)) for names, counts in counted],
         "flips": int((flips.p_values(cell.b_simple, cell.direction) <= SIZE).sum()),
     }

@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 
 from experiments.coverage_figures import (
     BLUE,
+    GREEN,
     GREY,
     INK,
     LEVEL,
@@ -38,7 +39,11 @@ from theory.intervals import planned_detection_limit
 
 ONE_SIDED_5 = 1  # place of the 90 % set, whose upper end is a one-sided test of |G|² > 0 at 5 %
 Z_5 = 1.645
-STYLE = {"frozen": (BLUE, "o", "frozen probe, all pairs"), "steps": (ORANGE, "s", "50 training steps")}
+STYLE = {
+    "score": (BLUE, "o", "all pairs, score set"),
+    "jackknife": (GREEN, "D", "all pairs, jackknife"),
+    "steps": (ORANGE, "s", "50 training steps"),
+}
 
 
 def report(rows: Sequence[Row], out: Path) -> list[Path]:
@@ -68,7 +73,7 @@ def report(rows: Sequence[Row], out: Path) -> list[Path]:
 
 
 def power(row: Row, how: str) -> tuple[int, int]:
-    """(probes that saw a gradient at a one-sided 5 %, all probes); how: "flips", "frozen" or "steps"."""
+    """(probes that saw a gradient at a one-sided 5 %, all probes); how: "flips" or a method."""
     seen = row["flips"] if how == "flips" else row["methods"][how]["bounded"][ONE_SIDED_5]
     return seen, row["config"]["repeats"]
 
@@ -99,7 +104,7 @@ def head(rows: Sequence[Row], lost: str) -> str:
     return f"""# The frozen probe: coverage and reach
 
 {c["n"] * c["k"]} examples as {c["k"]} batches of {c["n"]} at one parameter point, all pairs pooled
-(delete-one-batch jackknife, sign-flip test), and the same batches as {c["k"]} training steps.
+(score set, delete-one-batch jackknife, sign-flip test), and the same batches as {c["k"]} training steps.
 {len(rows):,} cells of {repeats:,} simulated probes each.{lost} Written by
 `python -m experiments.coverage_frozen` from `frozen.jsonl.gz` (commit {made}, seed {c["seed"]}); do not edit.
 Laws, spectra and directions are those of [README.md](README.md). Monte Carlo error of one cell at 95 %:
@@ -134,17 +139,17 @@ def limits(rows: Sequence[Row]) -> str:
             some = select(rows, law=law, spectrum=spectrum, direction="even")
             if not some:
                 continue
-            found = {how: limit(some, how) for how in ("steps", "frozen", "flips")}
+            found = {how: limit(some, how) for how in ("steps", "score", "jackknife", "flips")}
             plan = planned(spectrum, some[0])
-            numbers = (plan[0], found["steps"], plan[1], found["flips"], found["frozen"])
+            numbers = (plan[0], found["steps"], plan[1], found["flips"], found["score"], found["jackknife"])
             body.append([named(law), named(spectrum), *(_number(v) for v in numbers)])
     header = ["law", "spectrum", "steps: planned", "steps: found"]
-    header += ["all pairs: planned", "sign-flip test: found", "jackknife set: found"]
+    header += ["all pairs: planned", "sign-flip test: found", "score set: found", "jackknife: found"]
     text = """The true B, in examples, at which half the runs see that there is a gradient, one-sided 5 %
 (for the sets: the 90 % set has an upper end), G spread evenly. Planned: √(b(b − 1)K·r_eff/2)/1.645 with
 b = 16, K = 50 for steps and b = 800, K = 1 for all pairs, a normal approximation that ignores what G itself
-adds to the spread. The jackknife's spread of a U-statistic is twice too wide where |G|² is small, so its set
-gives up before the sign-flip test does."""
+adds to the spread. The jackknife's variance of a U-statistic is twice too large where |G|² is small, so its
+set gives up before the sign-flip test does; the score set does not."""
     return "\n\n".join(["## Reach", text, table(header, body)])
 
 
@@ -166,7 +171,7 @@ def coverage(rows: Sequence[Row]) -> Figure:
                 for direction, dash, fill in (("even", "-", colour), ("top", ":", "white")):
                     some = select(rows, law=law, spectrum=spectrum, direction=direction)
                     style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dash}
-                    shift = 0.16 * (m - 0.5) + (0.05 if direction == "top" else -0.05)
+                    shift = 0.2 * (m - 1) + (0.05 if direction == "top" else -0.05)
                     counts = [(r["methods"][method]["covered"][LEVEL], r["config"]["repeats"]) for r in some]
                     curve(axes, counts, shift, markerfacecolor=fill, **style)
             stretched(axes, min(88.0, floor - 1))
@@ -196,9 +201,10 @@ def reach(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(3.6 * len(spectra) + 0.6, 3.6), layout="constrained")
     panels = figure.subplots(1, len(spectra), sharey=True, squeeze=False)[0]
     lines = {
-        "steps": (ORANGE, "s", "-", "50 training steps: set bounded"),
-        "frozen": (BLUE, "o", "-", "frozen probe: set bounded"),
-        "flips": (VERMILION, "^", "--", "frozen probe: sign-flip test"),
+        "steps": (ORANGE, "s", "-", "50 training steps, set bounded"),
+        "score": (BLUE, "o", "-", "all pairs, score set bounded"),
+        "jackknife": (GREEN, "D", "-", "all pairs, jackknife set bounded"),
+        "flips": (VERMILION, "^", "--", "all pairs, sign-flip test"),
     }
     for axes, spectrum in zip(panels, spectra, strict=True):
         some = select(rows, spectrum=spectrum)

@@ -113,11 +113,11 @@ Written by `python -m experiments.coverage` from `rows.jsonl.gz`; do not edit. T
 
 - A run is K steps of n examples at one parameter point; each step gives tr Σ and |G|² as the monitor records
   them, and a method turns the K pairs into a set. `toolkit` is what `gns.estimate.estimate` returns, hull and
-  widening included, counted as it is reported.
+  widening included, counted as it is reported (but for the one run in 500 that it takes for a drifting one).
 - Noise has d = 64 dimensions: flat, 1/j and j⁻² spectra have r_eff = 64, 13.8 and 2.45. Gaussian; t₅:
   multivariate, a whole example is loud or quiet; lognormal: independent coordinates of kurtosis 114, skewed
   towards G.
-- G is spread evenly over the eigendirections, or lies in the noisiest one: the two ends of GᵀΣG.
+- G is spread evenly over the eigendirections (the average GᵀΣG), or lies in the noisiest one (the largest).
 - Monte Carlo error of one cell at 95 %: {percent(low)} … {percent(high)} % (exact binomial 95 % interval).
   Cells of one law, spectrum and n share a noise, so that neighbours err together.
 - Every cell of the toolkit's 95 % set: [CELLS.md](CELLS.md)."""

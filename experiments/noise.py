@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,7 +40,7 @@ SPECTRA: dict[str, np.ndarray] = {
 
 # The answer depends on where G points: uᵀΣu is the noise along it. "even": G has the same entry in every
 # eigendirection, uᵀΣu = tr Σ/d, what a random direction has on average. "top": G lies in the noisiest
-# direction, the other end, 1/d of tr Σ on the flat spectrum but 21 % on 1/j and 61 % on j⁻².
+# direction, the largest: 1/d of tr Σ on the flat spectrum but 21 % on 1/j and 61 % on j⁻².
 DIRECTIONS: dict[str, np.ndarray] = {
     "even": np.full(DIMENSIONS, DIMENSIONS**-0.5),
     "top": np.eye(DIMENSIONS)[0],
@@ -227,6 +228,18 @@ class Pooled:
         k = self.mean_sq.shape[1]
         y = (row.sum(1) + within.sum(1)) / (k**2 * (1 - 1 / (self.n * k)))
         return m.mean(1) - y, y
+
+    @cached_property
+    def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """(tr(Σ²), λ₁), [repeats] each, from the products of batches, as `gns.pairspread.spectrum`."""
+        k, gram = self.mean_sq.shape[1], self.gram
+        apart = gram * (1 - np.eye(k))
+        row, total = apart.sum(2), apart.sum((1, 2))[:, None, None]
+        centred = apart - (row[:, :, None] + row[:, None, :]) / (k - 2) + total / ((k - 1) * (k - 2))
+        squares = (centred**2).sum((1, 2)) - np.einsum("rkk->rk", centred**2).sum(1)
+        mean = np.eye(k) - 1 / k
+        top = np.linalg.eigvalsh(mean @ gram @ mean)[:, -1] / (k - 1)
+        return squares / (k * (k - 3)) * self.n**2, top * self.n
 
     def _terms(self, b_simple: float, direction: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(mₖ, Σ_{l≠k} ḡₖ·ḡₗ, ‖ḡₖ‖² − mₖ/n), [repeats, K] each."""

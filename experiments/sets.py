@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -81,8 +82,14 @@ def moments_of(x: np.ndarray, y: np.ndarray) -> Moments:
 
 
 def _rows(moments: Moments, rows: np.ndarray) -> Moments:
-    second, third = (tuple(v[rows] for v in part) for part in (moments.second, moments.third))
-    return replace(moments, x=moments.x[rows], y=moments.y[rows], second=second, third=third)  # type: ignore[index]
+    """Some runs of `moments_of`, or of a kind of moments with more fields."""
+
+    def some(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(some(v) for v in value)
+        return value[rows] if isinstance(value, np.ndarray) else value
+
+    return replace(moments, **{f.name: some(getattr(moments, f.name)) for f in fields(moments)})
 
 
 def _ends(moments: Moments, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

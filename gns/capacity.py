@@ -8,7 +8,6 @@ of the data set, in bits, stays below about 2 bits for each trainable parameter.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,24 +140,6 @@ def step_cost(layers: Iterable[AdaptedLayer]) -> StepCost:
     square = sum(a.count * a.in_features * a.out_features for a in layers)
     factors = sum(a.count * a.rank * (a.in_features + a.out_features) for a in layers)
     return StepCost(2 * square + 3 * factors, 3 * square)
-
-
-def adapted_layers(model: Any) -> list[AdaptedLayer]:
-    """List the linear layers that carry a peft LoRA adapter, those of one shape together.
-
-    Args:
-        model: a torch module.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    found: Counter[tuple[int, int, int]] = Counter()
-    for module in model.modules():
-        if not isinstance(module, LoraLayer) or not module.lora_A:
-            continue
-        rank = sum(module.r[name] for name in module.lora_A)  # several adapters at once add their ranks
-        if module.in_features and module.out_features:
-            found[(module.in_features, module.out_features, rank)] += 1
-    return [AdaptedLayer(*shape, count) for shape, count in found.items()]
 
 
 def read_layers(recorded: Any) -> list[AdaptedLayer]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -26,11 +27,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils import enable_progress_bars
+from peft.tuners.lora import LoraLayer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gns import records, runfolder
-from gns.capacity import adapted_layers
-from gns.data import NO_LOSS, Collator, Row
+from gns.capacity import AdaptedLayer
+from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
 from gns.integrations.transformers import GNSCallback, next_step
 from gns.monitor import GNSMonitor
@@ -123,7 +125,7 @@ class _Run:
         if steps.exists():  # steps after the checkpoint will be made again
             records.cut_after(steps, (next_step(checkpoint) or 0) - 1 if checkpoint else -1)
         runfolder.write_config(out, config)
-        self.collator = Collator(_pad_id(prepared.tokenizer))
+        self.collator = Collator(pad_id(prepared.tokenizer))
         self.monitor = GNSMonitor(prepared.model, every=config.every, sink=steps)
         self.trainer = Trainer(
             prepared.model,
@@ -228,6 +230,18 @@ def first_epoch(logs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {"first_epoch_loss": mean if math.isfinite(mean) else None, "first_epoch_share": min(share, 1.0)}
 
 
+def adapted_layers(model: Any) -> list[AdaptedLayer]:
+    """List the linear layers of a model that carry a LoRA adapter, those of one shape together."""
+    found: Counter[tuple[int, int, int]] = Counter()
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or not module.lora_A:
+            continue
+        rank = sum(module.r[name] for name in module.lora_A)  # several adapters at once add their ranks
+        if module.in_features and module.out_features:
+            found[(module.in_features, module.out_features, rank)] += 1
+    return [AdaptedLayer(*shape, count) for shape, count in found.items()]
+
+
 def n_labels(row: Row) -> int:
     """Count the tokens of an example that have a loss: the first is predicted from nothing."""
     return sum(label != NO_LOSS for label in row.labels[1:])
@@ -306,12 +320,6 @@ def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingAr
     ):  # the Trainer would fall back on nn.DataParallel, whose replicas no monitor can read
         arguments._n_gpu = 1
     return arguments
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Any token will do: neither attention nor loss sees it."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in ids if i is not None)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import numpy as np
 
 from gns.estimate import Estimate, format_count
 from gns.largest import LargeExample
-from gns.pairs import Batches, Dependence, SignFlip, dependence, jackknife, pooled, sign_flip
-from gns.sets import Moments, detection_limit, honest_set, status_of
+from gns.moments import Moments
+from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, jackknife, pooled, sign_flip
+from gns.sets import detection_limit, honest_set, status_of
 
 VIEW = "all pairs of examples at one parameter point"
 DEPENDENT = 0.01  # p-value of a difference between pairs inside and across batches that is warned of
@@ -81,7 +82,8 @@ class FrozenEstimate(Estimate):
         said = super().__str__().replace(" steps × ", " batches × ")
         if self.n_steps < 2:
             return said.replace("usable step(s)", "usable batch(es)")
-        return f"{said}; frozen weights; any gradient at all: p = {self.p_value:.2g}"
+        ended = "" if self.stopped is None else f"; {self.stopped}"
+        return f"{said}; frozen weights; any gradient at all: p = {self.p_value:.2g}{ended}"
 
 
 def from_batches(
@@ -118,7 +120,7 @@ def from_batches(
         **(about or {}),
     }
     x, y = pooled(batches)
-    if len(batches) < 2:
+    if not has_spread(batches):
         nan = math.nan
         return FrozenEstimate(
             nan,

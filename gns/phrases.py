@@ -10,6 +10,8 @@ from gns.estimate import Estimate, format_count
 from gns.goodput import Goodput, Soonest
 from gns.tradeoff import band, examples_ratio
 
+POOLED = "all pairs"  # in the view of an estimate from `gns.probe`
+
 
 def percent(x: float) -> str:
     """Write a share as a percentage; from ten times on, as a multiple."""
@@ -155,22 +157,32 @@ def step_cost(cost: StepCost) -> str:
     )
 
 
-def know_more(estimate: Estimate) -> tuple[str, ...]:
-    """Say what to measure next where no upper end is known; nothing where one is."""
+def know_more(estimate: Estimate, *, sure: bool) -> tuple[str, ...]:
+    """Say what to measure next; nothing where the range of batch sizes is sure.
+
+    Args:
+        estimate: with a confidence set.
+        sure: whether some batch is worth its price wherever in the interval the noise scale is.
+    """
     if math.isfinite(estimate.high):
-        return ()
-    limit = estimate.detection_limit
+        return () if sure else (f"To name a range that is sure, measure on. {estimate.outlook()}",)
+    limit = format_count(estimate.detection_limit)
+    if POOLED in estimate.view:
+        return (
+            "To know more, give the probe more examples: the largest noise scale that it can see, now "
+            f"{limit} examples, grows in proportion. {estimate.outlook()}",
+        )
     lines = [
         "To know more, measure with a larger batch or more steps: the largest noise scale that can be seen, "
-        f"now {format_count(limit)} examples, doubles with twice the batch or four times the steps."
+        f"now {limit} examples, doubles with twice the batch or four times the steps. {estimate.outlook()}"
     ]
     b = estimate.examples_per_step
-    if b > 1 and math.isfinite(limit):
+    if b > 1 and math.isfinite(estimate.detection_limit):
         # all pairs at one point against pairs within steps: √(n²/2) against √(K·b(b − 1)/2)
         gain = math.sqrt(estimate.n_steps * b / (b - 1))
         lines.append(
             "Quicker, without training: `gns probe` compares all examples with each other at one point, so "
             f"that as many as here ({estimate.n_examples:,}) show noise scales up to about "
-            f"{format_count(gain * limit)}, {format_count(gain)} × as large."
+            f"{format_count(gain * estimate.detection_limit)}, {format_count(gain)} × as large."
         )
     return tuple(lines)

@@ -94,7 +94,7 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
         ("Learning rate", transfer),
     ]
     told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
-    more = phrases.know_more(estimate)
+    more = phrases.know_more(estimate, sure=near.sure is not None or near.high <= 1)
     return (*told, *beside(advice.capacity, advice.cost), *([Section("To know more", more)] if more else []))
 
 
@@ -247,6 +247,7 @@ def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]
             f"the batch of {batch} in use is above the whole interval: readings taken so far above the "
             "critical batch size calibrate badly. Measure again with a smaller batch."
         )
+    found += [warning.rstrip(".") + "." for warning in estimate.warnings]
     if estimate.coverage is not None and estimate.coverage < 1:
         found.append(f"only {100 * estimate.coverage:.3g} % of the trainable numbers are in the sums.")
     return found

@@ -77,7 +77,7 @@ def _numbers(
     data = recorded["dataset_size"] if given["dataset_size"] is None else given["dataset_size"]
     if data is not None:
         source = RUN if given["dataset_size"] is None else "--dataset-size"
-        known.take("dataset_size", data, f"{data:,} examples", source, label="data")
+        known.take("dataset_size", data, f"{data:,} examples", source, label="data set")
     rate = given["learning_rate"]
     source = "--learning-rate"
     if rate is None and same_batch:
@@ -174,8 +174,9 @@ def _lora(known: Known, given: Mapping[str, Any], summary: Summary) -> None:
 def _recorded(summary: Summary, name: str) -> Any:
     """Give a setting that is a number above 0; None where it is missing or something else."""
     value = summary.settings.get(name)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if number and value > 0 and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if value > 0 and math.isfinite(value) else None
 
 
 def _capacity(given: Mapping[str, Any], summary: Summary) -> tuple[Capacity, str] | None:

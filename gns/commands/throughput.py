@@ -175,9 +175,10 @@ def _line(curve: Throughput) -> str:
 
 
 def _show(curve: Throughput, path: Path, run: Path | None) -> None:
-    from rich.console import Console
+    """Print the curve, why it ended, and what it is good for."""
     from rich.table import Table
 
+    from gns.commands.tables import print_table
     from gns.throughput import GIB
 
     table = Table("batch", "micro-batch × accumulation", "examples/s", "s a step", "range", "peak memory")
@@ -190,8 +191,7 @@ def _show(curve: Throughput, path: Path, run: Path | None) -> None:
             f"{point.fastest:.3g} … {point.slowest:.3g} ({point.repeats} steps)",
             "" if point.peak_bytes is None else f"{point.peak_bytes / GIB:.2f} GiB",
         )
-    console = Console()
-    Console(width=None if console.is_terminal else 120).print(table)
+    print_table(table)
     typer.echo(
         f"Ended because {curve.stopped}." if not curve.interrupted else "Interrupted; the curve so far."
     )

@@ -17,6 +17,7 @@ from experiments.noise import simulate
 from experiments.rows import append, read, write
 from experiments.sets import METHODS, Sets
 from gns.estimate import estimate
+from gns.moments import BETWEEN
 from gns.sums import StepSums
 
 SMALL = [Cell("gaussian", "1/j", 4, "even", b, k, repeats=6) for b in (5, 500) for k in (10, 20)]
@@ -90,6 +91,7 @@ def test_a_cell_is_what_estimate_says_run_by_run(law):
             estimate([StepSums(j, 4, float(m[r, j]), float(q[r, j])) for j in range(20)], level=level)
             for r in range(25)
         ]
+        assert all(e.variance == BETWEEN for e in real)  # none of these 25 is taken for a drifting run
         mine = found["methods"]["toolkit"]
         assert mine["covered"][i] == sum(e.low <= 20 <= e.high for e in real)
         assert mine["bounded"][i] == sum(math.isfinite(e.high) for e in real)

