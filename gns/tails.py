@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from gns.moments import Moments
 from gns.sums import StepSums
@@ -104,7 +104,7 @@ def light_share(rank: float) -> float:
     if math.isinf(rank):
         return 0.01
     shape = rank / 2
-    return float(stats.gamma.sf(stats.gamma.isf(0.01, shape), shape + 1))
+    return float(special.gammaincc(shape + 1, special.gammainccinv(shape, 0.01)))
 
 
 def of(steps: Sequence[StepSums], moments: Moments, pairs: float) -> Tails:

@@ -41,7 +41,7 @@ DOWNSTREAM = (
     "finetune",
     "integrations",
 )
-PURE = ("gns.boundary", "gns.sums", "gns.estimate", "gns.advice", "gns.coverage")  # no torch in them
+PURE = ("gns.boundary", "gns.sums", "gns.estimate", "gns.live", "gns.views", "gns.advice", "gns.coverage")  # no torch
 
 
 def typing_only(node: ast.stmt) -> bool:
