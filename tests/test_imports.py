@@ -41,7 +41,15 @@ DOWNSTREAM = (
     "finetune",
     "integrations",
 )
-PURE = ("gns.boundary", "gns.sums", "gns.estimate", "gns.live", "gns.views", "gns.advice", "gns.coverage")  # no torch
+PURE = (  # no torch in them
+    "gns.boundary",
+    "gns.sums",
+    "gns.estimate",
+    "gns.live",
+    "gns.views",
+    "gns.advice",
+    "gns.coverage",
+)
 
 
 def typing_only(node: ast.stmt) -> bool:
