@@ -14,11 +14,12 @@ ends it at once, with the report. A resumed run goes on from the last checkpoint
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from huggingface_hub.utils import enable_progress_bars
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gns import records, runfolder
-from gns.data import NO_LOSS, Collator, Row
+from gns.capacity import adapted_layers
+from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
 from gns.integrations.transformers import GNSCallback, next_step
 from gns.monitor import GNSMonitor
@@ -98,7 +100,7 @@ def run(
     out, watcher = Path(out), watcher or Watcher()
     config.check()
     checkpoint = runfolder.resumable(out, config) if resume else runfolder.refuse_used(out)
-    with _without_bars():
+    with without_bars():
         prepared = prepare(config)
         if checkpoint is not None and runfolder.steps_of(checkpoint) >= prepared.n_steps:
             raise ConfigError(
@@ -121,7 +123,7 @@ class _Run:
         if steps.exists():  # steps after the checkpoint will be made again
             records.cut_after(steps, (next_step(checkpoint) or 0) - 1 if checkpoint else -1)
         runfolder.write_config(out, config)
-        self.collator = Collator(_pad_id(prepared.tokenizer))
+        self.collator = Collator(pad_id(prepared.tokenizer))
         self.monitor = GNSMonitor(prepared.model, every=config.every, sink=steps)
         self.trainer = Trainer(
             prepared.model,
@@ -176,6 +178,9 @@ class _Run:
             "learning_rate": self.config.lr,
             "dataset_size": len(self.prepared.train),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "adapted_layers": [list(astuple(layer)) for layer in adapted_layers(model)],
+            **first_epoch(self.trainer.state.log_history),
+            "loss_tokens": sum(n_labels(row) for row in self.prepared.train),
             "held_out_loss_before": self.loss_before,
             "held_out_loss_after": self.loss_after,
             "device": str(model.device),
@@ -204,6 +209,28 @@ def mean_loss(model: Any, rows: Sequence[Row], collator: Collator, batch_size: i
             count += n_labels
     model.train(was_training)
     return total / count if count else None
+
+
+def first_epoch(logs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Summarise the training loss of the first epoch from the Trainer's log of every step.
+
+    Args:
+        logs: entries with "loss" (nats a token) and "epoch" are looked at; a resumed run has those before it.
+
+    Returns:
+        `first_epoch_loss`, the mean loss in nats a token, None where it is not finite; `first_epoch_share`,
+        how much of the epoch it is of, 0 … 1.
+    """
+    inside = [entry for entry in logs if "loss" in entry and entry.get("epoch", math.inf) <= 1 + 1e-6]
+    losses = [float(entry["loss"]) for entry in inside]
+    mean = math.fsum(losses) / len(losses) if losses else math.nan
+    share = max((float(entry["epoch"]) for entry in inside), default=0.0)
+    return {"first_epoch_loss": mean if math.isfinite(mean) else None, "first_epoch_share": min(share, 1.0)}
+
+
+def n_labels(row: Row) -> int:
+    """Count the tokens of an example that have a loss: the first is predicted from nothing."""
+    return sum(label != NO_LOSS for label in row.labels[1:])
 
 
 class _Reporter(TrainerCallback):
@@ -281,14 +308,8 @@ def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingAr
     return arguments
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """Any token will do: neither attention nor loss sees it."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in ids if i is not None)
-
-
 @contextmanager
-def _without_bars() -> Generator[None]:
+def without_bars() -> Generator[None]:
     """Switch transformers' own progress bars off for a while; downloads keep theirs, and warnings stay."""
     bars = transformers.utils.logging
     if not bars.is_progress_bar_enabled():

@@ -80,7 +80,7 @@ def accepted(x: np.ndarray, y: np.ndarray, theta: float, level: float) -> bool:
 
 
 def by_differences(x: np.ndarray, y: np.ndarray, theta: float) -> tuple[float, float, float]:
-    """(T, H, degrees of freedom) at one θ with the variance of neighbours of D = x − θy, step by step."""
+    """(T, H, degrees of freedom) at one θ, variance by neighbouring steps of D = x − θy, step by step."""
     d = [float(a) - theta * float(b) for a, b in zip(x, y, strict=True)]
     k = len(d)
     gaps = sum((d[i + 1] - d[i]) ** 2 for i in range(k - 1)) / 2
