@@ -134,6 +134,6 @@ def of(steps: Sequence[StepSums], moments: Moments, pairs: float) -> Tails:
     text = (
         f"Heavy tails: 1 % of the examples hold at least {100 * share:.0f} % of the squared gradient norms "
         f"(light tails: {100 * light_share(rank):.1f} %){more}. The interval then covers less often than it "
-        "says, most of all at its upper end."
+        "says."
     )
     return Tails(share, (text,))
