@@ -1,4 +1,4 @@
-"""The command line: `gns demo`, `gns measure`, `gns probe`, `gns report`, `gns advise`.
+"""The command line: `gns demo`, `measure`, `probe`, `report`, `advise`, `throughput`.
 
 Results go to standard output, progress and remarks to standard error. Bad input ends in one line and exit
 code 2, before anything is written; Ctrl-C in a report of what was measured and exit code 130. Heavy imports
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from gns.commands.advise import advise
 from gns.commands.probe import probe
 from gns.commands.shared import (
     BAD_INPUT,
     INTERRUPTED,
-    Folder,
     Out,
     free_folder,
     load_run,
@@ -29,6 +29,7 @@ from gns.commands.shared import (
     settings_of,
     spoken_warnings,
 )
+from gns.commands.throughput import throughput
 
 if TYPE_CHECKING:
     from gns.estimate import Estimate
@@ -160,41 +161,8 @@ def report(
             _print_table(estimates)
 
 
-@app.command()
-def advise(
-    run: Folder,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Examples an optimizer step in use (default: the run's).")
-    ] = None,
-    dataset_size: Annotated[
-        int | None, typer.Option(help="Examples in the data (default: the run's).")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="In use at that batch size (default: the run's, if the batch is).")
-    ] = None,
-    throughput: Annotated[
-        list[str] | None,
-        typer.Option(help="Measured speed as BATCH=EXAMPLES_PER_SECOND; may be given several times."),
-    ] = None,
-) -> None:
-    """Say what a measured noise scale means for batch size and learning rate."""
-    with one_line_errors(ValueError):
-        estimate = load_run(run)
-        known = settings_of(run, estimate)
-        if batch_size in (None, known["batch_size"]):
-            learning_rate = learning_rate or known["learning_rate"]
-        from gns.advice import advise as advice_on
-        from gns.drift import drift
-
-        advice = advice_on(
-            estimate,
-            change=drift(estimate.history, level=estimate.level),
-            batch_size=known["batch_size"] if batch_size is None else batch_size,
-            dataset_size=known["dataset_size"] if dataset_size is None else dataset_size,
-            learning_rate=learning_rate,
-            throughput=dict(map(_speed, throughput)) if throughput else None,
-        )
-        typer.echo(str(advice))
+app.command()(advise)
+app.command()(throughput)
 
 
 def _configured(given: dict[str, Any], out: Path | None, resume: bool) -> FinetuneConfig:
@@ -270,19 +238,6 @@ def _print_table(estimates: dict[Path, Estimate]) -> None:
         )
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
-
-
-def _speed(text: str) -> tuple[int, float]:
-    """Read BATCH=EXAMPLES_PER_SECOND.
-
-    Raises:
-        ValueError: it is not of that form.
-    """
-    batch, _, speed = text.partition("=")
-    try:
-        return int(batch), float(speed)
-    except ValueError:
-        raise ValueError(f"throughput {text!r}: BATCH=EXAMPLES_PER_SECOND is needed, e.g. 16=3.5") from None
 
 
 if __name__ == "__main__":

@@ -224,9 +224,11 @@ class Collector:
         self.now.placed.add(id(tap))
         tap.follow_device()
         self.weights.read()
-        self.check.follow(tap, out.device)
-        running = [call for call, _ in self._running]
-        where = self.calls.place(tap, x, out.device, running, in_backward=in_backward())
+        if tap.checks:
+            self.check.follow(tap, out.device)
+        backward = in_backward()
+        running = [call for call, _ in self._running] if backward else ()
+        where = self.calls.place(tap, x, out.device, running, in_backward=backward)
         if where is None or where.misfit is not None:
             if where is not None and not tap.admits(x, where):
                 self._misplaced(tap, where)  # it will not be there to tell in backward

@@ -14,20 +14,24 @@ ends it at once, with the report. A resumed run goes on from the last checkpoint
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.utils import enable_progress_bars
+from peft.tuners.lora import LoraLayer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gns import records, runfolder
+from gns.capacity import AdaptedLayer
 from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
 from gns.integrations.transformers import GNSCallback, next_step
@@ -176,6 +180,9 @@ class _Run:
             "learning_rate": self.config.lr,
             "dataset_size": len(self.prepared.train),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "adapted_layers": [list(astuple(layer)) for layer in adapted_layers(model)],
+            **first_epoch(self.trainer.state.log_history),
+            "loss_tokens": sum(n_labels(row) for row in self.prepared.train),
             "held_out_loss_before": self.loss_before,
             "held_out_loss_after": self.loss_after,
             "device": str(model.device),
@@ -204,6 +211,40 @@ def mean_loss(model: Any, rows: Sequence[Row], collator: Collator, batch_size: i
             count += n_labels
     model.train(was_training)
     return total / count if count else None
+
+
+def first_epoch(logs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Summarise the training loss of the first epoch from the Trainer's log of every step.
+
+    Args:
+        logs: entries with "loss" (nats a token) and "epoch" are looked at; a resumed run has those before it.
+
+    Returns:
+        `first_epoch_loss`, the mean loss in nats a token, None where it is not finite; `first_epoch_share`,
+        how much of the epoch it is of, 0 … 1.
+    """
+    inside = [entry for entry in logs if "loss" in entry and entry.get("epoch", math.inf) <= 1 + 1e-6]
+    losses = [float(entry["loss"]) for entry in inside]
+    mean = math.fsum(losses) / len(losses) if losses else math.nan
+    share = max((float(entry["epoch"]) for entry in inside), default=0.0)
+    return {"first_epoch_loss": mean if math.isfinite(mean) else None, "first_epoch_share": min(share, 1.0)}
+
+
+def adapted_layers(model: Any) -> list[AdaptedLayer]:
+    """List the linear layers of a model that carry a LoRA adapter, those of one shape together."""
+    found: Counter[tuple[int, int, int]] = Counter()
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or not module.lora_A:
+            continue
+        rank = sum(module.r[name] for name in module.lora_A)  # several adapters at once add their ranks
+        if module.in_features and module.out_features:
+            found[(module.in_features, module.out_features, rank)] += 1
+    return [AdaptedLayer(*shape, count) for shape, count in found.items()]
+
+
+def n_labels(row: Row) -> int:
+    """Count the tokens of an example that have a loss: the first is predicted from nothing."""
+    return sum(label != NO_LOSS for label in row.labels[1:])
 
 
 class _Reporter(TrainerCallback):

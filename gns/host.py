@@ -49,8 +49,10 @@ class HostCopy:
         found: dict[int, np.ndarray] = {}
         for rows, host in self._parts:
             sizes = [self._shapes[i].numel() for i in rows]
-            for i, values in zip(rows, np.split(host.numpy(), np.cumsum(sizes)[:-1]), strict=True):
-                found[i] = values.reshape(tuple(self._shapes[i]))
+            values, start = host.numpy(), 0
+            for i, size in zip(rows, sizes, strict=True):
+                found[i] = values[start : start + size].reshape(tuple(self._shapes[i]))
+                start += size
         return [found[i] for i in range(len(self._shapes))]
 
 

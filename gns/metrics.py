@@ -76,9 +76,12 @@ def of_blocks(blocks: Tensor, root: Tensor | None = None) -> Tensor:
     Returns:
         [B], or with a root [B, 2]: ‖c_b‖² and ‖R c_b‖².
     """
-    squares = blocks.square()
-    over = tuple(range(1, blocks.ndim))
-    plain = squares.sum(over) if over else squares
+    if blocks.ndim == 1:
+        plain = blocks.square()
+    elif blocks.is_cuda:  # reads the blocks once and writes no squares
+        plain = torch.linalg.vector_norm(blocks.flatten(1), dim=1).square()
+    else:  # on CPU that kernel adds in sequence: 10⁻⁴ off at 3 million float32 entries
+        plain = blocks.square().sum(tuple(range(1, blocks.ndim)))
     return plain if root is None else torch.stack([plain, of_blocks(blocks * root)], 1)
 
 

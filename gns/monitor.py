@@ -6,7 +6,6 @@ import functools
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +13,6 @@ from torch import nn
 
 from gns.collect import Collector
 from gns.coverage import Coverage
-from gns.estimate import Estimate, estimate
 from gns.examples import WEIGHTS
 from gns.metrics import METRICS
 from gns.openstep import Closed, OpenStep
@@ -24,6 +22,7 @@ from gns.pooling import refusal, unwrapped
 from gns.reasons import BATCH_NORM, LATE, NO_CALL, NO_STATE, UNREACHED
 from gns.reducers import MAX_BYTES
 from gns.segments import SegmentsOf
+from gns.summaries import Summaries
 from gns.sums import Layout, StepSums
 from gns.taps import hooked
 
@@ -35,7 +34,7 @@ class GNSWarning(UserWarning):
     """Something about a measurement that its reader must know."""
 
 
-class GNSMonitor:
+class GNSMonitor(Summaries):
     """Measures the gradient noise scale of a model in training, in any loop, without changing the training.
 
     `GNSMonitor(model).attach()` before the loop is all; weights stay bit-identical. Examples are the rows of
@@ -212,23 +211,8 @@ class GNSMonitor:
         self.flush()
         return list(self._history)
 
-    def estimate(self, last: int | None = None, *, level: float = 0.95) -> Estimate:
-        """Estimate B_simple over the history.
-
-        Args:
-            last: only the last so many measured steps.
-            level: nominal coverage of the confidence set.
-
-        Returns:
-            The estimate, with the share of trainable parameters that it covers.
-
-        Raises:
-            ValueError: `last` is below 1, or `level` outside (0, 1).
-        """
-        if last is not None and last < 1:
-            raise ValueError(f"last is {last}; 1 or more steps are needed, or None for all")
-        steps = self.history if last is None else self.history[-last:]
-        return replace(estimate(steps, level=level), coverage=self.coverage().share if self._plan else None)
+    def _share(self) -> float | None:
+        return self.coverage().share if self._plan else None
 
     def coverage(self) -> Coverage:
         """Say which trainable parameters are measured, which not and why.
@@ -299,6 +283,7 @@ class GNSMonitor:
             )
         self._history.clear()
         self._history.extend(unpack(state))
+        self._shown = None
         self._next_step = int(state["next_step"])
 
     def start_at(self, step: int) -> None:
@@ -368,6 +353,7 @@ class GNSMonitor:
         kept = [step.without(reasons, self._left(step, reasons)) for step in self._history]
         self._history.clear()
         self._history.extend(kept)
+        self._shown = None  # the sums have changed
         self._warn_unmeasured(reasons)
 
     def _left(self, step: StepSums, reasons: dict[str, str]) -> Layout | None:

@@ -92,6 +92,11 @@ class Placement:
     ambiguous: bool = False
     each: Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether row b is example b, whatever else there is to know."""
+        return self.segments is None and self.fold is None and self.along == 1
+
     def parts(self, rule: Rule, x: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield x and dy [E, ...] with one row an example, and the examples' numbers (None: in order).
 

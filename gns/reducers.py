@@ -6,8 +6,6 @@ chunks, and so that a rule's cheaper form can stand in for the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -52,12 +50,11 @@ def sq_norms(
         if found is not None:
             return found
     limit = limit if root is None else limit // 2  # beside the blocks stand the weighed ones
-    return joined(
-        [
-            of_blocks(rule.blocks(layer, a, b, parameter), root)
-            for a, b in _chunks(rule, layer, x, dy, parameter, limit)
-        ]
-    )
+    size = _chunk(rule, layer, x, dy, parameter, limit)
+    if len(dy) <= size:
+        return of_blocks(rule.blocks(layer, x, dy, parameter), root)
+    chunks = zip(x.split(size), dy.split(size), strict=True)
+    return joined([of_blocks(rule.blocks(layer, a, b, parameter), root) for a, b in chunks])
 
 
 def sum_of_blocks(
@@ -79,9 +76,9 @@ def sum_of_blocks(
     dy = _scaled(rule, dy)
     if rule.total is not None:
         return rule.total(layer, x, dy, parameter)
-    return added(
-        [rule.blocks(layer, a, b, parameter).sum(0) for a, b in _chunks(rule, layer, x, dy, parameter, limit)]
-    )
+    size = _chunk(rule, layer, x, dy, parameter, limit)
+    chunks = zip(x.split(size), dy.split(size), strict=True)
+    return added([rule.blocks(layer, a, b, parameter).sum(0) for a, b in chunks])
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:
@@ -90,9 +87,7 @@ def _scaled(rule: Rule, dy: Tensor) -> Tensor:
     return (dy if dy.dtype is torch.float64 else dy.float()) * rule.scale
 
 
-def _chunks(
-    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunk(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> int:
+    """How many examples' blocks may be alive at once; at least one."""
     floats = parameter_of(layer, parameter).numel() + (rule.floats(x, dy) if rule.floats else 0)
-    size = max(1, limit // (4 * max(1, floats)))
-    return zip(x.split(size), dy.split(size), strict=True)
+    return max(1, limit // (4 * max(1, floats)))

@@ -8,6 +8,7 @@ and compiled regions. The gradient of the output goes on unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from gns.rules.base import added, parameter_of
 
 if TYPE_CHECKING:
     from gns.collect import Collector
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class Tap:
@@ -52,6 +56,7 @@ class Tap:
     ):
         self.name, self.module, self.rule, self.parameters = name, module, rule, parameters
         self.limit, self.shareable = limit, shareable
+        self.needing = frozenset(p for p in parameters if rule.keeps_input_for(p))  # blocks depend on x
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
         self.roots: dict[
@@ -110,6 +115,8 @@ class Tap:
         self, x: Tensor, dy: Tensor, parameter: str, where: Placement, root: Tensor | None = None
     ) -> Tensor:
         """‖cᵢ‖² of the examples of a call (or its rows), [n]; with a root [n, 2], in that metric too."""
+        if where.plain:
+            return reducers.sq_norms(self.rule, self.module, x, dy, parameter, self.limit, root)
         if where.segments is not None and not self.rule.tokenwise:
             found = self._joined(x, dy, parameter, where.segments, root)
         else:
@@ -212,12 +219,15 @@ class _TapFunction(torch.autograd.Function):
         leaf: Tensor,
         *extra: Tensor,
     ) -> Tensor:
-        if any(tap.rule.keeps_input_for(p) for p in live):  # else the layer itself does not keep x either
+        if not tap.needing.isdisjoint(live):  # else the layer itself does not keep x either
             ctx.save_for_backward(x)
         ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
-        ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
-        ctx.checked, ctx.alone, ctx.weighs = tuple(tap.checks), out.shape, weighed is not None
-        ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
+        ctx.gathered, ctx.checked, ctx.alone = (), tuple(tap.checks), out.shape
+        ctx.weighs = weighed is not None
+        if tap.gathers:
+            ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
+        if tap.checks:
+            ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
         seen = out.detach()  # neither a view nor the input itself: users change outputs in place
         return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
 
@@ -254,18 +264,12 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
     rule, layer = tap.rule, tap.module
     if where.shared_by:
         x = x.expand(where.shared_by, *x.shape[1:])
-    with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-        carried = [
-            part
-            for p, gather, noted in ctx.gathered
-            for part in gather.contribute(rule, layer, x, dy, p, where, noted)
-        ]
+    with _plainly(dy.device.type):
+        carried = []
+        for p, gather, noted in ctx.gathered:
+            carried += gather.contribute(rule, layer, x, dy, p, where, noted)
         sums = _sums(ctx, x, dy, where)
-        totals = [_total(tap, x, dy, p, where) for p in ctx.checked]
-        wrong = [p for p, total in zip(ctx.checked, totals, strict=True) if total.shape != ctx.shapes[p]]
-        if wrong:  # the rule does not fit: autograd would raise in the user's backward
-            tap.misplaced(Placement(0, misfit=WRONG_SHAPE))
-            totals = [None if p in wrong else total for p, total in zip(ctx.checked, totals, strict=True)]
+        totals = _checked(ctx, x, dy, where) if ctx.checked else ()
         return *sums, *carried, *totals
 
 
@@ -280,7 +284,8 @@ def _sums(
     tap = ctx.tap
     roots = {} if torch.compiler.is_compiling() else tap.roots
     rows = tap.count(dy.shape[0] if where.misfit else where.n, ctx.dtype, dy.device)
-    alone = [p for p in ctx.live if all(p != q for q, _, _ in ctx.gathered)]
+    gathered = {p for p, _, _ in ctx.gathered}
+    alone = [p for p in ctx.live if p not in gathered]
     norms = {p: tap.sq_norms(x, dy, p, where, roots.get(p)).to(ctx.dtype) for p in alone}
     weighed = {p: both[:, 1] for p, both in norms.items() if p in roots}
     norms = {p: found[:, 0] if p in roots else found for p, found in norms.items()}
@@ -291,6 +296,27 @@ def _sums(
     sums = [norms[p].sum() if p in norms else zero for p in tap.parameters]
     in_metric = [weighed[p].sum() if p in weighed else zero for p in tap.parameters if ctx.weighs]
     return each, torch.stack(in_metric) if ctx.weighs else None, torch.stack([*sums, rows])
+
+
+def _checked(ctx: Any, x: Tensor, dy: Tensor, where: Placement) -> list[Tensor | None]:
+    """Σᵢ cᵢ of the parameters of the self-check; None where the rule does not fit."""
+    tap = ctx.tap
+    totals: list[Tensor | None] = [_total(tap, x, dy, p, where) for p in ctx.checked]
+    for i, p in enumerate(ctx.checked):
+        if (total := totals[i]) is not None and total.shape != ctx.shapes[p]:
+            tap.misplaced(Placement(0, misfit=WRONG_SHAPE))  # autograd would raise in the user's backward
+            totals[i] = None
+    return totals
+
+
+def _plainly(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Keep graphs and autocast out of our arithmetic; as a rule neither is on in backward."""
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
+        return _AS_IT_IS
+    off = contextlib.ExitStack()
+    off.enter_context(torch.no_grad())
+    off.enter_context(torch.autocast(device, enabled=False))
+    return off
 
 
 def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:

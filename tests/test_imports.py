@@ -42,7 +42,15 @@ DOWNSTREAM = (
     "finetune",
     "integrations",
 )
-PURE = ("gns.boundary", "gns.sums", "gns.estimate", "gns.advice", "gns.coverage")  # no torch in them
+PURE = (  # no torch in them
+    "gns.boundary",
+    "gns.sums",
+    "gns.estimate",
+    "gns.advice",
+    "gns.coverage",
+    "gns.throughput",
+    "gns.capacity",
+)
 
 
 def typing_only(node: ast.stmt) -> bool:
