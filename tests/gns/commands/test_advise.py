@@ -216,7 +216,7 @@ def test_a_lower_bound_says_what_to_measure(gns, tmp_path):
         (["--data-bits", 0], "data_bits is 0.0; a finite number > 0 is needed"),
         (["--dataset-size", 0], "dataset_size is 0; a whole number, 1 or more, is needed"),
         (["--dataset-size", 4], "batch_size is 16 with a dataset_size of 4; at most that is needed"),
-        (["--trainable-parameters", 0], "parameters is 0; a whole number, 1 or more, is needed"),
+        (["--trainable-parameters", 0], "trainable_parameters is 0; a whole number, 1 or more, is needed"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
