@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gns.arguments import tensors_in
@@ -30,6 +32,39 @@ class Call:
         self.rows = rows
         self.uses: dict[int, int] = {}  # tap → how often it fired
         self.task: int | None = None  # graph task that ran it backward
+        self._each: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._placed: dict[Hashable, Placement] = {}
+
+    def each(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """Give the leaf, [n], whose gradient collects the examples' ‖cᵢ‖² over the layers on a device.
+
+        Unlike the taps' leaves it lives as long as the call: sums add over calls, these do not.
+        """
+        if self.rows is None:
+            return None
+        leaf = self._each.get((device, dtype))
+        if leaf is None:
+            leaf = torch.zeros(self.rows.n, dtype=dtype, device=device, requires_grad=True)
+            self._each[device, dtype] = leaf
+        return leaf
+
+    def place(self, tap: Tap, x: Tensor, device: torch.device) -> Placement:
+        """Find out how the rows of a layer's input map onto the examples; asked once for layers alike."""
+        assert self.rows is not None
+        rule, dtype = tap.rule, tap.leaf.dtype
+        known = (x.shape, rule.ids, rule.tokenwise, tap.shareable, device, dtype)
+        off = rule.mode is not None and tap.module.training != rule.mode
+        if not off and known in self._placed:
+            return self._placed[known]
+        found = _placement(tap, x, self.rows, self.each(device, dtype))
+        if not off:
+            self._placed[known] = found
+        return found
+
+    def sq_norms(self, n: int) -> Tensor:
+        """‖cᵢ‖² of the call's n examples, as far as layers have returned them."""
+        there = [leaf.grad.detach() for leaf in self._each.values() if leaf.grad is not None]
+        return functools.reduce(lambda a, b: a + b.to(a), there) if there else torch.zeros(n)
 
 
 class Calls:
@@ -59,7 +94,9 @@ class Calls:
         call, self.under_way = self.under_way, None
         return call
 
-    def place(self, tap: Tap, x: Tensor, running: Iterable[Call], *, in_backward: bool) -> Placement | None:
+    def place(
+        self, tap: Tap, x: Tensor, device: torch.device, running: Iterable[Call], *, in_backward: bool
+    ) -> Placement | None:
         """Find out how the rows of a layer's input map onto the examples of the call it is in.
 
         Outside the model's call it is, as a rule, a recomputation inside backward. That must save as many
@@ -68,6 +105,7 @@ class Calls:
         Args:
             tap: of the layer.
             x: what its rule captured.
+            device: where it computes.
             running: calls in the backward pass under way.
             in_backward: whether there is one.
 
@@ -76,19 +114,22 @@ class Calls:
         """
         call = self.under_way
         if call is not None and call.rows is not None:
-            return _placement(tap, x, call.rows)
+            return call.place(tap, x, device)
         if not in_backward:
             return None
-        rows = {id(each.rows): each.rows for each in running if each.rows is not None}
-        found = [_placement(tap, x, each) for each in rows.values()]
+        calls = {id(each): each for each in running}.values()
+        found = [each.place(tap, x, device) for each in calls if each.rows is not None]
         fitting = [where for where in found if where.misfit is None]
-        known = len(fitting) == 1
+        if len(fitting) == 1:
+            return fitting[0]
         if not fitting:
             found = [_placement(tap, x, each) for each in reversed(self._recent)]
             fitting = [where for where in found if where.misfit is None][:1]
-        if not known and any(where.segments is not None for where in fitting):
-            return dataclasses.replace(fitting[0], ambiguous=True)
-        return next(iter(fitting or found), None)
+        where = next(iter(fitting or found), None)
+        if where is None:
+            return None
+        unknown = any(each.segments is not None for each in fitting)
+        return dataclasses.replace(where, each=None, ambiguous=unknown)  # nobody knows whose examples
 
     def used_again(self, tap: Tap) -> bool:
         """Count a use of a layer in the call under way; whether it is not the first."""
@@ -98,10 +139,10 @@ class Calls:
         return uses > 1
 
 
-def _placement(tap: Tap, x: Tensor, rows: RowMap) -> Placement:
+def _placement(tap: Tap, x: Tensor, rows: RowMap, each: Tensor | None = None) -> Placement:
     if tap.rule.mode is not None and tap.module.training != tap.rule.mode:
         return Placement(rows.n, misfit=OTHER_MODE)
-    return place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable)
+    return place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable, each=each)
 
 
 def outputs(out: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The command line: `gns demo`, `gns measure`, `gns report`, `gns advise`, `gns throughput`.
+"""The command line: `gns demo`, `measure`, `probe`, `report`, `advise`, `throughput`.
 
 Results go to standard output, progress and remarks to standard error. Bad input ends in one line and exit
 code 2, before anything is written; Ctrl-C in a report of what was measured and exit code 130. Heavy imports
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gns.commands.advise import advise
+from gns.commands.probe import probe
 from gns.commands.shared import (
     BAD_INPUT,
     INTERRUPTED,
@@ -132,6 +133,9 @@ def measure(
     with one_line_errors():
         config = _configured(given, out, resume)
         _finetune(config, out or free_folder(Path("runs/measure")), resume=resume)
+
+
+app.command()(probe)
 
 
 @app.command()

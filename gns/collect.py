@@ -10,7 +10,7 @@ import functools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from gns.boundary import Boundary, Close
 from gns.calls import Call, Calls, outputs
 from gns.gradients import Stamp, all_empty, largest_entries, sq_norms
 from gns.guard import guarded, in_backward
+from gns.metrics import EUCLIDEAN, Metric
 from gns.openstep import OpenStep
 from gns.owners import Owners, learning_rate
 from gns.placement import Placement
@@ -46,6 +47,7 @@ from gns.segments import SegmentsOf
 from gns.selfcheck import SelfCheck
 from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
 from gns.underway import StepUnderWay
+from gns.weights import Weights
 
 LOCAL_BYTES = 2 * 2**30  # of Σcᵢ kept alive where `.grad` is hidden
 FOREIGN = 5  # steps of such optimizers before something is said; a critic's may come in between
@@ -65,6 +67,7 @@ class Collector:
         on_error: receives an exception of ours; may raise it.
         on_notice: receives what the user should know beyond steps.
         first_step: number of the next optimizer step.
+        metric: in which norms are taken.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Collector:
         on_error: Callable[[Exception], None],
         on_notice: Callable[[str], None] = warnings.warn,
         first_step: int = 0,
+        metric: Metric = EUCLIDEAN,
     ):
         self.model, self.taps, self.entries = unwrapped(model), plan.taps, plan.entries
         self._wrapper = model
@@ -104,6 +108,7 @@ class Collector:
         self.hidden = False  # the engine hides `.grad`: each rank's own batch stands for a step
         self._closed: Stamp | None = None  # of the gradients when the last step closed
         self._closer: int | None = None  # the optimizer that closed it
+        self.weights = Weights(metric, plan.entries)
         self.pool: Pool | None = None  # of the data-parallel ranks, where there are more than one
 
     # life
@@ -111,7 +116,7 @@ class Collector:
     def attach(self) -> None:
         """Register every hook."""
         for tap in self.taps:
-            tap.listen(self._on_leaf)
+            tap.listen(self._on_leaf, weighs=self.weights.weighs)
             tap.on_error, tap.on_misplaced, tap.on_doubled = self.fail, self._misplaced, self._doubled
             if tap.rule.autocast:
                 pre = InputHook(self, tap)
@@ -152,6 +157,12 @@ class Collector:
         if not known:
             self.on_error(error)
 
+    def leave_out(self, names: Collection[str]) -> None:
+        """From now on do not count some parameters in the norms of single examples."""
+        for entry in self.entries:
+            if entry.name in names:
+                entry.leave_out()
+
     # the model's own call
 
     @guarded
@@ -166,13 +177,16 @@ class Collector:
         for name in (name for name, norm in self._norms if norm.training):
             self.on_notice(BATCH_NORM.format(name=f"`{name}`"))
             break
+        self.weights.read()
         rows = self.calls.begin(args, kwargs)
         if rows is None:
             return
         if rows.notice is not None:
             self.on_notice(rows.notice)
+        call = self.calls.under_way
         for gather in {id(g): g for tap in self.taps for g in tap.gathers.values()}.values():
-            gather.begin(rows.n)
+            leaf = gather.leaf
+            gather.begin(rows.n, None if call is None else call.each(leaf.device, leaf.dtype))
 
     @guarded
     def call_ends(self, out: Any) -> None:
@@ -209,9 +223,12 @@ class Collector:
         tap.activation_dtype, self.now.eager = seen.dtype, True
         self.now.placed.add(id(tap))
         tap.follow_device()
-        self.check.follow(tap, out.device)
-        running = [call for call, _ in self._running]
-        where = self.calls.place(tap, x, running, in_backward=in_backward())
+        self.weights.read()
+        if tap.checks:
+            self.check.follow(tap, out.device)
+        backward = in_backward()
+        running = [call for call, _ in self._running] if backward else ()
+        where = self.calls.place(tap, x, out.device, running, in_backward=backward)
         if where is None or where.misfit is not None:
             if where is not None and not tap.admits(x, where):
                 self._misplaced(tap, where)  # it will not be there to tell in backward
@@ -253,6 +270,7 @@ class Collector:
             self._running.append((call, torch._C._current_graph_task_id()))
 
     def _backward_begins(self, from_output: bool) -> None:
+        self.weights.read()
         gradients, aborted, self._open = self._gradients(), self._open, True
         if self.boundary.pending:
             if self.boundary.backward_begins(self._discarded(gradients, from_output)):
@@ -294,6 +312,7 @@ class Collector:
         gradients = self._gradients()
         read = self.check.totals() if self.hidden else gradients
         self.now.sq_norms = sq_norms(read, [e.parameter for e in self.entries])
+        self.now.in_metric = self.weights.sq_norms(read)
         self.now.local = self.hidden
         if not self.hidden:
             seed = len(self.entries) * self.step if world_size() > 1 else None
@@ -318,6 +337,7 @@ class Collector:
             self.on_notice(f"{len(late)} trainable parameter(s) are not measured, e.g. {late[0]}: {LATE}")
         if self.owners.owns(optimizer):
             self._ours = True
+            self.weights.owned_by(optimizer)
         elif not self.hidden:
             self._foreign_steps()
             return
@@ -352,6 +372,7 @@ class Collector:
     def _on_post(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         if not self.hidden and not self.owners.owns(optimizer):
             return
+        self.weights.stepped()
         self._refuse_what_broke_off()
         awaited = self.boundary.awaits(id(optimizer))
         blind = awaited and self._blind()
@@ -382,6 +403,11 @@ class Collector:
 
     # the step
 
+    @guarded
+    def end_step(self) -> None:
+        """End a step here, where no optimizer does: for measurements without training."""
+        self._end(self.boundary.close())
+
     def _end(self, close: Close | None) -> None:
         if close is None:
             return
@@ -390,10 +416,13 @@ class Collector:
             if joined(self._wrapper):
                 reason, self.now.mismatches = JOINED, []
             elif self.pool is None and world_size() > 1:
-                self.pool = Pool(self.entries, f"step {self.step}, every {self.every}")
+                about = f"step {self.step}, every {self.every}, {self.weights.metric.name}"
+                self.pool = Pool(self.entries, about, weighs=self.weights.weighs)
             pool = self.pool if reason != JOINED else None
-            self.on_step(self.now.hand_on(self.step, reason, self.taps, self.entries, names, pool))
+            told = self.step, reason, self.taps, self.entries, names
+            self.on_step(self.now.hand_on(*told, pool, self.weights))
         self.step += 1
+        self.weights.end()
         for tap in self.taps:
             tap.drop()
         self.check.end()

@@ -32,7 +32,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from gns import records, runfolder
 from gns.capacity import AdaptedLayer
-from gns.data import NO_LOSS, Collator, Row
+from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
 from gns.integrations.transformers import GNSCallback, next_step
 from gns.monitor import GNSMonitor
@@ -125,7 +125,7 @@ class _Run:
         if steps.exists():  # steps after the checkpoint will be made again
             records.cut_after(steps, (next_step(checkpoint) or 0) - 1 if checkpoint else -1)
         runfolder.write_config(out, config)
-        self.collator = Collator(_pad_id(prepared.tokenizer))
+        self.collator = Collator(pad_id(prepared.tokenizer))
         self.monitor = GNSMonitor(prepared.model, every=config.every, sink=steps)
         self.trainer = Trainer(
             prepared.model,
@@ -320,12 +320,6 @@ def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingAr
     ):  # the Trainer would fall back on nn.DataParallel, whose replicas no monitor can read
         arguments._n_gpu = 1
     return arguments
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Any token will do: neither attention nor loss sees it."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in ids if i is not None)
 
 
 @contextmanager

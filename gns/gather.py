@@ -2,22 +2,25 @@
 
 Squared norms of uses do not add: on a tied Llama they are 5–12 % off. Each call of the model makes
 *carriers*: every use returns what it has as a carrier's gradient, autograd adds these up, and the carriers'
-own backward squares the sum and returns it as the gradient of a persistent leaf.
+own backward squares the sum and returns it as the gradient of a persistent leaf, and example by example as
+that of the call's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gns import reducers
+from gns.metrics import of_blocks
 from gns.placement import Placement
 from gns.reasons import TOO_LARGE
 from gns.rules import Rule
 from gns.rules.base import wide
-from gns.rules.embedding import rows_of, table_sum_sq_norms
+from gns.rules.embedding import rows_of, table_sq_norms
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,18 +42,20 @@ class Gather:
 
     def __init__(self, parameter: Tensor, limit: int = reducers.MAX_BYTES):
         self.shape, self.limit, self.n = parameter.shape, limit, 0
-        self.leaf = torch.zeros(1, dtype=sum_dtype(parameter.dtype), device=parameter.device)
+        self.leaf = torch.zeros(2, dtype=sum_dtype(parameter.dtype), device=parameter.device)
         self.leaf.requires_grad_()
         self.carriers: tuple[Tensor, ...] | None = None
         self.refusal: str | None = None  # why the uses of the call under way cannot meet
         self.outgrown = False  # the uses need the general form of this class
+        self.root: Tensor | None = None  # √ of the metric, of this step, where it weighs entries
+        self.left_out = False  # it does not count in the norms of single examples
 
-    def begin(self, n: int) -> None:
-        """Start a call of the model on n examples."""
+    def begin(self, n: int, each: Tensor | None) -> None:
+        """Start a call of the model on n examples, with its leaf for their squared norms."""
         self.n = n
         fits = self.leaf.element_size() * n * self.shape.numel() <= self.limit
         self.refusal = None if fits else TOO_LARGE.format(limit=self.limit)
-        self.carriers = (_SquareOfSum.apply(self.leaf, n, self.shape),) if fits else None
+        self.carriers = (_SquareOfSum.apply(self.leaf, each, self),) if fits else None
 
     def end(self) -> None:
         """End the call; recomputation after it finds no carrier."""
@@ -77,23 +82,42 @@ class Gather:
             total.index_add_(0, examples, part)
         return (total,)
 
-    def read(self) -> Tensor:
-        """Σ of squared norms collected so far, []."""
-        return (
-            torch.zeros_like(self.leaf)[0].detach() if self.leaf.grad is None else self.leaf.grad.detach()[0]
-        )
+    def leaf_gradients(self, sq_norms: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give ‖cᵢ‖² [n], or [n, 2] with those in the metric, as gradients of own leaf and call's."""
+        found = sq_norms.to(self.leaf.dtype).reshape(len(sq_norms), -1)
+        sums = nn.functional.pad(found.sum(0), (0, 2 - found.shape[1]))
+        return sums, None if self.left_out else found[:, -1]
+
+    def read(self, column: int = 0) -> Tensor:
+        """Σ of squared norms collected so far, [], as they are or (1) in the metric."""
+        found = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
+        return found.detach()[column]
 
 
 class _SquareOfSum(torch.autograd.Function):
-    """Makes a carrier of blocks [n, *shape]; its gradient's squared norm becomes the leaf's."""
+    """Makes a carrier of blocks [n, *shape]; its gradient's squared norms become the leaves'."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, n: int, shape: torch.Size) -> Tensor:
-        return leaf.new_zeros(()).expand(n, *shape)
+    def forward(ctx: Any, leaf: Tensor, each: Tensor | None, gather: Gather) -> Tensor:
+        ctx.gather = gather
+        return leaf.new_zeros(()).expand(gather.n, *gather.shape)
 
     @staticmethod
     def backward(ctx: Any, blocks: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return reducers.sq_norm(blocks).reshape(1), None, None
+        return *ctx.gather.leaf_gradients(of_blocks(blocks, ctx.gather.root)), None
+
+
+class _Norms(torch.autograd.Function):
+    """Makes a carrier of squared norms [n]; its gradient becomes the leaves'."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, each: Tensor | None, gather: Gather) -> Tensor:
+        ctx.gather = gather
+        return leaf.new_zeros(gather.n)
+
+    @staticmethod
+    def backward(ctx: Any, sq_norms: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *ctx.gather.leaf_gradients(sq_norms), None
 
 
 class EmbeddingTie(Gather):
@@ -120,15 +144,16 @@ class EmbeddingTie(Gather):
         self.embedding, self.padding = embedding, padding
         self.call: tuple[Tensor, Placement] | None = None  # ids and placement of the call under way
         self.used: list[bool] = []  # the uses in the call under way: whether each is the embedding's
-        self.open = False
+        self.open, self.each = False, None
 
-    def begin(self, n: int) -> None:
-        """Start a call of the model on n examples; its carriers are made when the embedding is used."""
+    def begin(self, n: int, each: Tensor | None) -> None:
+        """Start a call of the model on n examples; its carriers are made when the table is used."""
         self.n, self.carriers, self.call, self.used, self.open = n, None, None, [], True
+        self.each = each
 
     def end(self) -> None:
         """End the call; recomputation after it finds no carrier."""
-        self.carriers, self.open = None, False
+        self.carriers, self.each, self.open = None, None, False
 
     def sites(self, rule: Rule, x: Tensor, where: Placement) -> tuple[Tensor, ...]:
         """Give what a use of the table returns its part to."""
@@ -139,9 +164,10 @@ class EmbeddingTie(Gather):
         self.outgrown |= self.used not in ([True], [True, False], [False])
         if self.used == [True]:
             self.call = x, where
-            self.carriers = _Joined.apply(self.leaf, self, x, where, self.shape[1])
-        # a model that is given embeddings uses the head alone
-        return self.carriers if self.carriers is not None else (self.leaf, stand_in, stand_in)
+            self.carriers = _Joined.apply(self.leaf, self.each, self, x, where)
+        elif self.used == [False]:  # a model that is given embeddings uses the head alone
+            self.carriers = _Norms.apply(self.leaf, self.each, self), stand_in, stand_in
+        return self.carriers if self.carriers is not None else (stand_in, stand_in, stand_in)
 
     def note(self, rule: Rule) -> Any:
         """Give the call's ids and placement, which the head needs in its backward."""
@@ -150,17 +176,19 @@ class EmbeddingTie(Gather):
     def contribute(
         self, rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, local: str, where: Placement, noted: Any
     ) -> tuple[Tensor | None, ...]:
-        """Give the gradients of the carriers ‖H‖² [1], p [R, T, D], dy [R, T, D]."""
+        """Give the gradients of the carriers ‖H‖² [n], p [R, T, D], dy [R, T, D]."""
         if rule.ids:
             _, rows = rows_of(x, dy, self.padding)
             return None, None, (rows * rule.scale if rule.scaled else rows).reshape(dy.shape)
-        total = torch.zeros_like(self.leaf).detach()
-        for a, b, _ in where.parts(rule, x, dy):
-            total = total + reducers.sum_sq_norms(rule, layer, a, b, local, self.limit).to(total.dtype)
+        parts = (
+            (reducers.sq_norms(rule, layer, a, b, local, self.limit), examples)
+            for a, b, examples in where.parts(rule, x, dy)
+        )
+        head = where.per_example(parts, dy.new_zeros(0)).to(self.leaf.dtype)
         if noted is None:
-            return total, None, None
+            return head, None, None
         ids, placed = noted
-        return total, self._picked(ids, placed, rule, x, dy, where), None
+        return head, self._picked(ids, placed, rule, x, dy, where), None
 
     def _picked(
         self, ids: Tensor, placed: Placement, rule: Rule, x: Tensor, dl: Tensor, where: Placement
@@ -184,22 +212,32 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, leaf: Tensor, tie: EmbeddingTie, ids: Tensor, where: Placement, width: int
+        ctx: Any, leaf: Tensor, each: Tensor | None, tie: EmbeddingTie, ids: Tensor, where: Placement
     ) -> tuple[Tensor, ...]:
         ctx.tie, ctx.ids, ctx.where = tie, ids, where
         ctx.set_materialize_grads(False)
-        flat = leaf.new_zeros(())
-        return leaf.new_zeros(1), flat.expand(*ids.shape, width), flat.clone().expand(*ids.shape, width)
+        flat, shape = leaf.new_zeros(()), (*ids.shape, tie.shape[1])
+        return leaf.new_zeros(where.n), flat.expand(shape), flat.clone().expand(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         head, p, dy = gradients
-        total = torch.zeros_like(ctx.tie.leaf).detach() if head is None else head
+        tie, where = ctx.tie, ctx.where
+        total = tie.leaf.new_zeros(where.n) if head is None else head
         if dy is not None:
-            for ids, rows, _ in ctx.where.parts(ctx.tie.embedding, ctx.ids, dy):
-                ids = ids.reshape(len(ids), -1)
-                found = table_sum_sq_norms(ids, rows.reshape(*ids.shape, -1), ctx.tie.limit)
-                total = total + found.to(total.dtype)
+            own = _of_embedding(tie, where, ctx.ids, dy)
+            total = total + where.per_example(own, dy.new_zeros(0)).to(total.dtype)
             if p is not None:
-                total = total + 2 * (dy * p).sum().to(total.dtype)
-        return total, None, None, None, None
+                cross = (dy * p).sum(-1, keepdim=True)
+                parts = ((c.flatten(1).sum(1), at) for _, c, at in where.parts(tie.embedding, ctx.ids, cross))
+                total = total + 2 * where.per_example(parts, dy.new_zeros(0)).to(total.dtype)
+        return *tie.leaf_gradients(total), None, None, None
+
+
+def _of_embedding(
+    tie: EmbeddingTie, where: Placement, ids: Tensor, dy: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield ‖E‖² of a call's examples, with their numbers."""
+    for i, rows, examples in where.parts(tie.embedding, ids, dy):
+        i = i.reshape(len(i), -1)
+        yield table_sq_norms(i, rows.reshape(*i.shape, -1), tie.limit), examples

@@ -26,7 +26,9 @@ class Moments:
     Where the target drifts, those squares hold the drift as well as the noise. Errors of steps over fresh
     examples are martingale differences, so there ½Σ(aₖ₊₁ − aₖ)² takes the place of Σaₖ², with
     2(K−1)²/(3K−4) degrees of freedom instead of K − 1, and the sum of cubes is that of second differences
-    uₖ = aₖ − (aₖ₋₁ + aₖ₊₁)/2, whose third cumulant is ¾ of that of aₖ.
+    uₖ = aₖ − (aₖ₋₁ + aₖ₊₁)/2, whose third cumulant is ¾ of that of aₖ. Simulated where B_simple grows 3 or 30
+    times from 5 over 50 … 1,000 steps of 16: nominal 95 % covers 94.5–96 %, the plain variance 99.5–100 %.
+    Under unequal n part of the drift stays in the differences (sizes 8 and 16 in turn: 99 %).
     Source: von Neumann et al. 1941, Ann. Math. Stat. 12:153, for the variance of ½Σ(Δa)².
     """
 

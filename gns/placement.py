@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,7 @@ class Placement:
         shared_by: rows that share an activation whose batch dimension is 1, as position ids have it; else 0.
         misfit: why the rows are no examples, if they are not.
         ambiguous: it is not known which call this is.
+        each: leaf of that call, [n], whose gradient collects ‖cᵢ‖² over all layers; None where there is none.
     """
 
     n: int
@@ -89,6 +90,12 @@ class Placement:
     shared_by: int = 0
     misfit: str | None = None
     ambiguous: bool = False
+    each: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether row b is example b, whatever else there is to know."""
+        return self.segments is None and self.fold is None and self.along == 1
 
     def parts(self, rule: Rule, x: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield x and dy [E, ...] with one row an example, and the examples' numbers (None: in order).
@@ -111,6 +118,21 @@ class Placement:
             else:
                 yield a.flatten(0, 1), b.flatten(0, 1), examples.repeat_interleave(a.shape[1])
 
+    def per_example(self, parts: Iterable[tuple[Tensor, Tensor | None]], none: Tensor) -> Tensor:
+        """Put values of the examples that `parts` yields in the order of the examples, [n, ...].
+
+        Args:
+            parts: values [E, ...] with the examples' numbers, or None where they are all and in order.
+            none: what to give where no row is an example, [0, ...].
+        """
+        total = None
+        for values, examples in parts:
+            if examples is None:
+                return values
+            total = values.new_zeros(self.n, *values.shape[1:]) if total is None else total
+            total.index_add_(0, examples, values)
+        return none if total is None else total
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -121,7 +143,14 @@ class Shape:
 
 
 def place(
-    rule: Rule, x: Tensor, shape: Shape, n: int, segments: Segments | None, *, shareable: bool = False
+    rule: Rule,
+    x: Tensor,
+    shape: Shape,
+    n: int,
+    segments: Segments | None,
+    *,
+    shareable: bool = False,
+    each: Tensor | None = None,
 ) -> Placement:
     """Decide how the rows of an activation map onto the examples of a call.
 
@@ -132,6 +161,7 @@ def place(
         n: examples of the call.
         segments: where examples are not rows.
         shareable: ids [1, T] may be given one row an example; the model is known to only add the result.
+        each: leaf of the call for the examples' squared norms.
     """
     lead = tuple(x.shape) if rule.ids else tuple(x.shape[:-1])
     rows, positions = shape.rows, shape.positions
@@ -142,15 +172,15 @@ def place(
         return Placement(n, misfit=f"its input has shape {lead}: one id an example, or one a position?")
     if lead[0] == rows:
         if not by_position:
-            return Placement(n, segments)
+            return Placement(n, segments, each=each)
         along = [d for d in range(1, len(lead)) if lead[d] == positions] if rule.tokenwise else []
         if len(along) != 1:
             return Placement(n, misfit=PACKED.format(shape=tuple(x.shape)))
-        return Placement(n, segments, along=along[0])
+        return Placement(n, segments, along=along[0], each=each)
     if rule.ids and lead in ((1, positions), (positions,)):
         if shareable and len(lead) == 2:
-            return Placement(n, segments, shared_by=rows)
+            return Placement(n, segments, shared_by=rows, each=each)
         return Placement(n, misfit=SHARED.format(shape=lead, rows=rows, positions=positions))
     if rule.tokenwise and positions is not None and lead[0] == rows * positions:
-        return Placement(n, segments, fold=(rows, positions))
+        return Placement(n, segments, fold=(rows, positions), each=each)
     return Placement(n, misfit=f"its input has {lead[0]} rows where the model's call has {rows} examples")

@@ -6,7 +6,8 @@ saw. f is not assumed: the self-check finds it from random projections (`gns/pro
 parameters that disagree leave the sums.
 
 The vector has the same length in every step, on every rank: summing vectors of two lengths would end the
-process. Whether ranks sent the same step is seen from sums of squares, which agree only if all values are
+process. A second one, of the largest norms of single examples, has a length that the first one's sum tells.
+Whether ranks sent the same step is seen from sums of squares, which agree only if all values are
 equal.
 """
 
@@ -35,18 +36,22 @@ from gns.reasons import (
     IDLE_RANK,
     MISFIT_ELSEWHERE,
     NO_FACTOR,
+    NO_STATE,
     OLD_FSDP,
     OTHER_MESH,
     POOLED,
     REASON_ELSEWHERE,
 )
 from gns.selfcheck import tolerance
+from gns.spread import Spread, kept
 
 _SPREAD = 1e-4  # relative, of ‖ḡ‖² over ranks: reduced gradients are equal bit by bit
 _HEAD = ("ranks", "step", "step²", "checked", "checked²", "read", "n", "unseen", "tokens", "tokens?")
-_HEAD += ("w", "ww", "w?", "loss_scaled", "reason?", "local", "pairs", "free")
+_HEAD += ("w", "ww", "w?", "loss_scaled", "reason?", "local", "pairs", "free", "spread", "fourth", "spread?")
 _EACH = ("s", "q", "q²", "rows", "without_gradient", "misfit", "precision")
+_EACH += ("s in metric", "q in metric", "unready")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the coarsest is last
+MOST_LARGEST = 2**16  # of the examples' norms exchanged in a step; beyond it only their sums are
 _DIGIT = 12  # bits for the number of ranks with a dtype
 
 
@@ -73,10 +78,11 @@ class Pool:
     Args:
         entries: measured parameters.
         about: what else must be the same on all ranks.
+        weighs: whether sums are taken in a metric that weighs entries too.
     """
 
-    def __init__(self, entries: Sequence[Entry], about: str):
-        self.entries = entries
+    def __init__(self, entries: Sequence[Entry], about: str, *, weighs: bool = False):
+        self.entries, self._weighs = entries, weighs
         self.factor: float | None = None  # what the engine multiplies a rank's sums by
         names = [f"{e.name} {tuple(e.parameter.shape)}" for e in entries]
         self._ranks = Ranks(f"{about}: {len(names)} {zlib.crc32(repr(names).encode())}")
@@ -86,7 +92,7 @@ class Pool:
 
     def send(self, own: Callable[[], Own]) -> Reply:
         """Send this rank's part of a step; `own` is called on a thread, where it may wait for a device."""
-        return self._ranks.send(lambda: self._vector(own()))
+        return self._ranks.send(lambda: self._vector(own()), lambda total: self._largest(total, own()))
 
     def close(self) -> None:
         """Leave the group."""
@@ -102,25 +108,49 @@ class Pool:
         alone = localstats.parts(r) if r.local else None
         head += [r.reason is not None and r.reason not in POOLED, r.local]
         head += [alone.pairs, alone.free] if alone else [0, 0]
+        head += [r.spread.total, r.spread.fourth, 0] if r.spread else [0, 0, 1]
         head += [r.reason == text for text in POOLED]
         each = np.zeros((len(self.entries), len(_EACH) + 2 * K))
         without = [e.name in r.without_gradient for e in self.entries]
         misfit = [e.name in r.misfits for e in self.entries]
         coarse = [_digit(r.dtypes.get(e.name)) for e in self.entries]
+        in_metric = np.zeros((len(self.entries), 2)) if r.in_metric is None else r.in_metric
+        unready = [e.name in r.unready for e in self.entries]
         with np.errstate(over="ignore", invalid="ignore"):
             sums = [alone.trace, alone.grad, 0 * r.q] if alone else [r.s, r.q, r.q**2]
-            columns = [*sums, r.rows, without, misfit, coarse]
+            columns = [*sums, r.rows, without, misfit, coarse, *in_metric.T, unready]
         each[:, : len(_EACH)] = np.stack(columns, axis=1)
         if own.projections is not None:
             rows = [row for _, row in self._rows(own.checked)]
             each[rows, len(_EACH) :] = own.projections.reshape(len(rows), 2 * K)
         return np.concatenate([np.array(head, dtype=np.float64), each.ravel()])
 
+    def _largest(self, total: np.ndarray, own: Own) -> np.ndarray | None:
+        """Give this rank's largest ‖cᵢ‖² in its row among zeros, [ranks · ⌈n/10⌉], if all know theirs.
+
+        Its length follows from what all ranks have in common, n over all of them.
+        """
+        head = dict(zip(_HEAD, total[: len(_HEAD)].tolist(), strict=True))
+        width = kept(round(head["n"]))
+        if head["spread?"] or not width or self._size * width > MOST_LARGEST:
+            return None
+        rows = np.zeros((self._size, width))
+        if own.readings.spread is not None:
+            largest = own.readings.spread.largest[:width]
+            rows[self._ranks.rank, : len(largest)] = largest
+        return rows.ravel()
+
+    def _spread(self, head: Mapping[str, float], rest: np.ndarray) -> Spread | None:
+        """Give the examples' norms over all ranks, not yet as the optimizer sees them."""
+        if head["spread?"]:
+            return None
+        return Spread(head["spread"], head["fourth"], np.sort(rest)[::-1])
+
     def conclude(self, total: np.ndarray, own: Own) -> Readings:
         """Give the readings of the step over all ranks, with contributions as the optimizer sees them.
 
         Args:
-            total: the sum over all ranks.
+            total: the sum over all ranks, of both vectors in a row.
             own: what this rank sent, for the words of its reasons; numbers come from `total`.
 
         Raises:
@@ -130,7 +160,8 @@ class Pool:
         head: dict[str, float] = dict(zip((*_HEAD, *POOLED), total[:size].tolist(), strict=True))
         if not (_all_equal(head, "step") and _all_equal(head, "checked")):
             raise Refused(APART)
-        each = total[size:].reshape(len(self.entries), -1)
+        end = size + len(self.entries) * (len(_EACH) + 2 * K)
+        each, spread = total[size:end].reshape(len(self.entries), -1), self._spread(head, total[end:])
         readers = head["read"]
         reason = next((text for text in POOLED if head[text]), None)
         if reason is None and head["reason?"]:
@@ -153,10 +184,12 @@ class Pool:
         known = self.factor is not None or not np.isfinite(columns["s"]).all() or not columns["s"].any()
         if reason is None and not known and not head["local"]:
             reason = NO_FACTOR
+        squared = (1 / self._size if self.factor is None else self.factor) ** 2
         tokens, w, ww = (head[name] for name in ("tokens", "w", "ww"))
-        here = own.readings.misfits
+        here, unready = own.readings.misfits, own.readings.unready
+        in_metric = [columns["s in metric"] * squared, columns["q in metric"] / share]
         found = Readings(
-            s=columns["s"] * (1 / self._size if self.factor is None else self.factor) ** 2,
+            s=columns["s"] * squared,
             q=columns["q"] / share,
             rows=columns["rows"],
             n=round(head["n"]),
@@ -169,6 +202,9 @@ class Pool:
             mismatch=mismatch,
             dtypes=dtypes,
             slack=SLACK,
+            spread=None if spread is None else spread.scaled(squared),
+            in_metric=np.stack(in_metric, axis=1) if self._weighs else None,
+            unready={name: unready.get(name, NO_STATE) for name in self._named(columns["unready"])},
         )
         return self._local(found, head, columns) if head["local"] else found
 
@@ -182,7 +218,16 @@ class Pool:
         rows, apart = localstats.rounded(found.rows, found.n, n), head["local"] < self._size
         reason = found.reason or (APART if apart else None)
         return replace(
-            found, s=s, q=q, n=n, rows=rows, totals=(tokens, n, n), reason=reason, mismatch={}, local=True
+            found,
+            s=s,
+            q=q,
+            n=n,
+            rows=rows,
+            totals=(tokens, n, n),
+            reason=reason,
+            mismatch={},
+            local=True,
+            spread=None,
         )
 
     def _rows(self, names: Sequence[str]) -> list[tuple[str, int]]:

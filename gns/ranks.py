@@ -81,7 +81,7 @@ class Ranks:
     """
 
     def __init__(self, what: str):
-        self.size = distributed.get_world_size()
+        self.size, self.rank = distributed.get_world_size(), distributed.get_rank()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         meet = _Meeting(_default_store(), distributed.get_rank(), self.size, what)
         # the thread knows the queue and the meeting only, so that a forgotten monitor ends it
@@ -90,14 +90,18 @@ class Ranks:
         thread.start()
         self._end = weakref.finalize(self, self._queue.put, None)
 
-    def send(self, make: Callable[[], np.ndarray]) -> Reply:
+    def send(
+        self, make: Callable[[], np.ndarray], then: Callable[[np.ndarray], np.ndarray | None] | None = None
+    ) -> Reply:
         """Add up a vector over all ranks; every rank must send as many, of the same length.
 
         Args:
             make: gives the vector; called on the thread, so it may wait for a device.
+            then: from the sum, which is the same on all ranks, to a second vector to be added up; the reply
+                holds both in a row. None, or where it gives None: there is no second.
         """
         reply = Reply()
-        self._queue.put((make, reply))
+        self._queue.put((make, then, reply))
         return reply
 
     def close(self) -> None:
@@ -124,20 +128,27 @@ def _serve(requests: queue.SimpleQueue, meet: _Meeting) -> None:
     group: Any = None
     error: Exception | None = None
     while (request := requests.get()) is not None:
-        make, reply = request
+        make, then, reply = request
         try:
             if error is not None:
                 raise error
-            vector = torch.from_numpy(np.ascontiguousarray(make(), dtype=np.float64))
+            first = make()
             group = meet() if group is None else group
-            group.allreduce([vector]).wait(datetime.timedelta(seconds=REPLY_SECONDS))
-            reply.give(vector.numpy())
+            total = _summed(group, first)
+            second = then(total) if then is not None else None
+            reply.give(total if second is None else np.concatenate([total, _summed(group, second)]))
         except Exception as caught:
             error = caught.with_traceback(None)
             reply.give(None, error)
-        del request, make, reply  # they hold the model
+        del request, make, then, reply  # they hold the model
     del group
     _serving.pop(threading.current_thread(), None)
+
+
+def _summed(group: Any, values: np.ndarray) -> np.ndarray:
+    vector = torch.from_numpy(np.array(values, dtype=np.float64))
+    group.allreduce([vector]).wait(datetime.timedelta(seconds=REPLY_SECONDS))
+    return vector.numpy()
 
 
 class _Meeting:

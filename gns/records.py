@@ -11,6 +11,7 @@ from typing import Any
 from gns._version import __version__
 from gns.coverage import Coverage
 from gns.estimate import Estimate, estimate
+from gns.probefile import PROBE, read_probe
 from gns.stepsfile import (
     STEPS,
     VERSION,
@@ -153,7 +154,7 @@ def read_summary(folder: str | Path) -> Summary:
 
 
 def load(folder: str | Path) -> Estimate:
-    """Give back what `monitor.report(folder)` wrote, computed anew from its steps.
+    """Give back what `monitor.report(folder)` wrote, computed anew from its steps; a `gns probe` as it was.
 
     Args:
         folder: of the run.
@@ -166,6 +167,8 @@ def load(folder: str | Path) -> Estimate:
         RecordsError: a file there is truncated, malformed or foreign; its `.steps` are the good records.
     """
     folder = Path(folder)
+    if (folder / PROBE).is_file():
+        return read_probe(folder)
     if not (folder / STEPS).is_file():
         seen = f"holds no {STEPS}" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(f"{folder} {seen}; a folder that monitor.report(folder) wrote is needed")

@@ -1,4 +1,4 @@
-"""What is kept of per-example gradient blocks: their squared norms, or their sum.
+"""What is kept of per-example gradient blocks: their squared norms in a metric, or their sum.
 
 Each reducer takes a rule with its arguments, so that the examples of a large layer can be worked off in
 chunks, and so that a rule's cheaper form can stand in for the blocks.
@@ -6,13 +6,12 @@ chunks, and so that a rule's cheaper form can stand in for the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
+from gns.metrics import of_blocks
 from gns.rules import Rule
-from gns.rules.base import added, parameter_of
+from gns.rules.base import added, joined, parameter_of
 
 MAX_BYTES = 256 * 2**20  # of blocks alive at once: a full 4096 × 4096 weight is 64 MiB an example
 
@@ -22,10 +21,16 @@ def blocks(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) 
     return rule.blocks(layer, x, _scaled(rule, dy), parameter)
 
 
-def sum_sq_norms(
-    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int = MAX_BYTES
+def sq_norms(
+    rule: Rule,
+    layer: nn.Module,
+    x: Tensor,
+    dy: Tensor,
+    parameter: str,
+    limit: int = MAX_BYTES,
+    root: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the examples' squared gradient norms, Σ_b ‖c_b‖².
+    """Squared norm of each example's gradient, ‖c_b‖².
 
     Args:
         rule: of the layer.
@@ -34,20 +39,22 @@ def sum_sq_norms(
         dy: [B, ..., O], gradient of the loss at its output.
         parameter: the parameter's name in the layer.
         limit: bytes of blocks, or of what stands in for them, alive at once; one example may pass it.
+        root: √ of a diagonal metric, of the parameter's shape; blocks are formed then.
 
     Returns:
-        Scalar, float32 or float64, in (loss / parameter)².
+        [B], float32 or float64, in (loss / parameter)²; with a root [B, 2], in that metric too.
     """
     dy = _scaled(rule, dy)
-    found = rule.sq_norms(layer, x, dy, parameter, limit) if rule.sq_norms is not None else None
-    if found is not None:
-        return found
-    return added(
-        [
-            sq_norm(rule.blocks(layer, a, b, parameter))
-            for a, b in _chunks(rule, layer, x, dy, parameter, limit)
-        ]
-    )
+    if root is None and rule.sq_norms is not None:
+        found = rule.sq_norms(layer, x, dy, parameter, limit)
+        if found is not None:
+            return found
+    limit = limit if root is None else limit // 2  # beside the blocks stand the weighed ones
+    size = _chunk(rule, layer, x, dy, parameter, limit)
+    if len(dy) <= size:
+        return of_blocks(rule.blocks(layer, x, dy, parameter), root)
+    chunks = zip(x.split(size), dy.split(size), strict=True)
+    return joined([of_blocks(rule.blocks(layer, a, b, parameter), root) for a, b in chunks])
 
 
 def sum_of_blocks(
@@ -69,14 +76,9 @@ def sum_of_blocks(
     dy = _scaled(rule, dy)
     if rule.total is not None:
         return rule.total(layer, x, dy, parameter)
-    return added(
-        [rule.blocks(layer, a, b, parameter).sum(0) for a, b in _chunks(rule, layer, x, dy, parameter, limit)]
-    )
-
-
-def sq_norm(block: Tensor) -> Tensor:
-    """Squared norm of all entries, scalar; summed pairwise, in the block's own float32 or float64."""
-    return block.square().sum()
+    size = _chunk(rule, layer, x, dy, parameter, limit)
+    chunks = zip(x.split(size), dy.split(size), strict=True)
+    return added([rule.blocks(layer, a, b, parameter).sum(0) for a, b in chunks])
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:
@@ -85,9 +87,7 @@ def _scaled(rule: Rule, dy: Tensor) -> Tensor:
     return (dy if dy.dtype is torch.float64 else dy.float()) * rule.scale
 
 
-def _chunks(
-    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunk(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> int:
+    """How many examples' blocks may be alive at once; at least one."""
     floats = parameter_of(layer, parameter).numel() + (rule.floats(x, dy) if rule.floats else 0)
-    size = max(1, limit // (4 * max(1, floats)))
-    return zip(x.split(size), dy.split(size), strict=True)
+    return max(1, limit // (4 * max(1, floats)))

@@ -8,9 +8,10 @@ and compiled regions. The gradient of the output goes on unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gns import reducers
 from gns.gather import Gather, sum_dtype
+from gns.metrics import of_blocks
 from gns.placement import Placement, Segments
 from gns.reasons import IN_PLACE, WRONG_SHAPE
 from gns.rules import Rule
@@ -25,6 +27,9 @@ from gns.rules.base import added, parameter_of
 
 if TYPE_CHECKING:
     from gns.collect import Collector
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class Tap:
@@ -51,8 +56,15 @@ class Tap:
     ):
         self.name, self.module, self.rule, self.parameters = name, module, rule, parameters
         self.limit, self.shareable = limit, shareable
+        self.needing = frozenset(p for p in parameters if rule.keeps_input_for(p))  # blocks depend on x
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
+        self.roots: dict[
+            str, Tensor
+        ] = {}  # parameter → √ of the metric, of this step, where it weighs entries
+        self.weighed: Tensor | None = None  # leaf of the sums in that metric
+        self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
+        self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
         self.on_leaf: Callable[[Tensor], None] | None = None
         self.on_error: Callable[[Exception], None] | None = None
@@ -82,10 +94,16 @@ class Tap:
         """Name of a parameter in the whole model."""
         return f"{self.name}.{parameter}" if self.name else parameter
 
-    def listen(self, on_leaf: Callable[[Tensor], None] | None) -> None:
-        """Let the collector know, inside backward, that sums are about to reach the leaf."""
+    def listen(self, on_leaf: Callable[[Tensor], None] | None, *, weighs: bool = False) -> None:
+        """Let the collector know, inside backward, that sums are about to reach the leaf.
+
+        Args:
+            on_leaf: what to call then.
+            weighs: whether sums in a metric that weighs entries are collected too.
+        """
         self.on_leaf = on_leaf
         self.leaf = self._new_leaf()
+        self.weighed = self.leaf.detach()[:-1].clone().requires_grad_() if weighs else None
 
     def admits(self, x: Tensor, where: Placement | None) -> bool:
         """Whether a call on x can be tapped; the same answer in a recomputation, whatever has happened."""
@@ -93,27 +111,41 @@ class Tap:
             return x.ndim >= (1 if self.rule.ids else 2) and not self.gathers
         return where.misfit is None or (bool(x.ndim >= 2 or self.rule.ids) and not self.gathers)
 
-    def sum_sq_norms(self, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
-        """Σᵢ ‖cᵢ‖² over the examples of a call, []."""
+    def sq_norms(
+        self, x: Tensor, dy: Tensor, parameter: str, where: Placement, root: Tensor | None = None
+    ) -> Tensor:
+        """‖cᵢ‖² of the examples of a call (or its rows), [n]; with a root [n, 2], in that metric too."""
+        if where.plain:
+            return reducers.sq_norms(self.rule, self.module, x, dy, parameter, self.limit, root)
         if where.segments is not None and not self.rule.tokenwise:
-            return self._joined(x, dy, parameter, where.segments)
-        found = [
-            reducers.sum_sq_norms(self.rule, self.module, a, b, parameter, self.limit)
-            for a, b, _ in where.parts(self.rule, x, dy)
-        ]
-        return added(found or [dy.new_zeros(())])
+            found = self._joined(x, dy, parameter, where.segments, root)
+        else:
+            found = (
+                (reducers.sq_norms(self.rule, self.module, a, b, parameter, self.limit, root), examples)
+                for a, b, examples in where.parts(self.rule, x, dy)
+            )
+        return where.per_example(found, dy.new_zeros(0) if root is None else dy.new_zeros(0, 2))
 
-    def _joined(self, x: Tensor, dy: Tensor, parameter: str, segments: Segments) -> Tensor:
-        """Σᵢ ‖cᵢ‖² of a rule that does not add over positions: an example's rows are added, then squared."""
-        found = dy.new_zeros((), dtype=sum_dtype(dy.dtype))
-        for a, b, _ in segments.parts(x, dy):
+    def _joined(
+        self, x: Tensor, dy: Tensor, parameter: str, segments: Segments, root: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ‖cᵢ‖² of a rule that does not add over positions: its rows are added, then squared."""
+        for a, b, examples in segments.parts(x, dy):
             rows = b.shape[1]
             size = max(1, self.limit // (4 * rows * self.parameter(parameter).numel()))
-            for xs, dys in zip(a.split(size), b.split(size), strict=True):
+            for xs, dys, at in zip(a.split(size), b.split(size), examples.split(size), strict=True):
                 xs, dys = xs.flatten(0, 1), dys.flatten(0, 1)
                 blocks = reducers.blocks(self.rule, self.module, xs, dys, parameter)
-                found = found + reducers.sq_norm(blocks.unflatten(0, (-1, rows)).sum(1))
-        return found
+                yield of_blocks(blocks.unflatten(0, (-1, rows)).sum(1), root), at
+
+    def count(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Give a number of rows as a scalar on the device, made once as long as it stays the same."""
+        if torch.compiler.is_compiling():
+            return torch.full((), rows, dtype=dtype, device=device)
+        known = self._counted
+        if known is None or known[0] != rows or known[1].dtype != dtype or known[1].device != device:
+            known = self._counted = (rows, torch.full((), rows, dtype=dtype, device=device))
+        return known[1]
 
     def sites(self, x: Tensor, where: Placement) -> tuple[Tensor, ...]:
         """Give what gathered parameters return their parts to."""
@@ -132,6 +164,8 @@ class Tap:
         """Move the leaf to where the layer is now."""
         if self.leaf.device != self.parameter(self.parameters[0]).device:
             self.leaf = self._new_leaf()
+            if self.weighed is not None:
+                self.weighed = self.leaf.detach()[:-1].clone().requires_grad_()
 
     def read(self) -> Tensor:
         """Give what was collected: [P + 1], sums of squared norms and rows seen."""
@@ -144,6 +178,16 @@ class Tap:
         ]
         return torch.stack([*parts, sums[-1]])
 
+    def read_weighed(self) -> Tensor:
+        """Give what was collected in the metric: [P], sums of squared norms."""
+        assert self.weighed is not None
+        found = self.weighed.grad
+        sums = torch.zeros_like(self.weighed).detach() if found is None else found.detach()
+        parts = [
+            self.gathers[p].read(1) if p in self.gathers else sums[i] for i, p in enumerate(self.parameters)
+        ]
+        return torch.stack(parts) if self.gathers else sums
+
     def close_checks(self) -> None:
         """Stop collecting Σᵢcᵢ and free it."""
         self.checks = {}
@@ -151,6 +195,8 @@ class Tap:
     def drop(self) -> None:
         """Forget what was collected."""
         self.leaf.grad = None
+        if self.weighed is not None:
+            self.weighed.grad = None
         for gather in self.gathers.values():
             gather.leaf.grad = None
         for check in self.checks.values():
@@ -168,22 +214,27 @@ class _TapFunction(torch.autograd.Function):
         tap: Tap,
         live: tuple[str, ...],
         where: Placement | None,
+        each: Tensor | None,
+        weighed: Tensor | None,
         leaf: Tensor,
         *extra: Tensor,
     ) -> Tensor:
-        if any(tap.rule.keeps_input_for(p) for p in live):  # else the layer itself does not keep x either
+        if not tap.needing.isdisjoint(live):  # else the layer itself does not keep x either
             ctx.save_for_backward(x)
         ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
-        ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
-        ctx.checked, ctx.alone = tuple(tap.checks), out.shape
-        ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
+        ctx.gathered, ctx.checked, ctx.alone = (), tuple(tap.checks), out.shape
+        ctx.weighs = weighed is not None
+        if tap.gathers:
+            ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
+        if tap.checks:
+            ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
         seen = out.detach()  # neither a view nor the input itself: users change outputs in place
         return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         onward = dy.sum(0, keepdim=True) if dy.shape != ctx.alone else dy  # as the addition itself would
-        none = (onward, *[None] * (5 + ctx.n_extra))
+        none = (onward, *[None] * (7 + ctx.n_extra))
         try:
             saved = ctx.saved_tensors  # to be asked for once only: checkpointing recomputes on demand
         except RuntimeError as error:
@@ -204,7 +255,7 @@ class _TapFunction(torch.autograd.Function):
 
 
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a tap's leaves: [P + 1] (sums of squared norms, rows), then carriers, then check sums."""
+    """Gradients of a tap's leaves: those of `_sums`, then carriers, then check sums."""
     tap, where = ctx.tap, ctx.where
     if where is None:
         where = Placement(dy.shape[0])
@@ -213,25 +264,59 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
     rule, layer = tap.rule, tap.module
     if where.shared_by:
         x = x.expand(where.shared_by, *x.shape[1:])
-    with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-        seen = dy.shape[0] if where.misfit else where.n
-        rows = torch.full((), seen, dtype=ctx.dtype, device=dy.device)
-        carried = [
-            part
-            for p, gather, noted in ctx.gathered
-            for part in gather.contribute(rule, layer, x, dy, p, where, noted)
-        ]
-        summed = [p for p in ctx.live if all(p != q for q, _, _ in ctx.gathered)]
-        sums = [
-            tap.sum_sq_norms(x, dy, p, where).to(ctx.dtype) if p in summed else torch.zeros_like(rows)
-            for p in tap.parameters
-        ]
-        totals = [_total(tap, x, dy, p, where) for p in ctx.checked]
-        wrong = [p for p, total in zip(ctx.checked, totals, strict=True) if total.shape != ctx.shapes[p]]
-        if wrong:  # the rule does not fit: autograd would raise in the user's backward
-            tap.misplaced(Placement(0, misfit=WRONG_SHAPE))
-            totals = [None if p in wrong else total for p, total in zip(ctx.checked, totals, strict=True)]
-        return torch.stack([*sums, rows]), *carried, *totals
+    with _plainly(dy.device.type):
+        carried = []
+        for p, gather, noted in ctx.gathered:
+            carried += gather.contribute(rule, layer, x, dy, p, where, noted)
+        sums = _sums(ctx, x, dy, where)
+        totals = _checked(ctx, x, dy, where) if ctx.checked else ()
+        return *sums, *carried, *totals
+
+
+def _sums(
+    ctx: Any, x: Tensor, dy: Tensor, where: Placement
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Squared norms, as gradients of three leaves.
+
+    For the call ‖cᵢ‖² [n] over the parameters, in the metric where it weighs entries; for the tap the sums
+    over the examples, [P] in such a metric, and [P + 1] as they are with the number of rows.
+    """
+    tap = ctx.tap
+    roots = {} if torch.compiler.is_compiling() else tap.roots
+    rows = tap.count(dy.shape[0] if where.misfit else where.n, ctx.dtype, dy.device)
+    gathered = {p for p, _, _ in ctx.gathered}
+    alone = [p for p in ctx.live if p not in gathered]
+    norms = {p: tap.sq_norms(x, dy, p, where, roots.get(p)).to(ctx.dtype) for p in alone}
+    weighed = {p: both[:, 1] for p, both in norms.items() if p in roots}
+    norms = {p: found[:, 0] if p in roots else found for p, found in norms.items()}
+    of_metric = weighed if ctx.weighs else norms
+    counted = [found for p, found in of_metric.items() if p not in tap.left_out]
+    each = functools.reduce(torch.add, counted) if counted and where.each is not None else None
+    zero = torch.zeros_like(rows) if len(of_metric) < len(tap.parameters) else rows
+    sums = [norms[p].sum() if p in norms else zero for p in tap.parameters]
+    in_metric = [weighed[p].sum() if p in weighed else zero for p in tap.parameters if ctx.weighs]
+    return each, torch.stack(in_metric) if ctx.weighs else None, torch.stack([*sums, rows])
+
+
+def _checked(ctx: Any, x: Tensor, dy: Tensor, where: Placement) -> list[Tensor | None]:
+    """Σᵢ cᵢ of the parameters of the self-check; None where the rule does not fit."""
+    tap = ctx.tap
+    totals: list[Tensor | None] = [_total(tap, x, dy, p, where) for p in ctx.checked]
+    for i, p in enumerate(ctx.checked):
+        if (total := totals[i]) is not None and total.shape != ctx.shapes[p]:
+            tap.misplaced(Placement(0, misfit=WRONG_SHAPE))  # autograd would raise in the user's backward
+            totals[i] = None
+    return totals
+
+
+def _plainly(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Keep graphs and autocast out of our arithmetic; as a rule neither is on in backward."""
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
+        return _AS_IT_IS
+    off = contextlib.ExitStack()
+    off.enter_context(torch.no_grad())
+    off.enter_context(torch.autocast(device, enabled=False))
+    return off
 
 
 def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
@@ -308,7 +393,9 @@ class OutputHook(_Hook):
             return None
         sites = () if where is None else tap.sites(x, where)
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
-        return _TapFunction.apply(out, x, tap, live, where, tap.leaf, *sites, *tap.checks.values())
+        each = None if where is None else where.each
+        leaves = each, None if compiling else tap.weighed, tap.leaf
+        return _TapFunction.apply(out, x, tap, live, where, *leaves, *sites, *tap.checks.values())
 
 
 class RootInput(_Hook):

@@ -33,8 +33,8 @@ class Rule:
             that each example adds to that parameter, in float32 or wider. Linear in dy.
         needs_input: parameters whose blocks depend on x; for the others x may be anything of dy's batch.
         total: blocks summed over the examples, where that is cheaper than forming them.
-        sq_norms: the same arguments and a bound in bytes → [], Σ_b ‖c_b‖² without forming blocks, or None
-            where blocks are the better way.
+        sq_norms: the same arguments and a bound in bytes → [B], ‖c_b‖² without forming blocks, or None where
+            blocks are the better way.
         floats: (x, dy) → floats an example that `blocks` holds besides its result.
         capture: (layer, args, kwargs, output) → what the tap keeps as x; None where the call cannot be read.
         autocast: whether autocast casts the layer's input to its low precision.
@@ -127,6 +127,11 @@ def added(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Put the results of one chunk of examples or more in a row, [B]."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def wide(x: Tensor) -> Tensor:
     """Give x in float32 or wider."""
     return x if x.dtype is torch.float64 else x.float()
@@ -138,6 +143,9 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
     Raises:
         AttributeError: there is none.
     """
+    found = module._parameters.get(name)  # the usual case, asked several times a layer and step
+    if found is not None:
+        return found
     *path, last = name.split(".")
     for part in path:
         found = module._modules.get(part)

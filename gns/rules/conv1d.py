@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from gns.rules.base import Rule, register
-from gns.rules.linear import as_sequences, linear_blocks, linear_sum_sq_norms, linear_total, multiplies
+from gns.rules.linear import (
+    as_sequences,
+    linear_blocks,
+    linear_sq_norms,
+    linear_total,
+    multiplies,
+    wide_bmm,
+)
 
 
 def conv1d_blocks(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
@@ -31,7 +37,7 @@ def conv1d_blocks(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) -> Te
     Slow twin: tests/reference/per_example.py
     """
     if parameter == "weight":
-        return torch.bmm(as_sequences(x).mT, as_sequences(dy))
+        return wide_bmm(as_sequences(x).mT, as_sequences(dy))
     return linear_blocks(layer, x, dy, parameter)
 
 
@@ -47,7 +53,7 @@ CONV1D = Rule(
     conv1d_blocks,
     needs_input=("weight",),
     total=conv1d_total,
-    sq_norms=linear_sum_sq_norms,  # a norm does not see the transposition
+    sq_norms=linear_sq_norms,  # a norm does not see the transposition
     autocast=True,
 )
 

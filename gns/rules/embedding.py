@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gns.rules.base import Rule, added, register, unknown, wide
+from gns.rules.base import Rule, joined, register, unknown, wide
 from gns.rules.probing import close, own_parameters, run
 
 FLOAT = 4  # bytes
@@ -49,12 +49,11 @@ def table_total(ids: Tensor, dy: Tensor, rows: int) -> Tensor:
     return dy.new_zeros(rows, dy.shape[-1]).index_add_(0, ids.flatten(), dy.flatten(0, 1))
 
 
-def table_sum_sq_norms(ids: Tensor, dy: Tensor, limit: int) -> Tensor:
-    """Σ_b ‖C_b‖² of a table from its distinct rows, [], in chunks of at most `limit` bytes."""
+def table_sq_norms(ids: Tensor, dy: Tensor, limit: int) -> Tensor:
+    """‖C_b‖² of a table from its distinct rows, [B], in chunks of at most `limit` bytes."""
     size = max(1, limit // (3 * FLOAT * dy.shape[1:].numel()))
     chunks = zip(ids.split(size), dy.split(size), strict=True)
-    parts = [distinct_rows(i, d).square().sum() for i, d in chunks]
-    return added(parts)
+    return joined([distinct_rows(i, d).square().sum((1, 2)) for i, d in chunks])
 
 
 def _weight_only(parameter: str) -> None:
@@ -91,10 +90,10 @@ def embedding_total(layer: nn.Module, ids: Tensor, dy: Tensor, parameter: str) -
     return table_total(*rows_of(ids, dy, _padding(layer)), _size(layer))
 
 
-def embedding_sum_sq_norms(layer: nn.Module, ids: Tensor, dy: Tensor, parameter: str, limit: int) -> Tensor:
-    """Σ_b ‖C_b‖² from the distinct ids of each example: B·T·D floats instead of B·V·D."""
+def embedding_sq_norms(layer: nn.Module, ids: Tensor, dy: Tensor, parameter: str, limit: int) -> Tensor:
+    """‖C_b‖², [B], from the distinct ids of each example: B·T·D floats instead of B·V·D."""
     _weight_only(parameter)
-    return table_sum_sq_norms(*rows_of(ids, dy, _padding(layer)), limit)
+    return table_sq_norms(*rows_of(ids, dy, _padding(layer)), limit)
 
 
 def _padding(layer: nn.Module) -> int | None:
@@ -111,7 +110,7 @@ EMBEDDING = Rule(
     embedding_blocks,
     needs_input=("weight",),
     total=embedding_total,
-    sq_norms=embedding_sum_sq_norms,
+    sq_norms=embedding_sq_norms,
     ids=True,
 )
 

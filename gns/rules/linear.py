@@ -7,21 +7,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gns.rules.base import Rule, added, exactly, register, unknown, wide
+from gns.rules.base import Rule, added, exactly, joined, register, unknown, wide
 from gns.rules.probing import close, own_parameters, run
 
 FLOAT = 4  # bytes
 
 
 def as_sequences(x: Tensor) -> Tensor:
-    """View [B, ..., F] as [B, T, F], in float32 or wider.
+    """View [B, ..., F] as [B, T, F].
 
     Raises:
         ValueError: there is no batch dimension.
     """
     if x.ndim < 2:
         raise ValueError(f"an activation has shape {tuple(x.shape)}; [B, ..., features] is needed")
-    return wide(x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2))
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
+
+
+def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply [B, N, K] by [B, K, M] into [B, N, M], float32 or wider.
+
+    Products of two 16-bit floats are exact in float32, and on CUDA the matrix units add them up in float32
+    and can hand that out: a wider copy of the activations would gain nothing and cost more than the product.
+    """
+    halves = a.dtype is b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+    if halves and a.is_cuda and not torch.compiler.is_compiling():
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(wide(a), wide(b))
 
 
 def linear_blocks(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
@@ -44,16 +56,17 @@ def linear_blocks(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) -> Te
     Slow twin: tests/reference/per_example.py
     """
     if parameter == "weight":
-        return torch.bmm(as_sequences(dy).mT, as_sequences(x))
+        return wide_bmm(as_sequences(dy).mT, as_sequences(x))
     if parameter == "bias":
-        return as_sequences(dy).sum(1)
+        return wide(as_sequences(dy)).sum(1)
     raise unknown(parameter, "Linear", ("weight", "bias"))
 
 
 def linear_total(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) -> Tensor:
     """Sum of `linear_blocks` over the examples, in one product."""
     if parameter == "weight":
-        return as_sequences(dy).flatten(0, 1).mT @ as_sequences(x).flatten(0, 1)
+        a, b = (as_sequences(t).flatten(0, 1).unsqueeze(0) for t in (dy, x))
+        return wide_bmm(a.mT, b)[0]
     return linear_blocks(layer, x, dy, parameter).sum(0)
 
 
@@ -83,17 +96,17 @@ def linear_sq_norms_gram(x: Tensor, dy: Tensor, limit: int = 2**28) -> Tensor:
     x, dy = as_sequences(x), as_sequences(dy)
     b, t = x.shape[:2]
     if t == 1:
-        return x.square().sum((1, 2)) * dy.square().sum((1, 2))
+        return wide(x).square().sum((1, 2)) * wide(dy).square().sum((1, 2))
     rows = max(1, limit // (2 * FLOAT * max(1, b * t)))
     parts = [
-        (torch.bmm(xs, x.mT) * torch.bmm(dys, dy.mT)).sum((1, 2))
+        (wide_bmm(xs, x.mT) * wide_bmm(dys, dy.mT)).sum((1, 2))
         for xs, dys in zip(x.split(rows, 1), dy.split(rows, 1), strict=True)
     ]
     return added(parts)
 
 
-def linear_sum_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> Tensor | None:
-    """Σ_b ‖C_b‖² of a weight by the cheaper form, in chunks of at most `limit` bytes; None for a bias.
+def linear_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> Tensor | None:
+    """‖C_b‖² of a weight, [B], by the cheaper form in chunks of at most `limit` bytes; None for a bias.
 
     Where one example's I·O product alone would pass the limit, output features are worked off in slices.
     """
@@ -103,20 +116,18 @@ def linear_sum_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str,
         t = x.shape[1:-1].numel()
         size = max(1, limit // (2 * FLOAT * max(1, t * t)))
         chunks = zip(x.split(size), dy.split(size), strict=True)
-        return added([linear_sq_norms_gram(a, b, limit).sum() for a, b in chunks])
+        return joined([linear_sq_norms_gram(a, b, limit) for a, b in chunks])
     i, o = x.shape[-1], dy.shape[-1]
     if FLOAT * i * o <= limit:
         return None
     width = max(1, limit // (FLOAT * i))
-    return added(
-        [
-            torch.bmm(slice_.mT, xs).square().sum()
-            for xs, dys in (
-                (as_sequences(a), as_sequences(b)) for a, b in zip(x.split(1), dy.split(1), strict=True)
-            )
-            for slice_ in dys.split(width, -1)
-        ]
-    )
+    pairs = zip(x.split(1), dy.split(1), strict=True)
+    return joined([_sliced_sq_norm(as_sequences(a), as_sequences(b), width) for a, b in pairs])
+
+
+def _sliced_sq_norm(x: Tensor, dy: Tensor, width: int) -> Tensor:
+    """‖C_b‖² of one example, [1], from products of `width` output features at a time."""
+    return added([wide_bmm(part.mT, x).square().sum((1, 2)) for part in dy.split(width, -1)])
 
 
 LINEAR = Rule(
@@ -125,7 +136,7 @@ LINEAR = Rule(
     linear_blocks,
     needs_input=("weight",),
     total=linear_total,
-    sq_norms=linear_sum_sq_norms,
+    sq_norms=linear_sq_norms,
     autocast=True,
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gns.rules.base import Rule, parameter_of, register, unknown, wide
-from gns.rules.embedding import rows_of, table_blocks, table_sum_sq_norms, table_total
+from gns.rules.embedding import rows_of, table_blocks, table_sq_norms, table_total
 
 _A, _B = "lora_embedding_A", "lora_embedding_B"
 
@@ -72,12 +72,12 @@ def lora_embedding_total(layer: nn.Module, ids: Tensor, dy: Tensor, parameter: s
     return dy.flatten(0, 1).T @ _looked_up(layer, ids, dy, parameter).flatten(0, 1)
 
 
-def lora_embedding_sum_sq_norms(
+def lora_embedding_sq_norms(
     layer: nn.Module, ids: Tensor, dy: Tensor, parameter: str, limit: int
 ) -> Tensor | None:
-    """Σ_b ‖C_b‖² of factor A from the distinct ids of each example; None for factor B, which is small."""
+    """‖C_b‖² of factor A, [B], from the distinct ids of each example; None for factor B, which is small."""
     factor, ids, dy = _read(layer, ids, dy, parameter)
-    return table_sum_sq_norms(ids, dy, limit) if factor == _A else None
+    return table_sq_norms(ids, dy, limit) if factor == _A else None
 
 
 LORA_EMBEDDING = Rule(
@@ -86,7 +86,7 @@ LORA_EMBEDDING = Rule(
     lora_embedding_blocks,
     needs_input=(f"{_A}.*", f"{_B}.*"),
     total=lora_embedding_total,
-    sq_norms=lora_embedding_sum_sq_norms,
+    sq_norms=lora_embedding_sq_norms,
     ids=True,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -152,12 +152,22 @@ class Twin(NamedTuple):
 
     def sums(self, splits: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """([P, 2] (m, q) of each parameter, [n] weights) where each micro-batch divides by its own tokens."""
-        per_call = torch.cat([torch.full((len(t),), float(t.sum())) for t in self.tokens.split(splits)])
-        s = 1 / (len(splits) * per_call.double())
+        s = self.shares(splits)
         n = len(s)
         m = n * (self.products.diagonal(dim1=1, dim2=2) * s.square()).sum(1)
         q = torch.einsum("i,pij,j->p", s, self.products, s)
         return torch.stack([m, q], 1), self.tokens * s
+
+    def shares(self, splits: tuple[int, ...]) -> Tensor:
+        """What each example's summed loss is multiplied by, [n]."""
+        per_call = torch.cat([torch.full((len(t),), float(t.sum())) for t in self.tokens.split(splits)])
+        return 1 / (len(splits) * per_call.double())
+
+    def norms(self, splits: tuple[int, ...], names: Collection[str]) -> Tensor:
+        """‖gᵢ‖² of each example over some parameters, [n]."""
+        rows = [self.names.index(name) for name in names]
+        own = self.products[rows].diagonal(dim1=1, dim2=2).sum(0)
+        return len(own) ** 2 * own * self.shares(splits).square()
 
 
 def twin_of(cell: Cell) -> Twin:

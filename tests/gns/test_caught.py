@@ -256,7 +256,7 @@ def test_the_error_it_stood_down_after_stands_in_the_coverage(monkeypatch):
         raise ArithmeticError("planted")
 
     model = mlp()
-    monkeypatch.setattr(reducers, "sum_sq_norms", broken)
+    monkeypatch.setattr(reducers, "sq_norms", broken)
     with pytest.warns(GNSWarning, match="stands down"), GNSMonitor(model) as monitor:
         go(model, torch.optim.SGD(model.parameters(), lr=0.05), batches(1)[0])
         assert "measuring stopped: ArithmeticError: planted" in str(monitor.coverage())

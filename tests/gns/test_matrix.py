@@ -91,6 +91,17 @@ def check_record(cell, wanted, step, twin):
         check_sums(cell, wanted, step, twin)
 
 
+def check_norms(cell, wanted, step, twin, rtol):
+    """Norms of single examples, or nothing: in compiled layers they cannot be told."""
+    if cell.engine in COMPILED or (step.step == 0 and wanted.left_out and step.mean_fourth is None):
+        assert (step.mean_fourth, step.top_sq_norms) == (None, ())
+        return
+    factor = SCALE**2 if wanted.scaled else 1.0
+    norms = factor * twin.norms(ENGINES[cell.engine].splits, step.layout.names)
+    close(step.mean_fourth, norms.square().mean(), rtol=3 * rtol, what=f"{cell}: Σ‖g‖⁴/n")
+    close(step.top_sq_norms, norms.topk(-(-len(norms) // 10)).values, rtol=3 * rtol, what=f"{cell}: top")
+
+
 def check_sums(cell, wanted, step, twin, wider=1):
     rows, _ = twin.sums(ENGINES[cell.engine].splits)
     rtol = wider * PRECISIONS[cell.precision].rtol
@@ -102,6 +113,7 @@ def check_sums(cell, wanted, step, twin, wider=1):
     low = torch.bfloat16 if rtol > 1e-3 else torch.float32
     what = f"{cell}, step {step.step}: (m, q) of {step.layout.names}"
     close(step.rows, factor * rows, low, rtol=rtol, what=what)
+    check_norms(cell, wanted, step, twin, rtol)
 
 
 @pytest.mark.parametrize("cell", params(covering()))

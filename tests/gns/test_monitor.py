@@ -230,7 +230,7 @@ def test_a_model_with_nothing_to_measure_is_refused(model, message):
         ({"every": 1.5}, "every is 1.5"),
         ({"history": -1}, "history is -1"),
         ({"weights": "none"}, "weights is 'none'; known: 'auto', 'tokens', 'equal'"),
-        ({"metric": "adam"}, "metric is 'adam'; known: 'euclidean'"),
+        ({"metric": "l1"}, "metric is 'l1'; known: 'euclidean', 'adam'"),
         ({"on_error": "ignore"}, "on_error is 'ignore'"),
         ({"max_bytes": 0}, "max_bytes is 0; a whole number of bytes"),
         ({"curvature_every": 5}, "curvature_every is 5"),
@@ -402,7 +402,7 @@ def test_an_error_of_ours_never_reaches_the_loop(monkeypatch):
     with pytest.warns(GNSWarning, match="stands down.*planted") as seen:
         with GNSMonitor(model) as monitor:
             run(model, monitor, batches(2))
-            monkeypatch.setattr(reducers, "sum_sq_norms", broken)
+            monkeypatch.setattr(reducers, "sq_norms", broken)
             run(model, monitor, batches(2))
     assert len(seen) == 1
     assert len(monitor.history) == 2

@@ -15,12 +15,13 @@ from gns.projections import K
 from gns.ranks import Refused
 from gns.readings import Readings, empty
 from gns.reasons import APART, IDLE_RANK, LEFTOVER, NO_FACTOR, REASON_ELSEWHERE
+from gns.spread import Spread
 from tests.reference.tolerances import close
 
 
 class FakeRanks:
     def __init__(self, what):
-        self.size, self.what = 2, what
+        self.size, self.rank, self.what = 2, 0, what
 
 
 @pytest.fixture
@@ -54,6 +55,41 @@ def test_sums_add_and_are_scaled_by_the_factor_that_was_found(pool):
     close([*found.s, *found.q], [1.0, 1.75, 4.0, 9.0])
     close(list(found.mismatch.values()), [0.0, 0.0])
     assert found.totals == (10.0, 2.0, 1.0)
+
+
+def joined(pool, *owns):
+    """What the thread of each rank makes of both exchanges."""
+    first, second = total(pool, *owns), []
+    for rank, own in enumerate(owns):
+        pool._ranks.rank = rank
+        second.append(pool._largest(first, own))
+    return first if second[0] is None else np.concatenate([first, sum(second)])
+
+
+def of_examples(sq_norms, **more):
+    return readings([sum(sq_norms), 0.0], n=len(sq_norms), spread=Spread.of(np.array(sq_norms)), **more)
+
+
+def test_norms_of_single_examples_are_merged_whatever_rank_has_the_largest(pool):
+    owns = [Own(0, of_examples([1.0, 2, 3])), Own(0, of_examples([*map(float, range(4, 13)), 50.0, 40.0]))]
+    pool.factor = 0.5
+    spread = pool.conclude(joined(pool, *owns), owns[0]).spread
+    each = np.array([1, 2, 3, *range(4, 13), 50, 40]) / 4  # ‖cᵢ‖² of c as the optimizer sees it
+    close([spread.total, spread.fourth], [each.sum(), (each**2).sum()])
+    close(spread.fields(14)["top_sq_norms"], 14**2 * np.array([12.5, 10.0]))
+
+
+def test_norms_that_one_rank_does_not_know_are_not_known(pool):
+    owns = [Own(0, of_examples([1.0, 2, 3])), Own(0, readings([1.0, 2.0]))]
+    assert pool._largest(total(pool, *owns), owns[0]) is None
+    assert pool.conclude(joined(pool, *owns), owns[0]).spread is None
+
+
+def test_beyond_a_bound_only_the_sums_of_norms_are_exchanged(pool, monkeypatch):
+    owns = [Own(0, of_examples([1.0] * 20)), Own(0, of_examples([2.0] * 20))]
+    monkeypatch.setattr(pooling, "MOST_LARGEST", 7)  # ranks · ⌈n/10⌉ is 8
+    spread = pool.conclude(joined(pool, *owns), owns[0]).spread
+    assert spread.total == 15.0 and spread.fields(40)["top_sq_norms"] == ()
 
 
 def test_a_step_before_the_factor_is_known_has_no_estimate(pool):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gns import reducers
+from gns.metrics import of_blocks
 from gns.rules import LINEAR
 from tests.reference.tolerances import close
 
@@ -31,8 +32,8 @@ def test_chunks_add_up(activations, limit, parameter):
     slow = replace(LINEAR, total=None, sq_norms=None)
     close(reducers.sum_of_blocks(slow, LAYER, x, dy, parameter, limit), blocks.sum(0), what="Σc, by blocks")
     for rule in (LINEAR, slow):
-        found = reducers.sum_sq_norms(rule, LAYER, x, dy, parameter, limit)
-        close(found, blocks.square().sum(), what="Σ‖c‖²")
+        found = reducers.sq_norms(rule, LAYER, x, dy, parameter, limit)
+        close(found, blocks.flatten(1).square().sum(1), what="‖c‖²")
 
 
 def test_a_chunk_never_holds_more_than_the_limit(activations):
@@ -41,7 +42,7 @@ def test_a_chunk_never_holds_more_than_the_limit(activations):
     seen = replace(
         LINEAR, sq_norms=None, blocks=lambda m, a, b, p: sizes.append(len(a)) or LINEAR.blocks(m, a, b, p)
     )
-    reducers.sum_sq_norms(seen, LAYER, x, dy, "weight", 4 * 2 * 16 * 12)
+    reducers.sq_norms(seen, LAYER, x, dy, "weight", 4 * 2 * 16 * 12)
     assert sizes == [2, 2, 2, 1]
 
 
@@ -53,17 +54,15 @@ def test_linear_products_stay_below_the_limit(monkeypatch, t, i, o, limit):
         torch, "bmm", lambda a, b: sizes.append(4 * a.shape[0] * a.shape[1] * b.shape[2]) or product(a, b)
     )
     x, dy = torch.randn(3, t, i), torch.randn(3, t, o)
-    found = reducers.sum_sq_norms(LINEAR, nn.Linear(i, o), x, dy, "weight", limit)
+    found = reducers.sq_norms(LINEAR, nn.Linear(i, o), x, dy, "weight", limit)
     assert max(sizes) <= max(limit, 4 * t, 4 * i)  # at least one position, or one output feature, at a time
-    close(found, (dy.double().mT @ x.double()).square().sum(), torch.float32)
+    close(found, (dy.double().mT @ x.double()).square().sum((1, 2)), torch.float32)
 
 
 def test_one_example_larger_than_the_limit_is_still_measured():
     slow = replace(LINEAR, sq_norms=None)
-    found = reducers.sum_sq_norms(
-        slow, nn.Linear(3, 4), torch.ones(2, 9, 3), torch.ones(2, 9, 4), "weight", 1
-    )
-    assert float(found) == 2 * 12 * 81
+    found = reducers.sq_norms(slow, nn.Linear(3, 4), torch.ones(2, 9, 3), torch.ones(2, 9, 4), "weight", 1)
+    assert found.tolist() == [12 * 81, 12 * 81]
 
 
 def test_a_scaled_rule_scales_blocks_sums_and_norms(activations):
@@ -72,18 +71,19 @@ def test_a_scaled_rule_scales_blocks_sums_and_norms(activations):
     c = LINEAR.blocks(LAYER, x, dy, "weight")
     close(reducers.blocks(twice, LAYER, x, dy, "weight"), 2 * c)
     close(reducers.sum_of_blocks(twice, LAYER, x, dy, "weight"), 2 * c.sum(0))
-    close(reducers.sum_sq_norms(twice, LAYER, x, dy, "weight"), 4 * c.square().sum())
+    close(reducers.sq_norms(twice, LAYER, x, dy, "weight"), 4 * c.square().sum((1, 2)))
 
 
 def test_large_float32_sums_keep_their_digits():
     # 3 million equal squares: a running float32 sum is 10⁻⁴ off, a pairwise one is not
-    block = torch.full((3_000_000,), 0.1)
-    close(reducers.sq_norm(block), block.double().square().sum(), torch.float32, rtol=1e-6)
+    blocks = torch.full((2, 1_500, 1_000), 0.1)
+    close(of_blocks(blocks), blocks.double().square().sum((1, 2)), torch.float32, rtol=1e-6)
+    assert of_blocks(torch.tensor([2.0, 3.0])).tolist() == [4, 9], "blocks of a single number"
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=["no example", "no token"])
 @pytest.mark.parametrize("parameter", ["weight", "bias"])
 def test_nothing_adds_nothing(shape, parameter):
     x, dy = torch.ones(shape), torch.ones(shape)
-    assert float(reducers.sum_sq_norms(LINEAR, nn.Linear(4, 4), x, dy, parameter)) == 0
+    assert reducers.sq_norms(LINEAR, nn.Linear(4, 4), x, dy, parameter).tolist() == [0] * shape[0]
     assert not reducers.sum_of_blocks(LINEAR, nn.Linear(4, 4), x, dy, parameter).any()

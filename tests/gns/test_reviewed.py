@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gns.examples import row_map
 from gns.monitor import GNSMonitor, GNSWarning
-from gns.placement import Segments
+from gns.placement import Placement, Segments
 from gns.rules import rule_for
 from gns.segments import packed
 from gns.taps import Tap
@@ -300,8 +300,9 @@ def test_rows_of_an_example_are_joined_below_the_bound_on_memory(limit):
     x, dy = torch.randn(6, 2, 5, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64)
     ids = np.array([0, 1, 0, 2, 1, 0])
     blocks = tap.rule.blocks(layer, x, dy, "weight")
-    wanted = sum(blocks[ids == i].sum(0).square().sum() for i in range(3))
-    close(tap._joined(x, dy, "weight", Segments(ids, torch.device("cpu"))), wanted)
+    wanted = torch.stack([blocks[ids == i].sum(0).square().sum() for i in range(3)])
+    where = Placement(3, Segments(ids, torch.device("cpu")))
+    close(tap.sq_norms(x, dy, "weight", where), wanted)
 
 
 # engines

@@ -142,7 +142,7 @@ def test_floats_besides_the_blocks_count_towards_the_limit():
         floats=lambda x, dy: 24,
         blocks=lambda m, a, b, p: sizes.append(len(a)) or LINEAR.blocks(m, a, b, p),
     )
-    reducers.sum_sq_norms(rule, layer, x, x, "bias", 4 * 2 * (12 + 24))
+    reducers.sq_norms(rule, layer, x, x, "bias", 4 * 2 * (12 + 24))
     assert sizes == [2, 2, 2, 1]
 
 
@@ -288,6 +288,8 @@ def test_checkpointing_forbids_the_cache_in_training_only():
 
 # which call a layer is in
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def tap():
@@ -309,14 +311,17 @@ def test_two_calls_run_backward_at_once_are_told_apart_only_by_rows(tap, groups,
     calls, rows = calls_of(*groups)
     calls.end()
     running = [Call(each) for each in rows]
-    assert calls.place(tap, torch.ones(4, 3), running, in_backward=True).ambiguous is ambiguous
+    where = calls.place(tap, torch.ones(4, 3), CPU, running, in_backward=True)
+    assert where.ambiguous is ambiguous and where.each is None
+    alone = calls.place(tap, torch.ones(4, 3), CPU, running[:1], in_backward=True)
+    assert alone.each is running[0].each(CPU, torch.float32) and not alone.ambiguous
 
 
 def test_a_recomputation_of_unknown_origin_belongs_to_the_latest_call(tap):
     calls, _ = calls_of([0, 1, 2, 3], [0, 0, 1, 1])
     calls.end()
-    assert calls.place(tap, torch.ones(4, 3), [], in_backward=True).n == 2
-    assert calls.place(tap, torch.ones(4, 3), [], in_backward=False) is None
+    assert calls.place(tap, torch.ones(4, 3), CPU, [], in_backward=True).n == 2
+    assert calls.place(tap, torch.ones(4, 3), CPU, [], in_backward=False) is None
 
 
 def test_the_second_use_of_a_layer_in_a_call_is_told(tap):

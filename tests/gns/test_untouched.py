@@ -188,7 +188,7 @@ def test_standing_down_in_the_middle_of_a_step_leaves_the_training_alone(
             raise ArithmeticError("planted")
         return original(*args)
 
-    place, name = (reducers, "sum_sq_norms") if where == "backward" else (Tap, "follow_device")
+    place, name = (reducers, "sq_norms") if where == "backward" else (Tap, "follow_device")
     original = getattr(place, name)
     monkeypatch.setattr(place, name, after_a_while)
     with pytest.warns(GNSWarning, match="stands down.*planted") as seen, GNSMonitor(model):

@@ -80,7 +80,7 @@ def accepted(x: np.ndarray, y: np.ndarray, theta: float, level: float) -> bool:
 
 
 def by_differences(x: np.ndarray, y: np.ndarray, theta: float) -> tuple[float, float, float]:
-    """(T, H, degrees of freedom) at one θ with the variance of neighbouring steps of D = x − θy, step by step."""
+    """(T, H, degrees of freedom) at one θ, variance by neighbouring steps of D = x − θy, step by step."""
     d = [float(a) - theta * float(b) for a, b in zip(x, y, strict=True)]
     k = len(d)
     gaps = sum((d[i + 1] - d[i]) ** 2 for i in range(k - 1)) / 2
@@ -93,7 +93,7 @@ def by_differences(x: np.ndarray, y: np.ndarray, theta: float) -> tuple[float, f
 
 
 def neighbours_closer(values: np.ndarray, shuffles: int, seed: int) -> float:
-    """Share of random orders in which neighbours' ranks are as close as in the order given: a permutation p."""
+    """Share of random orders in which neighbours' ranks are as close as in the given one: a p-value."""
     ranks = stats.rankdata(values)
     rng = np.random.default_rng(seed)
     orders = rng.permuted(np.tile(ranks, (shuffles, 1)), axis=1)

@@ -57,3 +57,15 @@ def joint(found: Sequence[Gradients], names: Sequence[str] | None = None) -> tup
 def flat(found: Sequence[Gradients]) -> Tensor:
     """[n, all parameters], the rows cᵢ."""
     return torch.stack([torch.cat([g.flatten() for g in c.values()]) for c in found])
+
+
+def norms(found: Sequence[Gradients], names: Sequence[str] | None = None) -> list[float]:
+    """‖gᵢ‖² = n² ‖cᵢ‖² of each example over all parameters, or over some."""
+    chosen = list(found[0]) if names is None else names
+    return [len(found) ** 2 * sum(float((c[k] * c[k]).sum()) for k in chosen) for c in found]
+
+
+def spread(found: Sequence[Gradients], names: Sequence[str] | None = None) -> list[float]:
+    """[(1/n) Σ‖gᵢ‖⁴, the largest ⌈n/10⌉ of ‖gᵢ‖², descending]."""
+    each = sorted(norms(found, names), reverse=True)
+    return [sum(x * x for x in each) / len(each), *each[: (len(each) + 9) // 10]]

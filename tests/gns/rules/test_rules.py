@@ -60,8 +60,9 @@ def check(case, draw, dtype):
         assert blocks.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
         close(blocks, c, dtype, rtol=rtol, what=f"{name} blocks")
         for limit in (1, 700, reducers.MAX_BYTES):
-            found = reducers.sum_sq_norms(rule, case.layer, x, dy, name, limit)
-            close(found, c.square().sum(), dtype, rtol=rtol, what=f"Σ‖c‖² {name}, at most {limit} bytes")
+            found = reducers.sq_norms(rule, case.layer, x, dy, name, limit)
+            each = c.flatten(1).square().sum(1)
+            close(found, each, dtype, rtol=rtol, what=f"‖c‖² {name}, at most {limit} bytes")
         total = reducers.sum_of_blocks(rule, case.layer, x, dy, name)
         assert total.shape == p.shape
         close(total, c.sum(0), dtype, rtol=rtol, what=f"Σc {name}")
@@ -202,17 +203,17 @@ def test_sixteen_bit_activations_are_summed_in_float32(dtype):
     # in 16 bits the sum of 4096 ones stops at 256 (bf16) or the square overflows (fp16)
     x, dy = torch.ones(1, 4096, 1, dtype=dtype), torch.ones(1, 4096, 1, dtype=dtype)
     for name in ("weight", "bias"):
-        assert float(reducers.sum_sq_norms(LINEAR, nn.Linear(1, 1), x, dy, name)) == 4096.0**2
+        assert float(reducers.sq_norms(LINEAR, nn.Linear(1, 1), x, dy, name)) == 4096.0**2
 
 
 def test_bias_gradients_are_summed_over_tokens_before_they_are_squared():
     dy = torch.tensor([[[1.0], [-1.0], [3.0]]])
     x = torch.zeros(1, 3, 2)
-    assert float(reducers.sum_sq_norms(LINEAR, nn.Linear(2, 1), x, dy, "bias")) == 9.0
+    assert float(reducers.sq_norms(LINEAR, nn.Linear(2, 1), x, dy, "bias")) == 9.0
     assert float(dy.square().sum()) == 11.0  # the mistake: per-token squares
     both = torch.tensor([[[1.0, 2.0]]])
     assert (
-        float(reducers.sum_sq_norms(LINEAR, nn.Linear(2, 2), x[:, :1], both, "bias")) == 5.0
+        float(reducers.sq_norms(LINEAR, nn.Linear(2, 2), x[:, :1], both, "bias")) == 5.0
     )  # not averaged over outputs: 2.5
 
 
@@ -242,9 +243,9 @@ def test_both_sides_of_the_crossing(monkeypatch, t, gram):
         linear, "linear_sq_norms_gram", lambda *given: used.append(True) or linear_sq_norms_gram(*given)
     )
     x, dy = activations(((t,), 16, 16), torch.float64, 3)
-    got = reducers.sum_sq_norms(LINEAR, nn.Linear(16, 16), x, dy, "weight")
+    got = reducers.sq_norms(LINEAR, nn.Linear(16, 16), x, dy, "weight")
     assert bool(used) is gram
-    close(got, linear_blocks(ANY, x, dy, "weight").square().sum(), what=f"T = {t}")
+    close(got, linear_blocks(ANY, x, dy, "weight").square().sum((1, 2)), what=f"T = {t}")
 
 
 @pytest.mark.parametrize("rank", [8, 16])

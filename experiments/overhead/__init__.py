@@ -1,0 +1,1 @@
+"""What the monitor costs: full training steps with and without it, interleaved, beside its peers."""

@@ -1,0 +1,165 @@
+"""Interleaved timing of arms in one process, and their peak memory. Rows are plain data, one an arm."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.overhead.arms import Arm
+from experiments.overhead.settings import Setting, batches, build
+
+WARM = 9  # steps an arm before the clock: the monitor's first round of self-checks ends in them
+PACKAGES = ("torch", "transformers", "peft", "opacus", "backpack-for-pytorch")
+
+
+def machine() -> dict[str, Any]:
+    """Say what this ran on: hardware, versions, commit."""
+    cuda = torch.cuda.is_available()
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": os.environ.get("GNS_COMMIT") or _commit(),
+    }
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _timed(arm: Arm, ids: torch.Tensor) -> tuple[float, int | None]:
+    """Seconds of one step, and on CUDA the peak bytes above what was allocated before it."""
+    cuda = ids.is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    arm.step(ids)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated() if cuda else None
+
+
+def compare(
+    setting: Setting,
+    kinds: Sequence[Callable[..., Arm]],
+    *,
+    device: str,
+    pairs: int = 20,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Time each arm beside the untouched step, A B A B …, and the untouched step beside itself.
+
+    Args:
+        setting: what to measure.
+        kinds: arms to compare with the untouched one.
+        device: "cpu" or "cuda".
+        pairs: timed steps an arm.
+        say: receives a line an arm.
+
+    Returns:
+        One row an arm, the first the untouched step beside a second untouched loop (A/A). An arm that cannot
+        run is a row with its error.
+    """
+    model = build(setting, device)
+    data = batches(setting, device)
+    base = _warmed(Arm(setting, model), data)
+    rows = []
+    for kind in (Arm, *kinds):
+        row = {"setting": setting.row(), "arm": kind.name if kind is not Arm else "untouched (A/A)"}
+        try:
+            row |= _paired(base, kind, setting, model, data, pairs)
+        except Exception as error:  # a peer that cannot do it is a result
+            row |= {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:300]}"}
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        rows.append(row)
+        say(describe(row))
+    return rows
+
+
+def _warmed(arm: Arm, data: Sequence[torch.Tensor]) -> Arm:
+    for i in range(WARM):
+        arm.step(data[i % len(data)])
+    return arm
+
+
+def _paired(
+    base: Arm,
+    kind: Callable[..., Arm],
+    setting: Setting,
+    model: nn.Module,
+    data: Sequence[torch.Tensor],
+    pairs: int,
+) -> dict[str, Any]:
+    arm = _warmed(kind(setting, model), data)
+    try:
+        plain, other, peaks = [], [], ([], [])
+        for i in range(pairs):
+            ids = data[i % len(data)]
+            order = (base, arm) if i % 2 == 0 else (arm, base)
+            for each in order:
+                seconds, peak = _timed(each, ids)
+                (plain if each is base else other).append(seconds)
+                peaks[each is arm].append(peak)
+    finally:
+        arm.close()
+    return {"status": "ok", "untouched_s": plain, "arm_s": other, **_memory(*peaks)}
+
+
+def _memory(plain: list[int | None], other: list[int | None]) -> dict[str, Any]:
+    if None in plain:
+        return {}
+    return {"untouched_peak_bytes": max(plain), "arm_peak_bytes": max(other)}  # type: ignore[type-var]
+
+
+def ratio(row: dict[str, Any]) -> tuple[float, float, float]:
+    """Median of the paired ratios arm/untouched, with their quartiles."""
+    ratios = [b / a for a, b in zip(row["untouched_s"], row["arm_s"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Say a row in one line."""
+    start = f"{row['setting']['name']}: {row['arm']}"
+    if row["status"] != "ok":
+        return f"{start}: {row['status']}, {row['error']}"
+    middle, low, high = ratio(row)
+    seconds = statistics.median(row["untouched_s"])
+    memory = ""
+    if "arm_peak_bytes" in row:
+        more = row["arm_peak_bytes"] / row["untouched_peak_bytes"]
+        memory = f"; peak × {more:.4f} of {row['untouched_peak_bytes'] / 2**30:.2f} GiB"
+    return f"{start}: × {middle:.4f} ({low:.4f} … {high:.4f}) of {1e3 * seconds:.1f} ms{memory}"
