@@ -19,8 +19,8 @@ from gns.preparation import FinetuneConfig, prepare_model
 from gns.throughput import Memory, OutOfMemory
 
 SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the free memory that a measurement may use
-# growth seen over growth predicted: the host allocator keeps some freed blocks and returns others, so that up to
-# 1.45 was measured there; CUDA counts whole blocks of 2 or 20 MiB
+# growth seen over growth predicted: the host allocator keeps some freed blocks and returns others (up to 1.45
+# was measured); CUDA counts whole blocks of 2 or 20 MiB
 MARGIN = {"cuda": 1.1, "cpu": 1.5}
 SAMPLE = 0.002  # seconds between two looks at the memory of this process
 CGROUP = Path("/sys/fs/cgroup")
