@@ -1,12 +1,13 @@
-"""Figures of a run. Every one takes steps or results and gives a `Figure`, or None with too little to draw.
+"""Figures of runs. Every one takes steps or results and gives a `Figure`, or None with too little to draw.
 
 Each says its units on its axes and shows intervals, not points alone; each is drawn for light or dark pages.
 """
 
-from gns.report.figures.costs import trade_off
-from gns.report.figures.course import DOTS, EVALUATIONS, Course, course, noise_scale, signal_and_noise
+from gns.report.figures.costs import learning_rates, trade_off
 from gns.report.figures.look import DARK, LIGHT, Theme, png
-from gns.report.figures.parts import factors
+from gns.report.figures.parts import depth, factors, heat_map
+from gns.report.figures.runs import compared
+from gns.report.figures.training import DOTS, EVALUATIONS, Course, course, noise_scale, signal_and_noise
 
 __all__ = [
     "DARK",
@@ -15,8 +16,12 @@ __all__ = [
     "LIGHT",
     "Course",
     "Theme",
+    "compared",
     "course",
+    "depth",
     "factors",
+    "heat_map",
+    "learning_rates",
     "noise_scale",
     "png",
     "signal_and_noise",

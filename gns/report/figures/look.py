@@ -23,11 +23,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from gns.estimate import format_count
 
 P = ParamSpec("P")
-DPI = 160
+DPI, WIDTH = 160, 6.0  # inches; letters stay readable where a phone shrinks the figure to its width
 _SHAPE: Any = {
     "font.family": "DejaVu Sans",
-    "font.size": 11,
+    "font.size": 12,
     "text.usetex": False,
+    "text.parse_math": False,  # names come from outside, and a `$` would start a formula
     "axes.unicode_minus": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,8 +36,8 @@ _SHAPE: Any = {
     "axes.axisbelow": True,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "legend.fontsize": 10,
-    "axes.titlesize": 11,
+    "legend.fontsize": 11,
+    "axes.titlesize": 12,
     "axes.titlelocation": "left",
 }
 
@@ -69,6 +70,8 @@ class Theme:
     def settings(self) -> Any:
         """Give the settings of matplotlib that make this look."""
         return _SHAPE | {
+            "text.color": self.ink,
+            "axes.titlecolor": self.ink,
             "axes.edgecolor": self.grey,
             "axes.labelcolor": self.ink,
             "xtick.color": self.ink,
@@ -89,7 +92,11 @@ def png(figure: Figure, theme: Theme = LIGHT) -> bytes:
     buffer = io.BytesIO()
     with matplotlib.rc_context(theme.settings):  # ticks are made while drawing
         canvas = FigureCanvasAgg(figure)
-        figure.draw_without_rendering()  # the first layout does not know the legend's size yet
+        layout = figure.get_layout_engine()
+        if layout is not None:
+            layout.execute(
+                figure
+            )  # the first pass does not know the legend's size yet; drawing makes a second
         canvas.print_png(buffer)
     return buffer.getvalue()
 
@@ -109,13 +116,15 @@ def in_look(draw: Callable[P, Figure | None]) -> Callable[P, Figure | None]:
 
 def canvas(rows: int = 1, height: float = 3.9) -> tuple[Figure, list[Axes]]:
     """Give a figure of rows that share their x axis."""
-    figure = Figure(figsize=(6.8, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(rows, 1, sharex=True)))
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:
-    """Label a logarithmic axis in plain numbers: powers of two, or of ten where there are many."""
-    base = 2 if math.log2(high / low) <= 11 else 10
+    """Label a logarithmic axis in plain numbers: powers of two, or of four or ten where there are many."""
+    doublings = math.log2(high / low)
+    room = 8 if axis.axis_name == "x" else 11  # labels side by side need more of it
+    base = 2 if doublings <= room else 4 if doublings <= 2 * room else 10
     axis.set_major_locator(LogLocator(base=base, numticks=13))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1000 else format_count(x)))
     axis.set_minor_locator(NullLocator())

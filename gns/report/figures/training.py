@@ -95,6 +95,14 @@ def _band(ax: Axes, run: Sequence[tuple[int, Estimate]], colour: str, label: str
     ax.plot(open_at, np.full(len(open_at), top), "^", color=colour, markersize=6, clip_on=False)
 
 
+def _detection_limit(ax: Axes, run: Sequence[tuple[int, Estimate]], theme: Theme) -> None:
+    """Draw the largest noise scale that the steps so far could give an upper end to."""
+    known = [(step, r.detection_limit) for step, r in run if math.isfinite(r.detection_limit)]
+    if known:
+        x, y = (list(column) for column in zip(*known, strict=True))
+        ax.plot(x, y, color=theme.grey, linewidth=1.4, linestyle="-.", label="detection limit, all so far")
+
+
 @in_look
 def noise_scale(
     run: Course, result: Estimate, batch_size: int | None, *, theme: Theme = LIGHT
@@ -105,7 +113,8 @@ def noise_scale(
     figure, (ax,) = canvas(height=4.2)
     shown = [r for _, r in (*run.so_far, *run.trailing)]
     bounded = [v for r in shown if math.isfinite(r.high) for v in (r.b_simple, r.high)]
-    low, high = limits([*bounded, *(r.low for r in shown), float(batch_size or math.nan)])
+    ends = [r.low for r in shown] + [r.detection_limit for _, r in run.so_far[-1:]]
+    low, high = limits([*bounded, *ends, float(batch_size or math.nan)])
     if len(bounded) < 2 * len(shown):
         high *= 4  # room for the fade
     low = max(low, high / 1e6)
@@ -123,6 +132,7 @@ def noise_scale(
             linestyle=(0, (4, 3)),
             label=f"batch in use, {batch_size}",
         )
+    _detection_limit(ax, run.so_far, theme)
     if any(math.isinf(r.high) for r in shown):
         ax.plot([], [], "^", color=theme.grey, label="no upper end")
     ax.set_ylim(low, high)
