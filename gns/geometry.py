@@ -12,22 +12,37 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gns.estimate import Estimate, estimate
-from gns.metrics import METRICS
 from gns.moments import BETWEEN, Moments
 from gns.sets import detection_limit, honest_set, p_value, status_of
 from gns.sums import FACTORS, Layout, StepSums, factor_of
 
 __all__ = ["METRICS", "by_layer", "by_module", "layer_of", "module_of"]
 
+if TYPE_CHECKING:
+    from gns.metrics import METRICS
+
 _PEFT = "base_model.model."
 # parts of a parameter's name that belong to an adapter inside the module, not to the path of the module
 _INSIDE = ("base_layer", "modules_to_save", "original_module")
 _CHUNK = 256  # steps whose rows are turned at once, so that they stay in a cache
+
+
+def __getattr__(name: str) -> Any:
+    """Give `METRICS`, whose module imports torch, only when it is asked for: a report needs none.
+
+    Raises:
+        AttributeError: the module has no such name.
+    """
+    if name == "METRICS":
+        from gns.metrics import METRICS
+
+        return METRICS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def module_of(parameter: str) -> str:
