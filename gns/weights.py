@@ -66,8 +66,10 @@ class Weights:
             return []
         roots = [self._roots.get(e.name) for e in self._entries]
         found = of_gradients(gradients, roots)
-        zeros = (e.sites[0][0].leaf.detach().new_zeros(()) for e in self._entries)
-        return [zero if norm is None else norm for norm, zero in zip(found, zeros, strict=True)]
+        return [
+            e.sites[0][0].leaf.detach().new_zeros(()) if norm is None else norm
+            for norm, e in zip(found, self._entries, strict=True)
+        ]
 
     def missing(self, placed: set[int]) -> dict[str, str]:
         """Say which parameters have no metric in this step, and why.
