@@ -37,6 +37,11 @@ class Weights:
         """Whether entries are weighed."""
         return self.metric.weighs
 
+    @property
+    def roots(self) -> Mapping[str, Tensor]:
+        """R of each parameter, while a step is under way; empty where nothing is weighed."""
+        return self._roots
+
     def owned_by(self, optimizer: Any) -> None:
         """Note an optimizer that steps measured parameters, and which tensors these are when it does."""
         if self.weighs:
