@@ -247,7 +247,6 @@ def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]
             f"the batch of {batch} in use is above the whole interval: readings taken so far above the "
             "critical batch size calibrate badly. Measure again with a smaller batch."
         )
-    found += [warning.rstrip(".") + "." for warning in estimate.warnings]
     if estimate.coverage is not None and estimate.coverage < 1:
         found.append(f"only {100 * estimate.coverage:.3g} % of the trainable numbers are in the sums.")
     return found

@@ -69,7 +69,8 @@ def advise(
         known = known_of(run, estimate, given)
         change = drift(estimate.history, level=estimate.level)
         advice = advice_on(estimate, change=change, **known.arguments)
-        advice = replace(advice, warnings=(*advice.warnings, *known.remarks))
+        said = (*advice.estimate_warnings, *advice.warnings, *known.remarks)
+        advice = replace(advice, warnings=said, estimate_warnings=())
         parts = "batches" if POOLED in estimate.view else "steps"
         measured = f"{estimate.n_steps} {parts} × {estimate.examples_per_step:.4g} {estimate.unit}"
         measured += f", {estimate.view}"
