@@ -83,7 +83,7 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
     if advice.soonest is not None:
         speed = phrases.soonest(advice.soonest, advice.goodput, batch)
     if advice.plan is not None:
-        epoch = phrases.epoch(advice.plan, target, ends)
+        epoch = phrases.one_epoch(advice.plan, target, ends)
     if rate is not None and target != batch:
         transfer = [_transfer(rate, batch, target, ends)]
     found = [
@@ -100,7 +100,7 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
 
 def beside(capacity: Capacity | None, cost: StepCost | None) -> tuple[Section, ...]:
     """Say what does not depend on the noise scale: what the adapters hold, and what a step costs."""
-    lines = [phrases.capacity(capacity)] if capacity is not None else []
+    lines = [phrases.room(capacity)] if capacity is not None else []
     lines += [phrases.step_cost(cost)] if cost is not None else []
     return (Section("Capacity and cost of LoRA", tuple(lines)),) if lines else ()
 
