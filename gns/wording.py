@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gns.capacity import Capacity, StepCost
     from gns.epoch import EpochPlan
 
+BATCH_SIZE, LEARNING_RATE = "Batch size", "Learning rate"  # titles of sections that tables belong to
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
 LAWS_CAVEAT = (
     "B_simple stands in for the noise scales of the laws, which are other quantities (that of the surge law "
@@ -87,11 +88,11 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
     if rate is not None and target != batch:
         transfer = [_transfer(rate, batch, target, ends)]
     found = [
-        ("Batch size", [*_worth_it(near, ends), _only_examples_cost(advice.ranges)]),
+        (BATCH_SIZE, [*_worth_it(near, ends), _only_examples_cost(advice.ranges)]),
         ("The batch in use", [_batch_in_use(batch, ends, near)]),
         ("Wall-clock time", speed),
         ("One epoch", epoch),
-        ("Learning rate", transfer),
+        (LEARNING_RATE, transfer),
     ]
     told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
     more = phrases.know_more(estimate, sure=near.sure is not None or near.high <= 1)
