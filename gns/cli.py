@@ -17,22 +17,19 @@ import typer
 
 from gns.commands.advise import advise
 from gns.commands.probe import probe
+from gns.commands.report import report
 from gns.commands.shared import (
     BAD_INPUT,
     INTERRUPTED,
     Out,
     free_folder,
-    load_run,
     one_line_errors,
     one_thread,
     print_result,
-    settings_of,
-    spoken_warnings,
 )
 from gns.commands.throughput import throughput
 
 if TYPE_CHECKING:
-    from gns.estimate import Estimate
     from gns.finetune import RunResult
     from gns.preparation import FinetuneConfig
 
@@ -136,31 +133,7 @@ def measure(
 
 
 app.command()(probe)
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of measured runs.", show_default=False)],
-) -> None:
-    """Draw the report of a run anew from its recorded steps; of several runs, compare them too."""
-    with one_line_errors():
-        from gns.report import redraw
-
-        for run in runs:  # all are read before any is written
-            settings_of(run, load_run(run))
-        estimates = {}
-        for run in runs:
-            with spoken_warnings():
-                page = redraw(run)
-            estimates[run] = load_run(run)
-            if len(runs) == 1:
-                print_result(estimates[run], run)
-            else:
-                typer.echo(f"Report: {page}")
-        if len(runs) > 1:
-            _print_table(estimates)
-
-
+app.command()(report)
 app.command()(advise)
 app.command()(throughput)
 
@@ -212,32 +185,6 @@ def _print_run(result: RunResult) -> None:
     if result.loss_before is not None and result.loss_after is not None:
         change = f"{result.loss_before:.3f} → {result.loss_after:.3f} nats a token"
         typer.echo(f"Held-out loss: {change} in {result.steps_made} steps.\n")
-
-
-def _print_table(estimates: dict[Path, Estimate]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from gns.drift import drift
-    from gns.estimate import format_count
-
-    table = Table("run", "B_simple", "interval", "level", "status", "steps", "learning rate", "unit")
-    for run, estimate in estimates.items():
-        change = drift(estimate.history, level=estimate.level)
-        moving = f", {change.direction}" if change and change.moved else ""
-        rate = settings_of(run, estimate)["learning_rate"]
-        table.add_row(
-            str(run),
-            format_count(estimate.b_simple),
-            f"{format_count(estimate.low)} … {format_count(estimate.high)}",
-            f"{100 * estimate.level:g} %",
-            f"{estimate.status}{moving}",
-            f"{estimate.n_steps} × {format_count(estimate.examples_per_step)}",
-            f"{rate:g}" if rate else "?",
-            estimate.unit,
-        )
-    console = Console()
-    Console(width=None if console.is_terminal else 160).print(table)
 
 
 if __name__ == "__main__":

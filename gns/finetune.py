@@ -185,9 +185,12 @@ class _Run:
             "loss_tokens": sum(n_labels(row) for row in self.prepared.train),
             "held_out_loss_before": self.loss_before,
             "held_out_loss_after": self.loss_after,
+            "steps_planned": self.prepared.n_steps,
+            "optimizer": self.trainer.args.optim.value,  # type: ignore[union-attr]
+            "max_grad_norm": self.trainer.args.max_grad_norm,
+            "dropout": _dropout(model),
+            "precision": f"{self.config.base_dtype} base, float32 adapters".removeprefix("torch."),
             "device": str(model.device),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
         }
         self.monitor.report(self.out, settings=settings, batch_size=self.config.examples_per_step)
 
@@ -320,6 +323,15 @@ def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingAr
     ):  # the Trainer would fall back on nn.DataParallel, whose replicas no monitor can read
         arguments._n_gpu = 1
     return arguments
+
+
+def _dropout(model: Any) -> float:
+    """Largest dropout probability in a model and its adapters: of its modules, and of functions by config."""
+    kinds = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.AlphaDropout)
+    found = [m.p for m in model.modules() if isinstance(m, kinds)]
+    known = model.config.get_text_config().to_dict()  # attention_dropout, attn_pdrop …
+    found += [p for name, p in known.items() if "drop" in name and isinstance(p, int | float)]
+    return float(max(found, default=0.0))
 
 
 @contextmanager

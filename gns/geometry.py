@@ -12,21 +12,37 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gns.estimate import Estimate, estimate
-from gns.metrics import METRICS
-from gns.sets import Moments, detection_limit, honest_set, status_of
+from gns.moments import BETWEEN, Moments
+from gns.sets import detection_limit, honest_set, p_value, status_of
 from gns.sums import FACTORS, Layout, StepSums, factor_of
 
 __all__ = ["METRICS", "by_layer", "by_module", "layer_of", "module_of"]
+
+if TYPE_CHECKING:
+    from gns.metrics import METRICS
 
 _PEFT = "base_model.model."
 # parts of a parameter's name that belong to an adapter inside the module, not to the path of the module
 _INSIDE = ("base_layer", "modules_to_save", "original_module")
 _CHUNK = 256  # steps whose rows are turned at once, so that they stay in a cache
+
+
+def __getattr__(name: str) -> Any:
+    """Give `METRICS`, whose module imports torch, only when it is asked for: a report needs none.
+
+    Raises:
+        AttributeError: the module has no such name.
+    """
+    if name == "METRICS":
+        from gns.metrics import METRICS
+
+        return METRICS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def module_of(parameter: str) -> str:
@@ -92,7 +108,10 @@ class _Sums(NamedTuple):
 def _by_part(steps: Iterable[StepSums], level: float, part_of: Callable[[str], str]) -> dict[str, Estimate]:
     steps = list(steps)
     known = [s for s in steps if not isinstance(s, StepSums) or s.rows is not None]
-    whole = replace(estimate(known, level=level), groups={})  # what is said of the steps holds of every part
+    whole = estimate(
+        known, level=level
+    )  # what is said of the steps holds of every part; of the tails, of none
+    whole = replace(whole, groups={}, tail_share=None, warnings=())
     usable = [s for s in known if s.usable]
     n = np.array([s.n_examples for s in usable], dtype=np.float64)
     squares = np.array([s.sum_sq_weights for s in usable], dtype=np.float64)
@@ -163,9 +182,9 @@ def _estimate(
     if len(n) < 2:
         one = {"b_simple": math.nan, "low": math.nan, "high": math.inf, "detection_limit": math.nan}
         one |= {"status": "collecting", "trace_sigma": float(x[0]), "grad_sq_norm": float(y[0])}
-        return replace(about, **one)
+        return replace(about, **one, p_value=math.nan, variance=BETWEEN, moments=None)
     unit = 2.0 ** -np.ceil(np.log2(np.abs(np.concatenate([x, y])).max() or 1.0))  # exact: cubes stay in range
-    moments = Moments.of(x * unit, y * unit, n - 1, n * (n - 1))
+    moments = Moments.of(x * unit, y * unit, n - 1, n * (n - 1), variance="auto")
     low, high, empty = honest_set(moments, level)
     return replace(
         about,
@@ -176,6 +195,9 @@ def _estimate(
         trace_sigma=float(moments.x / unit),
         grad_sq_norm=float(moments.y / unit),
         detection_limit=detection_limit(moments, level),
+        p_value=p_value(moments),
+        variance=moments.variance,
+        moments=moments,
     )
 
 
