@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gns.estimate import Estimate, estimate
-from gns.sets import Moments, detection_limit, honest_set, status_of
+from gns.moments import BETWEEN, Moments
+from gns.sets import detection_limit, honest_set, p_value, status_of
 from gns.sums import FACTORS, Layout, StepSums, factor_of
 
 __all__ = ["METRICS", "by_layer", "by_module", "layer_of", "module_of"]
@@ -107,7 +108,10 @@ class _Sums(NamedTuple):
 def _by_part(steps: Iterable[StepSums], level: float, part_of: Callable[[str], str]) -> dict[str, Estimate]:
     steps = list(steps)
     known = [s for s in steps if not isinstance(s, StepSums) or s.rows is not None]
-    whole = replace(estimate(known, level=level), groups={})  # what is said of the steps holds of every part
+    whole = estimate(
+        known, level=level
+    )  # what is said of the steps holds of every part; of the tails, of none
+    whole = replace(whole, groups={}, tail_share=None, warnings=())
     usable = [s for s in known if s.usable]
     n = np.array([s.n_examples for s in usable], dtype=np.float64)
     squares = np.array([s.sum_sq_weights for s in usable], dtype=np.float64)
@@ -178,9 +182,9 @@ def _estimate(
     if len(n) < 2:
         one = {"b_simple": math.nan, "low": math.nan, "high": math.inf, "detection_limit": math.nan}
         one |= {"status": "collecting", "trace_sigma": float(x[0]), "grad_sq_norm": float(y[0])}
-        return replace(about, **one)
+        return replace(about, **one, p_value=math.nan, variance=BETWEEN, moments=None)
     unit = 2.0 ** -np.ceil(np.log2(np.abs(np.concatenate([x, y])).max() or 1.0))  # exact: cubes stay in range
-    moments = Moments.of(x * unit, y * unit, n - 1, n * (n - 1))
+    moments = Moments.of(x * unit, y * unit, n - 1, n * (n - 1), variance="auto")
     low, high, empty = honest_set(moments, level)
     return replace(
         about,
@@ -191,6 +195,9 @@ def _estimate(
         trace_sigma=float(moments.x / unit),
         grad_sq_norm=float(moments.y / unit),
         detection_limit=detection_limit(moments, level),
+        p_value=p_value(moments),
+        variance=moments.variance,
+        moments=moments,
     )
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from gns.estimate import estimate
+from gns.geometry import by_module
 from gns.metrics import METRICS, adam_roots, of_blocks, of_gradients
 from gns.monitor import PATIENCE, GNSMonitor, GNSWarning
 from gns.reasons import COMPILED_METRIC, NO_STATE
@@ -329,6 +331,19 @@ def test_other_optimizers_have_no_say():
     _, *later = train(model, mean_of(model), plain(model, 6), make)
     for step, found, moment in later:
         check(step, found, moment)
+
+
+def test_mixing_metrics_is_refused():
+    model = mlp()
+    steps = [t[0] for t in train(model, mean_of(model), plain(model, 6))]
+    with GNSMonitor(model, on_error="raise") as monitor:
+        mean_of(model)(rows(6)).backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        steps.append(monitor.latest)
+    with pytest.raises(ValueError, match="adam, euclidean: their sums do not add"):
+        estimate(steps)
+    with pytest.raises(ValueError, match="adam, euclidean: their sums do not add"):
+        by_module(steps)
 
 
 # the pieces
