@@ -122,7 +122,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
     axes = made.subplots(len(bases), 2, squeeze=False)
     for (left, right), base in zip(axes, bases, strict=True):
         mine = [r for r in rows if r["base"] == base]
-        _over_rank(left, [r for r in mine if r["share"] == 1], base)
+        _over_rank(left, [r for r in mine if r["share"] == 1 or r["rank"] is None], base)
         _over_examples(right, [r for r in mine if r["seed"] == 0])
     return made
 
@@ -141,7 +141,7 @@ def _over_rank(ax: Any, rows: Sequence[dict[str, Any]], base: str) -> None:
     lora = [r for r in rows if r["rank"] is not None]
     for r in lora:
         _interval(ax, r["rank"] * 1.06 ** r["seed"], r, BLUE, marker="o", markersize=5)
-    (full,) = (r for r in rows if r["rank"] is None)
+    full = max((r for r in rows if r["rank"] is None), key=lambda r: r["n_examples"])
     if np.isfinite(full["high"]):
         ax.axhspan(full["low"], full["high"], color=ORANGE, alpha=0.15, linewidth=0)
     ax.axhline(full["b_simple"], color=ORANGE, label="full weights, 95 % band")

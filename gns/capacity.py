@@ -8,7 +8,7 @@ of the data set, in bits, stays below about 2 bits for each trainable parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,33 @@ def read_layers(recorded: Any) -> list[AdaptedLayer]:
     rows = recorded if isinstance(recorded, list) else []
     good = [row for row in rows if _is_shape(row)]
     return [AdaptedLayer(*row) for row in good] if len(good) == len(rows) else []
+
+
+def recorded(
+    settings: Mapping[str, Any], parameters: int | None = None
+) -> tuple[Capacity | None, StepCost | None]:
+    """Build what a run's settings tell of capacity and cost; None where they do not.
+
+    Args:
+        settings: of the run, as `gns measure` records them: "first_epoch_loss" (nats a token), "loss_tokens",
+            "trainable_parameters", "adapted_layers". What is no number above 0 counts as missing.
+        parameters: trainable numbers, where they are known better.
+    """
+    loss, tokens = number_in(settings, "first_epoch_loss"), number_in(settings, "loss_tokens")
+    count = parameters or number_in(settings, "trainable_parameters")
+    capacity = None
+    if loss is not None and tokens is not None and count is not None:
+        capacity = Capacity(first_epoch_bits(loss, int(tokens)), int(count))
+    layers = read_layers(settings.get("adapted_layers"))
+    return capacity, step_cost(layers) if layers else None
+
+
+def number_in(settings: Mapping[str, Any], name: str) -> float | None:
+    """Give a setting that is a number above 0; None where it is missing or something else."""
+    value = settings.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if value > 0 and math.isfinite(value) else None
 
 
 def _is_shape(row: Any) -> bool:

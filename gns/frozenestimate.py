@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gns.estimate import Estimate, format_count
 from gns.largest import LargeExample
-from gns.moments import Moments
 from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, jackknife, pooled, sign_flip
 from gns.sets import detection_limit, honest_set, status_of
 
@@ -38,12 +37,11 @@ class DropoutNoise:
 class FrozenEstimate(Estimate):
     """A noise scale measured at frozen weights. A "step" of `Estimate` is a batch here.
 
+    Its `p_value` is that of the sign-flip test, which has not the jackknife's loss of power.
+
     Args:
-        p_value: of |G|² = 0, by the sign-flip test: one-sided, and without the jackknife's loss of power.
-        warnings: what a reader must know beside the number.
         view: what average this is.
-        metric: in which norms are taken.
-        moments: X and Y with the jackknife's spread.
+        variance: what the spread was taken from.
         signal: the sign-flip test.
         dependence: pairs inside batches against pairs across, or None where they cannot be compared.
         gradients: how the batches' gradients were kept.
@@ -53,11 +51,8 @@ class FrozenEstimate(Estimate):
         dropout: data and dropout noise, if asked for.
     """
 
-    p_value: float = math.nan
-    warnings: tuple[str, ...] = ()
     view: str = VIEW
-    metric: str = "euclidean"
-    moments: Moments | None = field(default=None, repr=False, compare=False)
+    variance: str = "delete-one-batch jackknife"
     signal: SignFlip | None = None
     dependence: Dependence | None = None
     gradients: str = "whole"

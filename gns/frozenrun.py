@@ -221,7 +221,7 @@ class Run:
         if self.rows.sketched:
             share = f"{100 * joint.sketch_share:.2g} %"
             kept = f"sketched, {self.rows.size:,} numbers a batch; {share} of the products' spread is theirs"
-        remarks = [*getattr(base, "warnings", ()), *self.skipped]
+        remarks = [*base.warnings, *self.skipped]
         if self.random and not self.dropout:
             remarks.append(RANDOM)
         if self.unlisted:
@@ -230,6 +230,8 @@ class Run:
         found = () if self.largest is None else self.largest.found((joint.n.sum() / z) ** 2, sizes)
         return {
             "unit": base.unit,
+            "metric": base.metric,
+            "tail_share": base.tail_share,
             "loss_scaled": base.loss_scaled,
             "n_skipped": len(self.skipped),
             "coverage": self.monitor.coverage().share,

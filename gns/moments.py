@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 BETWEEN, SUCCESSIVE = "between steps", "successive differences"
 DRIFT_STEPS = 20  # fewer say too little about drift, and their set is not trusted anyway
@@ -153,4 +153,4 @@ def drifting(values: np.ndarray) -> bool:
         return False
     r = float((np.diff(ranks) ** 2).sum()) / spread
     variance = 4 * (k - 2) * (5 * k * k - 2 * k - 9) / (5 * k * (k + 1) * (k - 1) ** 2)
-    return (r - 2) / math.sqrt(variance) < float(stats.norm.ppf(DRIFT_ALARM))
+    return (r - 2) / math.sqrt(variance) < float(special.ndtri(DRIFT_ALARM))

@@ -181,7 +181,7 @@ def know_more(estimate: Estimate, *, sure: bool) -> tuple[str, ...]:
         # all pairs at one point against pairs within steps: √(n²/2) against √(K·b(b − 1)/2)
         gain = math.sqrt(estimate.n_steps * b / (b - 1))
         lines.append(
-            "Quicker, without training: `gns probe` compares all examples with each other at one point, so "
+            "Quicker, without training: `gns probe --adapter RUN` compares all examples with each other, so "
             f"that as many as here ({estimate.n_examples:,}) show noise scales up to about "
             f"{format_count(gain * estimate.detection_limit)}, {format_count(gain)} × as large."
         )

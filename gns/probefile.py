@@ -10,13 +10,19 @@ from typing import Any
 
 from gns.frozenestimate import DropoutNoise, FrozenEstimate
 from gns.largest import LargeExample
+from gns.moments import Moments
 from gns.pairs import Dependence, SignFlip
 from gns.stepsfile import STEPS, RecordsError, number, read_steps, write_atomically, write_steps
 
 PROBE = "probe.json"
 _FORMAT = {"format": "gns-probe", "version": 1}
-_PARTS = {"signal": SignFlip, "dependence": Dependence, "dropout": DropoutNoise}
-_APART = ("history", "groups", "moments", *_PARTS, "largest")
+_PARTS = {
+    "signal": SignFlip,
+    "dependence": Dependence,
+    "dropout": DropoutNoise,
+    "moments": Moments,
+}
+_APART = ("history", "groups", *_PARTS, "largest")
 
 
 def write_probe(folder: str | Path, found: FrozenEstimate) -> Path:
@@ -41,7 +47,7 @@ def _plain(found: FrozenEstimate) -> dict[str, Any]:
     data = {f.name: _value(getattr(found, f.name)) for f in fields(found) if f.name not in _APART}
     for name in _PARTS:
         part = getattr(found, name)
-        data[name] = None if part is None else {f.name: number(getattr(part, f.name)) for f in fields(part)}
+        data[name] = None if part is None else {f.name: _value(getattr(part, f.name)) for f in fields(part)}
     data["largest"] = [{f.name: number(getattr(e, f.name)) for f in fields(e)} for e in found.largest]
     data["groups"] = {name: _plain(group) for name, group in found.groups.items()}  # type: ignore[arg-type]
     return data

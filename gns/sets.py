@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from gns.moments import Moments
 
@@ -128,7 +128,7 @@ def p_value(moments: Moments) -> float:
         In [0, 1].
     """
     t, h = moments.statistics(np.array(1.0), np.array(0.0))
-    return float(stats.t.cdf(max(float(t), float(h)), moments.df))
+    return float(special.stdtr(moments.df, max(float(t), float(h))))
 
 
 def half_width(moments: Moments, level: float) -> float:

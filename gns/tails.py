@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from gns.moments import Moments
 from gns.sums import StepSums
@@ -104,7 +104,7 @@ def light_share(rank: float) -> float:
     if math.isinf(rank):
         return 0.01
     shape = rank / 2
-    return float(stats.gamma.sf(stats.gamma.isf(0.01, shape), shape + 1))
+    return float(special.gammaincc(shape + 1, special.gammainccinv(shape, 0.01)))
 
 
 def of(steps: Sequence[StepSums], moments: Moments, pairs: float) -> Tails:
@@ -134,6 +134,6 @@ def of(steps: Sequence[StepSums], moments: Moments, pairs: float) -> Tails:
     text = (
         f"Heavy tails: 1 % of the examples hold at least {100 * share:.0f} % of the squared gradient norms "
         f"(light tails: {100 * light_share(rank):.1f} %){more}. The interval then covers less often than it "
-        "says, most of all at its upper end."
+        "says."
     )
     return Tails(share, (text,))

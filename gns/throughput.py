@@ -37,10 +37,17 @@ class OutOfMemory(Exception):
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of the device: bytes that this process holds now, and that it may hold at most."""
+    """Memory of the device.
+
+    Args:
+        held: bytes that this process holds now.
+        limit: bytes that it may hold at most.
+        margin: factor by which a growth may turn out larger than predicted.
+    """
 
     held: int
     limit: int
+    margin: float = 1.0
 
 
 class Trial(Protocol):
@@ -257,10 +264,11 @@ class Sweep:
         return None
 
     def _too_large(self, known: Sequence[tuple[int, int]], base: int, size: int) -> str | None:
-        expected, limit = predicted_peak(known, base, size), self.trial.memory().limit
+        memory, expected = self.trial.memory(), predicted_peak(known, base, size)
+        limit, expected = memory.limit, round(base + memory.margin * (expected - base))
         if expected <= limit:
             return None
-        return f"a micro-batch of {size} would take about {_against(expected, limit)}"
+        return f"a micro-batch of {size} could take {_against(expected, limit)}"
 
     def _too_slow(self, size: int, expected: float) -> str | None:
         if 2 * expected <= self.patience:  # one step to warm up and one to time

@@ -51,6 +51,8 @@ PURE = (  # no torch in them
     "gns.boundary",
     "gns.sums",
     "gns.estimate",
+    "gns.live",
+    "gns.views",
     "gns.advice",
     "gns.coverage",
     "gns.throughput",

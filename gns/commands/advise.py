@@ -63,13 +63,16 @@ def advise(
         from gns.advice import advise as advice_on
         from gns.commands.known import known_of
         from gns.drift import drift
+        from gns.phrases import POOLED
 
         estimate = load_run(run)
         known = known_of(run, estimate, given)
         change = drift(estimate.history, level=estimate.level)
         advice = advice_on(estimate, change=change, **known.arguments)
         advice = replace(advice, warnings=(*advice.warnings, *known.remarks))
-        measured = f"{estimate.n_steps} steps × {estimate.examples_per_step:.4g} {estimate.unit}"
+        parts = "batches" if POOLED in estimate.view else "steps"
+        measured = f"{estimate.n_steps} {parts} × {estimate.examples_per_step:.4g} {estimate.unit}"
+        measured += f", {estimate.view}"
         _show(advice, known, (str(run), measured))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from gns.commands.shared import settings_of
 
 if TYPE_CHECKING:
-    from gns.capacity import Capacity
     from gns.estimate import Estimate
     from gns.records import Summary
 
@@ -101,8 +99,10 @@ def _price(known: Known, given: Mapping[str, Any]) -> None:
 
 def _needed(known: Known, given: Mapping[str, Any], summary: Summary, batch: int | None) -> None:
     """Take what the loss aimed at takes; by default what the run itself took, if less than an epoch."""
+    from gns.capacity import number_in
+
     needed, source = given["examples_needed"], "--examples-needed"
-    steps, data = _recorded(summary, "steps_made"), known.arguments.get("dataset_size")
+    steps, data = number_in(summary.settings, "steps_made"), known.arguments.get("dataset_size")
     if needed is None and batch and steps and data and steps * batch < data:
         needed, source = steps * batch, f"{RUN}: what it took to the loss it ended at"
     if needed is not None:
@@ -157,49 +157,39 @@ def _compare_lengths(known: Known, timed: Any, estimate: Estimate) -> None:
 
 
 def _lora(known: Known, given: Mapping[str, Any], summary: Summary) -> None:
-    """Take what the adapters hold against what the data carry, and what a step costs."""
-    from gns.capacity import read_layers, step_cost
-
-    found = _capacity(given, summary)
-    if found is not None:
-        capacity, source = found
-        shown = f"{capacity.data_bits:,.3g} bits against {capacity.parameters:,} parameters"
-        known.take("capacity", capacity, shown, source, label="data and adapters")
-    layers = read_layers(summary.settings.get("adapted_layers"))
-    if layers:
-        shown = f"{sum(layer.count for layer in layers)} matrices"
-        known.take("cost", step_cost(layers), shown, RUN, label="adapted")
-
-
-def _recorded(summary: Summary, name: str) -> Any:
-    """Give a setting that is a number above 0; None where it is missing or something else."""
-    value = summary.settings.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if value > 0 and math.isfinite(value) else None
-
-
-def _capacity(given: Mapping[str, Any], summary: Summary) -> tuple[Capacity, str] | None:
-    """Set what the data carry against what the adapters hold, and say where it is from; None where unknown.
+    """Take what the adapters hold against what the data carry, and what a step costs.
 
     Raises:
         ValueError: an option is out of range, or one is given without the other that it needs.
     """
-    from gns.capacity import Capacity, first_epoch_bits
+    from gns.capacity import Capacity, number_in, read_layers, recorded
+    from gns.phrases import bits
+    from gns.tradeoff import positive
 
-    covered, parameters = summary.coverage, given["trainable_parameters"]
-    if parameters is None:
-        total = sum(covered.measured.values()) + sum(covered.unmeasured.values()) if covered else None
-        parameters = _recorded(summary, "trainable_parameters") or total
-    loss, tokens = _recorded(summary, "first_epoch_loss"), _recorded(summary, "loss_tokens")
+    settings, covered, parameters = summary.settings, summary.coverage, given["trainable_parameters"]
+    if parameters is not None:
+        positive("trainable_parameters", parameters, whole=True)
+    elif number_in(settings, "trainable_parameters") is None and covered:
+        parameters = sum(covered.measured.values()) + sum(covered.unmeasured.values())
+    capacity, cost = recorded(settings, parameters)
+    source = _source_of_bits(settings) if capacity else ""
     if given["data_bits"] is not None:
-        if parameters is None:
+        count = parameters or number_in(settings, "trainable_parameters")
+        if count is None:
             raise ValueError("data_bits says what the data carry; --trainable-parameters is needed beside it")
-        return Capacity(given["data_bits"], parameters), "--data-bits"
-    if not loss or not tokens or parameters is None:
-        return None
-    share = _recorded(summary, "first_epoch_share") or 0
+        capacity, source = Capacity(given["data_bits"], int(count)), "--data-bits"
+    if capacity is not None:
+        shown = f"{bits(capacity.data_bits)} against {capacity.parameters:,} parameters"
+        known.take("capacity", capacity, shown, source, label="data and adapters")
+    if cost is not None:
+        count = sum(layer.count for layer in read_layers(settings["adapted_layers"]))
+        known.take("cost", cost, f"{count} matrices", RUN, label="adapted")
+
+
+def _source_of_bits(settings: Mapping[str, Any]) -> str:
+    loss, tokens = settings["first_epoch_loss"], settings["loss_tokens"]
+    share = settings.get("first_epoch_share")
     source = f"{RUN}: {loss:.3g} nats a token × {tokens:,} tokens"
-    if share < 0.995:
-        source += f"; the loss is of the first {100 * share:.0f} % of an epoch"
-    return Capacity(first_epoch_bits(loss, tokens), parameters), source
+    if isinstance(share, int | float) and share < 0.995:
+        return f"{source}; the loss is of the first {100 * share:.0f} % of an epoch"
+    return source

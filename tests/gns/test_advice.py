@@ -379,7 +379,7 @@ def test_an_interval_too_wide_for_a_sure_range_says_how_much_more():
 def test_a_probes_bound_asks_for_more_examples_not_for_a_probe():
     probed = replace(BOUND, view="all pairs of examples at one parameter point")
     (line,) = advise(probed, batch_size=16).sections[-1].sentences
-    assert line.startswith("To know more, give the probe more examples") and "`gns probe`" not in line
+    assert line.startswith("To know more, give the probe more examples") and "gns probe" not in line
 
 
 def test_warnings_of_the_estimate_are_passed_on():

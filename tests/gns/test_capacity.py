@@ -10,6 +10,7 @@ from gns.capacity import (
     Capacity,
     first_epoch_bits,
     read_layers,
+    recorded,
     step_cost,
 )
 from gns.finetune import adapted_layers
@@ -73,6 +74,17 @@ def test_conv1d_layers_count_the_same():
 )
 def test_a_foreign_record_of_layers_is_none(recorded):
     assert read_layers(recorded) == []
+
+
+def test_what_a_runs_settings_tell():
+    settings = {"first_epoch_loss": 2.0, "loss_tokens": 1000, "trainable_parameters": 10_000}
+    capacity, cost = recorded(settings)
+    assert capacity == Capacity(first_epoch_bits(2.0, 1000), 10_000) and cost is None
+    assert recorded(settings, 99)[0].parameters == 99
+    assert recorded({"adapted_layers": [[16, 8, 4, 2]]}) == (None, step_cost([AdaptedLayer(16, 8, 4, 2)]))
+    for name in settings:
+        for odd in (None, "many", -1, 0, True, math.nan, [1]):
+            assert recorded({**settings, name: odd}) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import os
 import warnings
 
@@ -146,7 +147,8 @@ def waits(watched, autocast, metric="euclidean"):
                     optimizer.zero_grad()
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
-            found += [(i, w.filename, w.lineno) for w in seen if "synchroniz" in str(w.message)]
+            called = [w for w in seen if "called a synchronizing" in str(w.message)]
+            found += [(i, w.filename, w.lineno) for w in called]
         if watched:
             assert len(monitor.history) == len(data)
             assert [s.step for s in monitor.history if s.reason] == ([0] if metric == "adam" else [])
@@ -228,11 +230,13 @@ def test_detaching_frees_everything():
     assert steps(20) >= steps(150)
     monitor.detach()
     del monitor
+    gc.collect()
     assert steps(3) == before
 
 
 @pytest.mark.filterwarnings("ignore:the model's own call was not seen:gns.monitor.GNSWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_model_has_the_same_sums(backend):
     torch.manual_seed(0)
@@ -261,7 +265,7 @@ def test_norms_on_the_device_are_pairwise_sums():
 def test_the_metric_of_adam_is_that_of_the_cpu():
     found = {}
     for device in ("cpu", "cuda"):
-        model = lora("llama").to(device)
+        model = lora("llama", torch.float64).to(device)  # Adam divides by tiny numbers
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         with GNSMonitor(model, on_error="raise", metric="adam") as monitor:
             for i in range(3):
@@ -269,7 +273,7 @@ def test_the_metric_of_adam_is_that_of_the_cpu():
                 optimizer.step()
                 optimizer.zero_grad()
             found[device] = [(s.mean_sq_norm, s.sq_norm_of_mean, s.mean_fourth) for s in monitor.history[1:]]
-    close(found["cuda"], found["cpu"], rtol=1e-3, what="(m, q, fourth)")  # Adam divides by tiny numbers
+    close(found["cuda"], found["cpu"], rtol=1e-3, what="(m, q, fourth)")
 
 
 def test_a_frozen_probe_is_that_of_the_cpu_and_leaves_nothing():

@@ -67,7 +67,11 @@ def test_everything_recorded_is_used_and_its_source_named(gns, folder):
         assert line in out
     for line in (*expected.warnings, *expected.caveats):
         assert any(said.endswith(line) for said in out)
-    assert row(out, "noise scale") == ["noise scale", "40 steps × 16 examples (mean 120 tokens)", "a"]
+    assert row(out, "noise scale") == [
+        "noise scale",
+        "40 steps × 16 examples (mean 120 tokens), ratio of averages",
+        "a",
+    ]
     assert row(out, "batch in use") == ["batch in use", "16 examples a step", "the run"]
     assert row(out, "data set")[1:] == ["2,000 examples", "the run"]
     assert row(out, "learning rate")[1:] == ["0.001 at batch 16", "the run, its highest"]
@@ -189,7 +193,7 @@ def test_a_lower_bound_says_what_to_measure(gns, tmp_path):
     code, out, _ = gns("advise", "a")
     assert code == 0 and "To know more" in out and load(tmp_path / "a").high == math.inf
     assert any(line.startswith("If time and examples matter equally: a batch of at least") for line in out)
-    assert any("`gns probe`" in line and "640" in line for line in out)
+    assert any("`gns probe --adapter RUN`" in line and "640" in line for line in out)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +220,7 @@ def test_a_lower_bound_says_what_to_measure(gns, tmp_path):
         (["--data-bits", 0], "data_bits is 0.0; a finite number > 0 is needed"),
         (["--dataset-size", 0], "dataset_size is 0; a whole number, 1 or more, is needed"),
         (["--dataset-size", 4], "batch_size is 16 with a dataset_size of 4; at most that is needed"),
-        (["--trainable-parameters", 0], "parameters is 0; a whole number, 1 or more, is needed"),
+        (["--trainable-parameters", 0], "trainable_parameters is 0; a whole number, 1 or more, is needed"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
