@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gns.boundary import IN_BACKWARD, Boundary
+from gns.boundary import IN_BACKWARD, Boundary, Close
 from gns.monitor import GNSMonitor, GNSWarning
 from tests.reference.per_example import contributions, joint, trainable
 from tests.reference.tolerances import close
