@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gns.advice import Advice, advise
     from gns.coverage import Coverage
     from gns.estimate import Estimate
+    from gns.frozen import probe
+    from gns.frozenestimate import FrozenEstimate
     from gns.integrations.transformers import GNSCallback
     from gns.monitor import GNSMonitor
     from gns.records import load
@@ -25,9 +27,11 @@ _HOME = {
     "GNSMonitor": "gns.monitor",
     "GNSCallback": "gns.integrations.transformers",
     "Coverage": "gns.coverage",
+    "probe": "gns.frozen",
     # what was measured
     "StepSums": "gns.sums",
     "Estimate": "gns.estimate",
+    "FrozenEstimate": "gns.frozenestimate",
     "load": "gns.records",
     # what to do about it
     "advise": "gns.advice",
@@ -38,12 +42,14 @@ __all__ = [
     "Advice",
     "Coverage",
     "Estimate",
+    "FrozenEstimate",
     "GNSCallback",
     "GNSMonitor",
     "StepSums",
     "__version__",
     "advise",
     "load",
+    "probe",
 ]
 
 

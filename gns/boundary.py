@@ -104,6 +104,10 @@ class Boundary:
             )
         return self._close()
 
+    def close(self) -> Close | None:
+        """End the step by hand, if a backward pass ended since the last close."""
+        return self._close() if self.pending else None
+
     def _close(self, reason: str | None = None) -> Close:
         self.pending = self.consumed = self.stale = False
         self.restarts = 0

@@ -8,14 +8,26 @@ are made inside the commands, so that help is quick.
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from gns.commands.shared import (
+    BAD_INPUT,
+    INTERRUPTED,
+    Folder,
+    Out,
+    free_folder,
+    load_run,
+    one_line_errors,
+    one_thread,
+    print_result,
+    settings_of,
+    spoken_warnings,
+)
 
 if TYPE_CHECKING:
     from gns.estimate import Estimate
@@ -23,18 +35,12 @@ if TYPE_CHECKING:
     from gns.preparation import FinetuneConfig
 
 DEMO = {"model": "gns:base", "data": "gns:held-out", "lr": 1e-3, "max_length": 256}
-BAD_INPUT, INTERRUPTED = 2, 130
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="How large a batch pays when you fine-tune with LoRA, and how sure that number is.",
 )
-
-Folder = Annotated[Path, typer.Argument(help="Folder of a measured run.", show_default=False)]
-Out = Annotated[
-    Path | None, typer.Option(help="Folder to write; it must be new or empty.", show_default=False)
-]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -67,12 +73,12 @@ def demo(
     A small language model that comes with this package learns source text of the Python standard library that
     it never saw. Writes runs/demo, or runs/demo-2 … if that is taken.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from gns.preparation import FinetuneConfig
 
         config = FinetuneConfig(**DEMO, steps=steps, batch_size=batch_size, seed=seed)
-        with _one_thread():
-            _finetune(config, out or _free(Path("runs/demo")), resume=False)
+        with one_thread():
+            _finetune(config, out or free_folder(Path("runs/demo")), resume=False)
 
 
 @app.command()
@@ -122,9 +128,9 @@ def measure(
     """
     given = {name: value for name, value in locals().items() if value is not None and value is not False}
     given = {name: value for name, value in given.items() if name not in ("out", "resume")}
-    with _one_line_errors():
+    with one_line_errors():
         config = _configured(given, out, resume)
-        _finetune(config, out or _free(Path("runs/measure")), resume=resume)
+        _finetune(config, out or free_folder(Path("runs/measure")), resume=resume)
 
 
 @app.command()
@@ -132,18 +138,18 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of measured runs.", show_default=False)],
 ) -> None:
     """Draw the report of a run anew from its recorded steps; of several runs, compare them too."""
-    with _one_line_errors():
+    with one_line_errors():
         from gns.report import redraw
 
         for run in runs:  # all are read before any is written
-            _settings(run, _load(run))
+            settings_of(run, load_run(run))
         estimates = {}
         for run in runs:
-            with _spoken_warnings():
+            with spoken_warnings():
                 page = redraw(run)
-            estimates[run] = _load(run)
+            estimates[run] = load_run(run)
             if len(runs) == 1:
-                _print_result(estimates[run], run)
+                print_result(estimates[run], run)
             else:
                 typer.echo(f"Report: {page}")
         if len(runs) > 1:
@@ -168,9 +174,9 @@ def advise(
     ] = None,
 ) -> None:
     """Say what a measured noise scale means for batch size and learning rate."""
-    with _one_line_errors(ValueError):
-        estimate = _load(run)
-        known = _settings(run, estimate)
+    with one_line_errors(ValueError):
+        estimate = load_run(run)
+        known = settings_of(run, estimate)
         if batch_size in (None, known["batch_size"]):
             learning_rate = learning_rate or known["learning_rate"]
         from gns.advice import advise as advice_on
@@ -225,7 +231,7 @@ def _finetune(config: FinetuneConfig, out: Path, *, resume: bool) -> None:
         made = f"interrupted after {result.steps_made} of {result.n_steps} steps"
         typer.echo(f"gns: {made}; go on with: gns measure --resume --out {out}", err=True)
     _print_run(result)
-    _print_result(result.estimate, out)
+    print_result(result.estimate, out)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -234,18 +240,6 @@ def _print_run(result: RunResult) -> None:
     if result.loss_before is not None and result.loss_after is not None:
         change = f"{result.loss_before:.3f} → {result.loss_after:.3f} nats a token"
         typer.echo(f"Held-out loss: {change} in {result.steps_made} steps.\n")
-
-
-def _print_result(estimate: Estimate, folder: Path) -> None:
-    from gns.advice import advise as advice_on
-    from gns.drift import drift
-    from gns.report import PAGE
-    from gns.report.text import render
-
-    known = _settings(folder, estimate)
-    change = drift(estimate.history, level=estimate.level)
-    advice = advice_on(estimate, **known, change=change) if known["batch_size"] else None
-    typer.echo(render(estimate, advice, change=change, page=folder / PAGE))
 
 
 def _print_table(estimates: dict[Path, Estimate]) -> None:
@@ -259,7 +253,7 @@ def _print_table(estimates: dict[Path, Estimate]) -> None:
     for run, estimate in estimates.items():
         change = drift(estimate.history, level=estimate.level)
         moving = f", {change.direction}" if change and change.moved else ""
-        rate = _settings(run, estimate)["learning_rate"]
+        rate = settings_of(run, estimate)["learning_rate"]
         table.add_row(
             str(run),
             format_count(estimate.b_simple),
@@ -274,38 +268,6 @@ def _print_table(estimates: dict[Path, Estimate]) -> None:
     Console(width=None if console.is_terminal else 160).print(table)
 
 
-def _load(folder: Path) -> Estimate:
-    """Load a run, from its good records if some are damaged.
-
-    Raises:
-        RecordsError: none is good.
-    """
-    from gns.estimate import estimate
-    from gns.records import RecordsError, load
-
-    try:
-        return load(folder)
-    except RecordsError as error:
-        if not error.steps:
-            raise
-        return replace(estimate(error.steps), history=tuple(error.steps))
-
-
-def _settings(folder: Path, estimate: Estimate) -> dict[str, Any]:
-    """Give what the advice asks of a run: batch size, data size, learning rate; None where unknown."""
-    from gns.records import read_summary
-
-    summary = read_summary(folder)
-    usual = round(estimate.examples_per_step) if estimate.n_steps else None
-    batch_size, size = summary.batch_size or usual, summary.settings.get("dataset_size")
-    rates = [step.learning_rate for step in estimate.history if step.learning_rate]
-    return {
-        "batch_size": batch_size,
-        "dataset_size": size if isinstance(size, int) and batch_size and size >= batch_size else None,
-        "learning_rate": summary.settings.get("learning_rate") or max(rates, default=None),
-    }
-
-
 def _speed(text: str) -> tuple[int, float]:
     """Read BATCH=EXAMPLES_PER_SECOND.
 
@@ -317,65 +279,6 @@ def _speed(text: str) -> tuple[int, float]:
         return int(batch), float(speed)
     except ValueError:
         raise ValueError(f"throughput {text!r}: BATCH=EXAMPLES_PER_SECOND is needed, e.g. 16=3.5") from None
-
-
-def _free(folder: Path) -> Path:
-    """Give the folder, or the first of folder-2, folder-3, … that is not there: nothing is overwritten."""
-    taken = 1
-    free = folder
-    while free.exists():
-        taken += 1
-        free = folder.with_name(f"{folder.name}-{taken}")
-    return free
-
-
-@contextmanager
-def _one_thread() -> Generator[None]:
-    """Keep torch to one thread: so small a model gains little by a second, and on a busy machine loses much.
-
-    (Threads on busy cores wait for each other: 262 s were measured with two where one takes 80 s.)
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _one_line_errors(*more: type[Exception]) -> Generator[None]:
-    """End bad input in one line and exit code 2, and Ctrl-C before any reading in exit code 130.
-
-    Bad input shows in errors of this package's own kinds, in missing files, and in the kinds named here; any
-    other error is a fault of ours and keeps its traceback.
-
-    Raises:
-        Exit: with that code.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("gns: interrupted before the first reading; nothing was written", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        ours = type(error).__module__.startswith("gns.")  # ConfigError, DataError, RecordsError
-        if not ours and not isinstance(error, (FileNotFoundError, *more)):
-            raise
-        typer.echo(f"gns: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(BAD_INPUT) from None
-
-
-@contextmanager
-def _spoken_warnings() -> Generator[None]:
-    """Say warnings as lines for a user, without the place in the code."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        typer.echo(f"gns: {warning.message}", err=True)
 
 
 if __name__ == "__main__":

@@ -390,6 +390,11 @@ class Collector:
 
     # the step
 
+    @guarded
+    def end_step(self) -> None:
+        """End a step here, where no optimizer does: for measurements without training."""
+        self._end(self.boundary.close())
+
     def _end(self, close: Close | None) -> None:
         if close is None:
             return

@@ -38,6 +38,7 @@ DOWNSTREAM = (
     "report",
     "display",
     "cli",
+    "commands",
     "finetune",
     "integrations",
 )

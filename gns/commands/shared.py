@@ -1,0 +1,126 @@
+"""What several commands share: exit codes, bad input in one line, and how a run's result is shown."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from gns.estimate import Estimate
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a measured run.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder to write; it must be new or empty.", show_default=False)
+]
+
+
+def print_result(estimate: Estimate, folder: Path) -> None:
+    """Print what was measured in a run and what it means."""
+    from gns.advice import advise as advice_on
+    from gns.drift import drift
+    from gns.report import PAGE
+    from gns.report.text import render
+
+    known = settings_of(folder, estimate)
+    change = drift(estimate.history, level=estimate.level)
+    advice = advice_on(estimate, **known, change=change) if known["batch_size"] else None
+    typer.echo(render(estimate, advice, change=change, page=folder / PAGE))
+
+
+def load_run(folder: Path) -> Estimate:
+    """Load a run, from its good records if some are damaged.
+
+    Raises:
+        RecordsError: none is good.
+    """
+    from gns.estimate import estimate
+    from gns.records import RecordsError, load
+
+    try:
+        return load(folder)
+    except RecordsError as error:
+        if not error.steps:
+            raise
+        return replace(estimate(error.steps), history=tuple(error.steps))
+
+
+def settings_of(folder: Path, estimate: Estimate) -> dict[str, Any]:
+    """Give what the advice asks of a run: batch size, data size, learning rate; None where unknown."""
+    from gns.records import read_summary
+
+    summary = read_summary(folder)
+    usual = round(estimate.examples_per_step) if estimate.n_steps else None
+    batch_size, size = summary.batch_size or usual, summary.settings.get("dataset_size")
+    rates = [step.learning_rate for step in estimate.history if step.learning_rate]
+    return {
+        "batch_size": batch_size,
+        "dataset_size": size if isinstance(size, int) and batch_size and size >= batch_size else None,
+        "learning_rate": summary.settings.get("learning_rate") or max(rates, default=None),
+    }
+
+
+def free_folder(folder: Path) -> Path:
+    """Give the folder, or the first of folder-2, folder-3, … that is not there: nothing is overwritten."""
+    taken = 1
+    free = folder
+    while free.exists():
+        taken += 1
+        free = folder.with_name(f"{folder.name}-{taken}")
+    return free
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Keep torch to one thread: so small a model gains little by a second, and on a busy machine loses much.
+
+    (Threads on busy cores wait for each other: 262 s were measured with two where one takes 80 s.)
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_line_errors(*more: type[Exception]) -> Generator[None]:
+    """End bad input in one line and exit code 2, and Ctrl-C before any reading in exit code 130.
+
+    Bad input shows in errors of this package's own kinds, in missing files, and in the kinds named here; any
+    other error is a fault of ours and keeps its traceback.
+
+    Raises:
+        Exit: with that code.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("gns: interrupted before the first reading; nothing was written", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        ours = type(error).__module__.startswith("gns.")  # ConfigError, DataError, RecordsError
+        if not ours and not isinstance(error, (FileNotFoundError, *more)):
+            raise
+        typer.echo(f"gns: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+@contextmanager
+def spoken_warnings() -> Generator[None]:
+    """Say warnings as lines for a user, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        typer.echo(f"gns: {warning.message}", err=True)

@@ -1,0 +1,173 @@
+"""Holding a model still: whatever is run inside, everything is bit by bit as it was afterwards.
+
+Weights are not copied: nothing here writes to them. `.grad`, buffers, training modes and the states of all
+random generators are put back, also after an exception or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MAX_BUFFER = 64 * 2**20  # bytes of a buffer that is copied; a larger one (packed weights) is only watched
+
+_MIXES = nn.modules.batchnorm._BatchNorm
+
+
+class StillError(RuntimeError):
+    """A model could not be put back as it was."""
+
+
+def _checkpointing(module: nn.Module) -> bool:
+    """Whether a module checkpoints its activations in training mode and has no dropout of its own."""
+    own = vars(module)
+    drops = any("drop" in name and isinstance(p, float) and p > 0 for name, p in own.items())
+    return bool(own.get("gradient_checkpointing")) and not drops
+
+
+def set_modes(model: nn.Module, *, dropout: bool) -> None:
+    """Set every module's training mode for a measurement at frozen weights.
+
+    Without dropout all modules are in evaluation mode, except those that would stop checkpointing their
+    activations by it. With dropout all are in training mode, except batch norms, whose examples would mix.
+    The attribute is set, not `eval()` called: some adapters merge their weights there.
+
+    Args:
+        model: whose modules.
+        dropout: whether dropout is on.
+    """
+    for module in model.modules():
+        module.training = not isinstance(module, _MIXES) if dropout else _checkpointing(module)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """States of the random generators that a forward pass may draw from."""
+
+    torch: Tensor
+    cuda: tuple[Tensor, ...]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Read them; a CUDA that was not used is left unused."""
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def same_torch(self, other: RandomState) -> bool:
+        """Whether no random number of torch was drawn in between."""
+        pairs = zip((self.torch, *self.cuda), (other.torch, *other.cuda), strict=False)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
+@contextmanager
+def seeded(seed: int) -> Generator[RandomState]:
+    """Run with torch's generators seeded, and put them back; gives the state that the seed makes."""
+    before = RandomState.now()
+    torch.manual_seed(seed)
+    try:
+        yield RandomState.now()
+    finally:
+        before.restore()
+
+
+class _Kept:
+    """What of a model a measurement may change, as it was."""
+
+    def __init__(self, model: nn.Module):
+        self.modes = [(m, m.training) for m in model.modules()]
+        self.grads = [(p, p.grad) for p in model.parameters()]
+        self.random = RandomState.now()
+        self.buffers = [
+            (m, name, b, b.detach().clone() if b.nbytes <= MAX_BUFFER else None, b._version)
+            for m in model.modules()
+            for name, b in m._buffers.items()
+            if b is not None
+        ]
+
+    def restore(self) -> None:
+        """Put everything back.
+
+        Raises:
+            StillError: a buffer too large to be copied was written to.
+        """
+        for module, mode in self.modes:
+            module.training = mode
+        for p, grad in self.grads:
+            p.grad = grad
+        self.random.restore()
+        lost = []
+        with torch.no_grad():
+            for module, name, buffer, copy, version in self.buffers:
+                module._buffers[name] = buffer
+                if copy is None and buffer._version != version:
+                    lost.append(name)
+                elif copy is not None and not _same_bits(buffer, copy):
+                    buffer.copy_(copy)
+        if lost:
+            raise StillError(
+                f"buffer {lost[0]!r} (and {len(lost) - 1} more) of over {MAX_BUFFER:,} bytes was written to "
+                "by the model's forward pass and cannot be put back; load the model anew"
+            )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values; NaN is not equal to itself, and so is copied again."""
+    return torch.equal(a, b)
+
+
+@contextmanager
+def uninterrupted() -> Generator[None]:
+    """Put Ctrl-C off until the end, so that what belongs together is done together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    heard: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append((number, frame)))
+    if before is None:  # not ours to put back: it was not installed from Python
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if heard and callable(before):
+            before(*heard[0])
+
+
+@contextmanager
+def still(model: nn.Module, *, dropout: bool) -> Generator[None]:
+    """Measure inside: gradients begin at None, modes are those of `set_modes`; all is put back at the end.
+
+    Args:
+        model: to be held still.
+        dropout: whether dropout is on inside.
+    """
+    kept = _Kept(model)
+    try:
+        for p in model.parameters():
+            p.grad = None
+        set_modes(model, dropout=dropout)
+        with torch.enable_grad():
+            yield
+    finally:
+        with uninterrupted():
+            kept.restore()
