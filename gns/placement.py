@@ -81,6 +81,7 @@ class Placement:
         misfit: why the rows are no examples, if they are not.
         ambiguous: it is not known which call this is.
         each: leaf of that call, [n], whose gradient collects ‖cᵢ‖² over all layers; None where there is none.
+        weights: [K, n], of the weighted sums that the tap's `weighted` leaves collect; None where none are.
     """
 
     n: int
@@ -91,6 +92,7 @@ class Placement:
     misfit: str | None = None
     ambiguous: bool = False
     each: Tensor | None = None
+    weights: Tensor | None = None
 
     def parts(self, rule: Rule, x: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield x and dy [E, ...] with one row an example, and the examples' numbers (None: in order).

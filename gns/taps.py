@@ -52,6 +52,7 @@ class Tap:
         self.name, self.module, self.rule, self.parameters = name, module, rule, parameters
         self.limit, self.shareable = limit, shareable
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
+        self.weighted: dict[str, Tensor] = {}  # parameter → leaf [K, *shape], where a curvature is measured
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
         self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
         self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
@@ -165,8 +166,8 @@ class Tap:
         self.leaf.grad = None
         for gather in self.gathers.values():
             gather.leaf.grad = None
-        for check in self.checks.values():
-            check.grad = None
+        for leaf in (*self.checks.values(), *self.weighted.values()):
+            leaf.grad = None
 
 
 class _TapFunction(torch.autograd.Function):
@@ -188,7 +189,7 @@ class _TapFunction(torch.autograd.Function):
             ctx.save_for_backward(x)
         ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
         ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
-        ctx.checked, ctx.alone = tuple(tap.checks), out.shape
+        ctx.checked, ctx.alone, ctx.weighted = tuple(tap.checks), out.shape, tuple(tap.weighted)
         ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
         seen = out.detach()  # neither a view nor the input itself: users change outputs in place
         return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
@@ -248,7 +249,8 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
         if wrong:  # the rule does not fit: autograd would raise in the user's backward
             tap.misplaced(Placement(0, misfit=WRONG_SHAPE))
             totals = [None if p in wrong else total for p, total in zip(ctx.checked, totals, strict=True)]
-        return each, torch.stack([*sums, rows]), *carried, *totals
+        weighted = [_weighted(tap, x, dy, p, where) for p in ctx.weighted]
+        return each, torch.stack([*sums, rows]), *carried, *totals, *weighted
 
 
 def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
@@ -260,6 +262,17 @@ def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) ->
     if not parts:  # no row is an example
         return torch.zeros_like(tap.parameter(parameter), dtype=sum_dtype(dy.dtype))
     return added(parts)
+
+
+def _weighted(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor | None:
+    """Σᵢ wₖᵢ cᵢ over the examples, [K, *shape]; None where the call has no weights."""
+    if where.weights is None or where.misfit:
+        return None
+    parts = []
+    for a, b, examples in where.parts(tap.rule, x, dy):
+        weights = where.weights if examples is None else where.weights[:, examples]
+        parts.append(reducers.weighted_sums(tap.rule, tap.module, a, b, parameter, weights, tap.limit))
+    return added(parts) if parts else None
 
 
 class _Hook:
@@ -326,7 +339,8 @@ class OutputHook(_Hook):
         sites = () if where is None else tap.sites(x, where)
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
         each = None if where is None else where.each
-        return _TapFunction.apply(out, x, tap, live, where, each, tap.leaf, *sites, *tap.checks.values())
+        sums = (*tap.checks.values(), *tap.weighted.values())
+        return _TapFunction.apply(out, x, tap, live, where, each, tap.leaf, *sites, *sums)
 
 
 class RootInput(_Hook):
