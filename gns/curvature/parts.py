@@ -17,6 +17,7 @@ from gns.examples import IGNORED, row_map, shifts_labels
 from gns.segments import SegmentsOf
 from gns.still import seeded, uninterrupted
 
+HALF = (torch.bfloat16, torch.float16)
 OWN_RTOL = 1e-4  # between a model's own loss and our token mean: more is another loss
 WHOLE = ("num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # keywords of calls not to be cut
 
@@ -69,17 +70,20 @@ class Point:
     segments: SegmentsOf | str | None = None
     seed: int = 0
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _half: bool = field(default=False, repr=False)
     _called: tuple[tuple, Mapping[str, Any], Any] | None = field(default=None, repr=False)
 
     @property
-    def low_precision(self) -> bool:
-        """Whether weights are kept in 16 bits."""
-        return any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters.values())
+    def coarse(self) -> bool:
+        """Whether trainable weights are kept in 16 bits, which round small shifts away."""
+        return any(p.dtype in HALF for p in self.parameters.values())
 
     @property
-    def double(self) -> bool:
-        """Whether all weights are float64."""
-        return all(p.dtype is torch.float64 for p in self.parameters.values())
+    def precision(self) -> str:
+        """Lowest precision that was seen on the way to the loss: "double", "single" or "half"."""
+        if self._half or any(p.dtype in HALF for p in self.model.parameters()):
+            return "half"
+        return "double" if all(p.dtype is torch.float64 for p in self.parameters.values()) else "single"
 
     def value(self, batch: Any) -> Tensor:
         """The loss of a batch here; what the model was called with is remembered until the next."""
@@ -93,6 +97,8 @@ class Point:
 
     def _see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
         self._called = args, kwargs, out
+        kinds = {p.device.type for p in self.parameters.values()}
+        self._half |= any(torch.is_autocast_enabled(kind) for kind in kinds)  # in the loss's own context
 
     def forward_value(self, batch: Any) -> float:
         """The loss of a batch here, without a graph; a model's own token mean is added up in float64."""

@@ -23,8 +23,9 @@ from gns.curvature.parts import Point, dots, norm
 Vector = Mapping[str, Tensor]
 METHODS = ("exact", "difference", "forward")
 START = 1e-3  # first trial: a shift of this share of the weights' norm
-# Change of the gradient, relative to it, that a step is to make. Differences of gradients, which are
-# rounded to 2⁻⁵³, 2⁻²⁴ or 2⁻⁹, bear a small one; second differences of losses, what is left of a cancellation, do not.
+# Change of the gradient, relative to it, that a step is to make. Differences of gradients,
+# which are rounded to 2⁻⁵³, 2⁻²⁴ or 2⁻⁹, bear a small one; second differences of losses, what is left of a
+# cancellation, do not.
 GRADIENT_CHANGE = {"double": 1e-5, "single": 3e-4, "half": 0.2}
 LOSS_CHANGE = {"double": 3e-3, "single": 3e-2, "half": 0.3}
 TRIALS = 8
@@ -56,10 +57,19 @@ class Steps:
     """
 
     def __init__(self, point: Point):
-        precision = "half" if point.low_precision else "double" if point.double else "single"
-        self.gradient_change, self.loss_change = GRADIENT_CHANGE[precision], LOSS_CHANGE[precision]
+        self._point = point
         self._weights = norm({name: p.detach() for name, p in point.parameters.items()}) or 1.0
         self._length: dict[str, float] = {}
+
+    @property
+    def gradient_change(self) -> float:
+        """What a step for a difference of gradients is to change."""
+        return GRADIENT_CHANGE[self._point.precision]
+
+    @property
+    def loss_change(self) -> float:
+        """The same for a second difference of losses."""
+        return LOSS_CHANGE[self._point.precision]
 
     def h(self, kind: str, vector: Vector, change: Callable[[float], float], target: float) -> float:
         """Give the step for a vector.
@@ -92,8 +102,8 @@ class Steps:
             if seen >= target / 300 and 1 / 30 < factor < 30:  # close enough to trust the power law
                 return length
         raise CurvatureError(
-            f"no step along a {kind} vector changes the gradient by a measurable amount: the Hessian looks like "
-            'zero there; take method="exact"'
+            f"no step along a {kind} vector changes the gradient by a measurable amount: the Hessian looks "
+            'like zero there; take method="exact"'
         )
 
 
@@ -184,7 +194,7 @@ class Difference:
         kind = "random" if signed else "mean"
         h = self.steps.h(kind, vector, lambda h: self.change(vector, h), self.steps.gradient_change)
         ahead = self._there(vector, h)
-        one_sided = signed and not self.point.low_precision
+        one_sided = signed and self.point.precision != "half"
         behind, width = (self.here, h) if one_sided else (self._there(vector, -h), 2 * h)
         wide = torch.promote_types
         return {

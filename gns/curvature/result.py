@@ -73,8 +73,8 @@ class CurvatureEstimate:
         high: upper end; `inf` where the data set no upper bound.
         level: nominal coverage.
         status: "measured", "lower bound" (GᵀHG not distinguishable from 0), "not detectable" (no positive
-            ratio fits), "collecting" (too few probes for the set to be trusted), "indefinite" (tr(HΣ) or GᵀHG is
-            significantly below 0: at this point the second-order law has no critical batch size).
+            ratio fits), "collecting" (too few probes for the set to be trusted), "indefinite" (tr(HΣ) or GᵀHG
+            is significantly below 0: at this point the second-order law has no critical batch size).
         trace_h_sigma: tr(HΣ).
         g_h_g: GᵀHG, without bias; may be negative.
         detection_limit: largest B_noise that these batches could tell from infinity.

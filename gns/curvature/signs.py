@@ -1,9 +1,8 @@
 """Which probe an example belongs to, and its random sign there: the weights of the sums that taps collect.
 
 Each example belongs to one probe, so that probes are independent replicates: the spread over them is that of
-the data and of the signs together, and no product is spent on learning it. (All signs on all examples would leave
-the estimate no better: with S probes on n examples each, the signs' share 2 tr((HΣ)²)/S comes on top of the
-data's, instead of instead of it.)
+the data and of the signs together, and no product is spent on learning it. All signs on all examples would be
+no better: their share, 2 tr((HΣ)²)/S, would come on top of the data's own.
 """
 
 from __future__ import annotations

@@ -310,6 +310,24 @@ def test_all_products_agree_within_a_percent(dtype):
     assert set(found["difference"].groups) == {"A", "B"} and not found["forward"].groups
 
 
+def test_autocast_is_seen_and_allowed_for():
+    def wide_loss(model, batch):
+        return MSE(model(batch[0]).float(), batch[1])
+
+    def loss(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return wide_loss(model, batch)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1))
+    batches = [tuple(t.float() for t in regression(64, seed=k)) for k in range(3)]
+    wide = b_noise(model, batches, loss=wide_loss, method="exact")
+    found = {m: b_noise(model, batches, loss=loss, method=m) for m in ("auto", "difference", "forward")}
+    assert found["auto"].method == "exact"
+    for result in found.values():
+        close(result.trace_h_sigma, wide.trace_h_sigma, rtol=0.3)
+
+
 def test_sixteen_bit_weights_are_differenced():
     model = lora("llama", torch.bfloat16)
     wide = lora("llama", torch.bfloat16).float()
@@ -514,6 +532,7 @@ def test_a_product_that_overflows_is_said():
         b_noise(linear(), [regression(12), regression(12, seed=1)], loss=loss, method="exact")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, which it uses
 def test_the_products_are_those_of_curvlinops():
     curvlinops = pytest.importorskip("curvlinops")
     model = tiny_gpt2().eval()
