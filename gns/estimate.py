@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gns.sets import MIN_STEPS, Moments, confidence_set, detection_limit, honest_set, status_of
 from gns.sums import StepSums
+
+if TYPE_CHECKING:
+    from gns.curvature.watching import CurvatureReading
 
 __all__ = [
     "LOCAL",
@@ -54,6 +58,7 @@ class Estimate:
         loss_scaled: tr Σ and |G|² still carry an unknown loss scale; B_simple does not.
         steps: first and last step number in the averages, or None.
         history: the steps themselves, where the estimate was loaded from a run.
+        curvature: the readings of B_noise, where the estimate was loaded from a run.
         coverage: share of the trainable parameters that is in the sums, or None where unknown.
     """
 
@@ -74,6 +79,7 @@ class Estimate:
     steps: tuple[int, int] | None = None
     history: tuple[StepSums, ...] = field(default=(), repr=False, compare=False)
     coverage: float | None = None
+    curvature: tuple[CurvatureReading, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def examples_per_step(self) -> float:

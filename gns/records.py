@@ -10,6 +10,7 @@ from typing import Any
 
 from gns._version import __version__
 from gns.coverage import Coverage
+from gns.curvature.readingsfile import read_readings
 from gns.estimate import Estimate, estimate
 from gns.stepsfile import (
     STEPS,
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 SUMMARY = "summary.json"
+LEFT_OUT = ("history", "groups", "curvature")  # of an estimate, in the summary: they are elsewhere
 
 
 def _plain(x: Any) -> Any:
@@ -72,7 +74,7 @@ class Summary:
 
 
 def _estimate_data(result: Estimate) -> dict[str, Any]:
-    data = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in ("history", "groups")}
+    data = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in LEFT_OUT}
     data["groups"] = {name: _estimate_data(group) for name, group in result.groups.items()}
     return {"in_words": str(result), **_plain(data)}
 
@@ -155,7 +157,7 @@ def load(folder: str | Path) -> Estimate:
         folder: of the run.
 
     Returns:
-        The estimate with `history`, `coverage` and groups.
+        The estimate with `history`, `curvature`, `coverage` and groups.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no steps.
@@ -171,4 +173,6 @@ def load(folder: str | Path) -> Estimate:
     except RecordsError as error:
         raise RecordsError(str(error), steps) from error
     share = summary.coverage.share if summary.coverage else None
-    return replace(estimate(steps, level=summary.level), history=tuple(steps), coverage=share)
+    readings = read_readings(folder)
+    found = estimate(steps, level=summary.level)
+    return replace(found, history=tuple(steps), coverage=share, curvature=readings)

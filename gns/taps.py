@@ -388,5 +388,15 @@ def _autocasts(x: Tensor) -> bool:
 
 def hooked(model: nn.Module) -> bool:
     """Whether a live hook of a monitor is on any module of the model."""
-    hooks = (h for m in model.modules() for h in m._forward_hooks.values())
-    return any(isinstance(h, _Hook) for h in hooks)
+    return any(is_ours(h) for m in model.modules() for h in m._forward_hooks.values())
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is a live one of a monitor."""
+    return isinstance(hook, _Hook)
+
+
+def hooks_of(model: nn.Module) -> list[dict[int, Any]]:
+    """Give the dictionaries of a model's forward hooks and pre-hooks that hold a live one of a monitor."""
+    every = (hooks for m in model.modules() for hooks in (m._forward_pre_hooks, m._forward_hooks))
+    return [hooks for hooks in every if any(is_ours(h) for h in hooks.values())]

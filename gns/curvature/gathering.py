@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from gns.calling import Loss, loss_of
+from gns.collect import Collector
 from gns.curvature.errors import CurvatureError
 from gns.curvature.signs import Weights
 from gns.gather import sum_dtype
-from gns.monitor import GNSMonitor
+from gns.openstep import OpenStep
+from gns.plan import Plan, plan
 from gns.segments import SegmentsOf
 from gns.still import seeded
-from gns.sums import StepSums
+from gns.sums import Layout, StepSums
+from gns.taps import hooked
 
 Vector = dict[str, Tensor]  # parameter → a tensor of its shape
 EACH_RTOL = 1e-3  # between Σ‖cᵢ‖² over examples and over layers; float32 sums in two orders are at 1e-5
@@ -95,17 +99,44 @@ class Sums:
         return np.array(found)
 
 
-class _Quiet(GNSMonitor):
-    """A monitor whose steps are ended by hand, and whose remarks are left to the result."""
+class _Steps:
+    """A collector whose steps are ended by hand, one a batch, and what they gave."""
 
-    def _tell(self, sums: StepSums) -> None:
-        """Say nothing of a batch."""
+    def __init__(self, model: nn.Module, weights: str, segments: SegmentsOf | str | None):
+        self.plan = plan(model)
+        self.done: list[StepSums] = []
+        self.left_out = dict(self.plan.reasons)
+        self._layout = functools.cache(Layout)
+        self._excluded: dict[str, str] = {}
+        self.collector = Collector(
+            model,
+            self.plan,
+            every=1,
+            weights=weights,
+            segments=segments,
+            scaler=None,
+            on_step=self._close,
+            on_error=_raise,
+            on_notice=lambda text: None,
+        )
 
-    def _notice(self, text: str) -> None:
-        """Say nothing of the set-up."""
+    def _close(self, step: OpenStep) -> None:
+        closed = step.close(self._excluded.keys(), self._layout)
+        self.collector.check.conclude(step.checked, closed.verified, usable=closed.sums.usable)
+        self._excluded |= closed.excluded
+        self.left_out |= closed.excluded
+        self.done.append(closed.sums)
 
-    def _warn_unmeasured(self, reasons: dict[str, str]) -> None:
-        """Say nothing of parameters: the result names them."""
+    def __enter__(self) -> _Steps:
+        self.collector.attach()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.collector.detach()
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def gather(
@@ -136,25 +167,18 @@ def gather(
 
     Raises:
         CurvatureError: too few examples, gradients that are not finite, or a loss the taps cannot follow.
+        RuntimeError: a monitor is attached.
 
     Memory: 2S + 1 times the trainable parameters, twice.
     """
+    if hooked(model):
+        raise RuntimeError("a GNSMonitor is attached to this model; call its detach() first")
     weigh = Weights(probes, len(batches), seed, signs)
-    monitor = _Quiet(model, weights=weights, segments=segments, on_error="raise", history=2**31)
-    with monitor:
-        collector, plan = monitor._collector, monitor._plan
-        assert collector is not None and plan is not None
-        leaves = {}
-        for entry in plan.entries:
-            p = entry.parameter
-            shape = (2 * probes + 1, *p.shape)
-            leaf = torch.zeros(shape, dtype=sum_dtype(p.dtype), device=p.device, requires_grad=True)
-            leaves[entry.name] = leaf
-            for tap, local in entry.sites:
-                tap.weighted[local] = leaf
-        collector.calls.weigh = weigh
+    each: list[np.ndarray] = []
+    with _Steps(model, weights, segments) as steps:
+        leaves = _leaves(steps.plan, 2 * probes + 1)
+        steps.collector.calls.weigh = weigh
         totals = {name: torch.zeros_like(leaf).detach() for name, leaf in leaves.items()}
-        each: list[np.ndarray] = []
         for k, batch in enumerate(batches):
             with seeded((seed << 24) + k):
                 loss_of(model, batch, loss).backward()
@@ -162,20 +186,35 @@ def gather(
             for name, leaf in leaves.items():
                 if leaf.grad is not None:
                     totals[name] += leaf.grad
-            calls = [c for c in collector.now.calls if c.rows is not None]
-            norms = [c.sq_norms(c.rows.n).double().cpu().numpy() for c in calls if c.rows is not None]
-            each.append(np.concatenate(norms) if norms else np.zeros(0))
+            each.append(_sq_norms(steps.collector))
             for p in model.parameters():
                 p.grad = None
-            collector.end_step()
-            _refuse(monitor, k)
-        steps, left_out = monitor.history, monitor.coverage().reasons
-    return _concluded(weigh, totals, steps, each, dict(left_out))
+            steps.collector.end_step()
+            _refuse(steps.done, k)
+    return _concluded(weigh, totals, steps.done, each, steps.left_out)
 
 
-def _refuse(monitor: GNSMonitor, k: int) -> None:
+def _leaves(plan: Plan, k: int) -> dict[str, Tensor]:
+    """Open the leaves that collect k weighted sums of each measured parameter."""
+    leaves = {}
+    for entry in plan.entries:
+        p = entry.parameter
+        leaf = torch.zeros((k, *p.shape), dtype=sum_dtype(p.dtype), device=p.device, requires_grad=True)
+        leaves[entry.name] = leaf
+        for tap, local in entry.sites:
+            tap.weighted[local] = leaf
+    return leaves
+
+
+def _sq_norms(collector: Collector) -> np.ndarray:
+    """‖cᵢ‖² of the examples of the step under way."""
+    rows = [(c, c.rows.n) for c in collector.now.calls if c.rows is not None]
+    found = [call.sq_norms(n).double().cpu().numpy() for call, n in rows]
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def _refuse(history: Sequence[StepSums], k: int) -> None:
     """Let pass only a batch whose sums are what they should be; one example alone will do."""
-    history = monitor.history
     if len(history) != k + 1:
         raise CurvatureError(f"batch {k}: no gradient reached a measured parameter")
     step = history[-1]
