@@ -5,7 +5,7 @@ gives tr(HΣ), one with ḡ gives GᵀHG; `gns.curvature.conclude` has the formu
 that are not among those of g: on the same ones tr(HΣ) is biased by r_eff/n.
 
 The "surge" B_noise of Li et al. 2024 (arXiv:2405.14578) for Adam is not offered. It is made of the
-off-diagonal of H weighted with the signs of gradient entries, under independent Gaussian entries of known mean
+off-diagonal of H weighted with signs of gradient entries, under independent Gaussian entries of known mean
 μ and deviation σ, for B ≪ πσ²/2μ². A batch with fewer examples than parameters gives neither μ/σ entry by
 entry nor those sums without bias; the authors themselves fit it from (S, E) pairs. It is another quantity: do
 not set its peak against this B_noise.
