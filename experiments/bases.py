@@ -64,6 +64,18 @@ BASES = {
         BaseConfig(
             "1m", vocab_size=2_048, hidden_size=128, intermediate_size=344, layers=4, heads=4, steps=4_500
         ),
+        BaseConfig(  # for a GPU
+            "25m",
+            vocab_size=4_096,
+            hidden_size=512,
+            intermediate_size=1_376,
+            layers=8,
+            heads=8,
+            steps=1_500,
+            batch_size=32,
+            sequence_length=512,
+            learning_rate=1.5e-3,
+        ),
     )
 }
 

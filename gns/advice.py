@@ -9,24 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
 
 from gns import wording
+from gns.capacity import Capacity, StepCost
 from gns.drift import Drift
+from gns.epoch import EpochPlan, epoch_plan
 from gns.estimate import MIN_STEPS, Estimate
-from gns.tradeoff import LAWS, band, examples_ratio, extra_cost, steps_ratio
+from gns.goodput import Goodput, Soonest, goodputs, soonest
+from gns.ranges import BatchRange, batch_ranges
+from gns.rates import RateCurve, rate_curves
+from gns.tradeoff import EQUAL, LAWS, Price, band, examples_ratio, positive, steps_ratio
+from gns.wording import Section
 
-WASTE = 0.05  # "about as cheap as it gets": within 5 % of the cheapest
-# x + 1/x ≤ 2 + 4·WASTE, the solution for equal prices of time and examples: 0.64 … 1.56, 2.4× wide
-_HALF = 1 + 2 * WASTE
-NEAR = (_HALF - math.sqrt(_HALF**2 - 1), _HALF + math.sqrt(_HALF**2 - 1))
 CAVEATS = (
     "B_simple is not the critical batch size itself: where both were measured, their ratio ran from "
     "0.05 (autoencoders) to 8 (SVHN). Take the range as a place to start, and try half and double.",
     "no published evidence ties the best batch size of LoRA to its gradient noise scale yet.",
     "the noise scale moves with the learning rate and along training: a reading belongs to its settings.",
+)
+
+TIME = (
+    "fewer steps save time only as far as a larger batch does not take longer a step: on more devices, or on "
+    "one that is not yet full. `gns throughput` measures it."
 )
 
 
@@ -52,47 +56,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class BatchRange:
-    """Batch sizes that are worth their price.
-
-    "examples": only examples cost; wasting at most w of them means B ≤ w·B_crit, so [0, w·high], of which
-    [0, w·low] holds whatever B_crit in the interval is the true one.
-    "time and examples": S_min steps and E_min examples cost the same; at most w above the cheapest means
-    0.64 … 1.56 × B_crit at w = 5 %. The range is [0.64·low, 1.56·high], never less than 2.4× wide;
-    [0.64·high, 1.56·low], where not empty, holds whatever B_crit in the interval is the true one.
-
-    Args:
-        priced: "examples" or "time and examples".
-        waste: w, share above the cheapest that is accepted.
-        low: lower end, in examples a step.
-        high: upper end; `inf` where none is known.
-        sure: the part that holds over the whole interval, or None.
-        pick: for "time and examples", the power of two nearest √(low·high); None where an end is missing.
-        pick_extra_cost: the most that `pick` can cost above the cheapest, over the whole interval.
-    """
-
-    priced: str
-    waste: float
-    low: float
-    high: float
-    sure: tuple[float, float] | None
-    pick: int | None = None
-    pick_extra_cost: float | None = None
-
-
-@dataclass(frozen=True)
-class Goodput:
-    """Useful examples a second at one batch size: throughput × (φ + B₀)/(φ + B), φ the noise scale.
-
-    Source: Qiao et al. 2021 (Pollux, OSDI), eq. (4)–(6), B₀ the batch in use.
-    """
-
-    batch_size: int
-    examples_per_second: float
-    useful: tuple[float, float]
-
-
-@dataclass(frozen=True)
 class Advice:
     """What follows from an estimate; `str(advice)` says it in a few lines.
 
@@ -102,11 +65,15 @@ class Advice:
         high: upper end; `inf` where none is known.
         batch_size: in use, examples a step.
         headline: the verdict in one sentence.
-        sentences: the rest in words, most important first.
+        sections: the rest in words, by subject, most important first.
         table: trade-off at powers of two; empty while it is too early.
-        ranges: of batch sizes, one a price; empty while it is too early.
+        ranges: of batch sizes, one a price, the one for time and examples last; empty while it is too early.
+        rates: learning rate against batch size, one curve a law; empty without a learning rate to start from.
+        plan: one epoch of the data; None without a data size.
         goodput: one a measured throughput; empty without one.
-        best_goodput: batch sizes of most goodput at `low` and at `high`, or None.
+        soonest: the timed batch that is soonest at a given loss, or None.
+        capacity: of the adapters against the data, as it was given.
+        cost: of a step, LoRA against full fine-tuning, as it was given.
         warnings: what does not fit together.
         caveats: what the reader must not forget.
         span: the part of the run that all this is about, if not the whole of it.
@@ -118,15 +85,29 @@ class Advice:
     high: float
     batch_size: int
     headline: str
-    sentences: tuple[str, ...] = ()
+    sections: tuple[Section, ...] = ()
     table: tuple[Row, ...] = ()
     ranges: tuple[BatchRange, ...] = ()
+    rates: tuple[RateCurve, ...] = ()
+    plan: EpochPlan | None = None
     goodput: tuple[Goodput, ...] = ()
-    best_goodput: tuple[int, int] | None = None
+    soonest: Soonest | None = None
+    capacity: Capacity | None = None
+    cost: StepCost | None = None
     warnings: tuple[str, ...] = ()
     caveats: tuple[str, ...] = CAVEATS
     span: str | None = None
     moved: str | None = None
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All sections in one row, without their titles."""
+        return tuple(line for section in self.sections for line in section.sentences)
+
+    @property
+    def best_goodput(self) -> tuple[int, int] | None:
+        """Batch sizes of most goodput at `low` and at `high`, the smaller first; None without throughput."""
+        return self.soonest.ends if self.soonest else None
 
     def __str__(self) -> str:
         marked = [f"Warning: {w}" for w in self.warnings]
@@ -144,6 +125,11 @@ def advise(
     throughput: Mapping[int, float] | None = None,
     learning_rate: float | None = None,
     change: Drift | None = None,
+    time_price: float | None = None,
+    step_price: float | None = None,
+    examples_needed: float | None = None,
+    capacity: Capacity | None = None,
+    cost: StepCost | None = None,
 ) -> Advice:
     """Turn an estimate with its interval into ranges of batch sizes and what they mean.
 
@@ -151,63 +137,81 @@ def advise(
         estimate: of the noise scale.
         batch_size: B₀ in use, examples an optimizer step (all micro-batches, all ranks).
         dataset_size: examples in the data set.
-        throughput: measured examples a second at some batch sizes.
+        throughput: measured examples a second at some batch sizes, e.g. `gns.throughput.read(file).speeds`.
         learning_rate: in use at `batch_size`.
         change: from `gns.drift.drift`. Where the noise scale moved, the advice is for the last third of the
             run instead of its average.
+        time_price: what the fewest possible steps cost, relative to what the fewest possible examples cost;
+            1, the default, means that time and examples matter equally, 3 that time matters more.
+        step_price: instead of `time_price`: how many examples the time of one optimizer step is worth.
+        examples_needed: examples that the loss aimed at takes at `batch_size`, as seen in an earlier run.
+        capacity: from `gns.capacity`; it is shown beside the rest.
+        cost: from `gns.capacity.step_cost`; it is shown beside the rest.
 
     Returns:
         The advice; without table and ranges while the estimate is still collecting.
 
     Raises:
         TypeError: `estimate` is not an `Estimate`.
-        ValueError: another argument is out of range.
+        ValueError: another argument is out of range, or both prices are given.
     """
     if not isinstance(estimate, Estimate):
         raise TypeError(
             f"estimate is a {type(estimate).__name__}; an Estimate is needed, e.g. monitor.estimate()"
         )
-    _check("batch_size", batch_size, whole=True)
-    if dataset_size is not None:
-        _check("dataset_size", dataset_size, whole=True)
-        if dataset_size < batch_size:
-            raise ValueError(
-                f"batch_size is {batch_size} with a dataset_size of {dataset_size}; at most that is needed"
-            )
-    if learning_rate is not None:
-        _check("learning_rate", learning_rate)
-    if throughput is not None and not throughput:
-        raise ValueError("throughput is empty; batch size → examples a second is needed, or None")
-    for batch, speed in (throughput or {}).items():
-        _check("a batch size in throughput", batch, whole=True)
-        _check(f"throughput at batch {batch}", speed)
+    given = _Given(batch_size, dataset_size, throughput, learning_rate, examples_needed, capacity, cost)
+    given.check()
+    price = EQUAL if time_price is None and step_price is None else Price(time_price, step_price)
     moved = change if change and change.moved and estimate.status != "collecting" else None
     if moved:
         estimate = replace(moved.last, coverage=estimate.coverage)
     nothing_known = estimate.low == 0 and math.isinf(estimate.high)
     if estimate.status == "collecting" or math.isnan(estimate.low) or nothing_known:
-        return _too_early(estimate, batch_size)
-    advice = _advise(estimate, batch_size, dataset_size, throughput or {}, learning_rate)
+        return _too_early(estimate, given)
+    advice = _advise(estimate, given, price)
     if not moved:
         return advice
     headline = wording.headline(estimate, moved.span)
     return replace(advice, headline=headline, span=moved.span, moved=wording.movement(moved))
 
 
-def _check(name: str, value: Any, *, whole: bool = False) -> None:
-    """Require a finite positive number.
+@dataclass(frozen=True)
+class _Given:
+    """What the user told beside the estimate; see `advise`."""
 
-    Raises:
-        ValueError: it is none.
-    """
-    value = value.item() if isinstance(value, np.generic) else value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0 or (whole and value != int(value)):
-        kind = "a whole number, 1 or more," if whole else "a finite number > 0"
-        raise ValueError(f"{name} is {value!r}; {kind} is needed")
+    batch: int
+    data: int | None
+    throughput: Mapping[int, float] | None
+    rate: float | None
+    needed: float | None
+    capacity: Capacity | None
+    cost: StepCost | None
+
+    def check(self) -> None:
+        """Require numbers in range.
+
+        Raises:
+            ValueError: one is not.
+        """
+        positive("batch_size", self.batch, whole=True)
+        if self.data is not None:
+            positive("dataset_size", self.data, whole=True)
+            if self.data < self.batch:
+                raise ValueError(
+                    f"batch_size is {self.batch} with a dataset_size of {self.data}; at most that is needed"
+                )
+        if self.rate is not None:
+            positive("learning_rate", self.rate)
+        if self.needed is not None:
+            positive("examples_needed", self.needed)
+        if self.throughput is not None and not self.throughput:
+            raise ValueError("throughput is empty; batch size → examples a second is needed, or None")
+        for batch, speed in (self.throughput or {}).items():
+            positive("a batch size in throughput", batch, whole=True)
+            positive(f"throughput at batch {batch}", speed)
 
 
-def _too_early(estimate: Estimate, batch_size: int) -> Advice:
+def _too_early(estimate: Estimate, given: _Given) -> Advice:
     headline = "Too early for advice: these steps say nothing about the noise scale yet. Measure on."
     if estimate.n_steps < MIN_STEPS:
         headline = (
@@ -219,37 +223,44 @@ def _too_early(estimate: Estimate, batch_size: int) -> Advice:
             f"Too early for advice: {estimate.n_steps} usable steps, but of so unequal size that they count "
             f"for fewer than the {MIN_STEPS} needed. Measure on."
         )
-    return Advice(estimate.status, estimate.low, estimate.high, batch_size, headline)
-
-
-def _advise(
-    estimate: Estimate,
-    batch: int,
-    data: int | None,
-    throughput: Mapping[int, float],
-    rate: float | None,
-) -> Advice:
-    ends = (estimate.low, estimate.high)
-    ranges = _ranges(*ends, data)
-    table = tuple(_row(b, batch, ends, data, rate) for b in _powers_of_two(batch, *ends, data))
-    goodput = tuple(_goodput(b, v, batch, ends) for b, v in sorted(throughput.items()))
-    best = None
-    if goodput:
-        low, high = (max(goodput, key=lambda g: g.useful[end]).batch_size for end in (0, 1))
-        best = (min(low, high), max(low, high))
     return Advice(
+        estimate.status,
+        estimate.low,
+        estimate.high,
+        given.batch,
+        headline,
+        sections=wording.beside(given.capacity, given.cost),
+        capacity=given.capacity,
+        cost=given.cost,
+    )
+
+
+def _advise(estimate: Estimate, given: _Given, price: Price) -> Advice:
+    ends = (estimate.low, estimate.high)
+    batch, data, rate = given.batch, given.data, given.rate
+    ranges = batch_ranges(*ends, price=price, dataset_size=data)
+    sizes = _powers_of_two(batch, *ends, data)
+    timed = goodputs(given.throughput or {}, batch, ends, given.needed)
+    plan = None if data is None else epoch_plan(data, batch, ends, sizes, given.needed)
+    table = tuple(_row(b, batch, ends, data, rate) for b in sizes)
+    advice = Advice(
         status=estimate.status,
         low=estimate.low,
         high=estimate.high,
         batch_size=batch,
         headline=wording.headline(estimate),
-        sentences=tuple(wording.sentences(estimate, batch, ranges, data, rate, best)),
         table=table,
         ranges=ranges,
-        goodput=goodput,
-        best_goodput=best,
+        rates=() if rate is None else rate_curves(rate, batch, ends, sizes[0], sizes[-1]),
+        plan=plan,
+        goodput=timed,
+        soonest=soonest(timed, batch),
+        capacity=given.capacity,
+        cost=given.cost,
         warnings=tuple(wording.remarks(estimate, batch, table)),
+        caveats=(*CAVEATS, *(() if timed else (TIME,)), *wording.plan_caveats(plan)),
     )
+    return replace(advice, sections=wording.sections(estimate, advice, rate))
 
 
 def _powers_of_two(batch: int, low: float, high: float, data: int | None) -> list[int]:
@@ -275,27 +286,3 @@ def _row(batch: int, reference: int, ends: tuple[float, float], data: int | None
         None if data is None else math.ceil(data / batch),
         None if data is None else batch / data,
     )
-
-
-def _goodput(batch: int, speed: float, reference: int, ends: tuple[float, float]) -> Goodput:
-    low, high = (speed if math.isinf(b) else speed * (b + reference) / (b + batch) for b in ends)
-    return Goodput(int(batch), float(speed), (low, high))
-
-
-def _ranges(low: float, high: float, data: int | None) -> tuple[BatchRange, ...]:
-    cheap = [BatchRange("examples", w, 0, w * high, (0, w * low)) for w in (WASTE, 0.2)]
-    sure = (NEAR[0] * high, NEAR[1] * low)
-    pick = None
-    if low > 0 and 1 <= high < math.inf:  # below 1 example there is no batch to choose
-        pick = 2 ** max(0, round(math.log2(low * high) / 2))
-        pick = pick if data is None else min(pick, 2 ** int(math.log2(data)))
-    near = BatchRange(
-        "time and examples",
-        WASTE,
-        NEAR[0] * low,
-        NEAR[1] * high,
-        sure if sure[0] <= sure[1] else None,
-        pick,
-        None if pick is None else max(extra_cost(pick, low), extra_cost(pick, high)),
-    )
-    return (*cheap, near)

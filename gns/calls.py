@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Call:
         self.uses: dict[int, int] = {}  # tap → how often it fired
         self.task: int | None = None  # graph task that ran it backward
         self._each: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._placed: dict[Hashable, Placement] = {}
 
     def each(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """Give the leaf, [n], whose gradient collects the examples' ‖cᵢ‖² over the layers on a device.
@@ -47,6 +48,19 @@ class Call:
             leaf = torch.zeros(self.rows.n, dtype=dtype, device=device, requires_grad=True)
             self._each[device, dtype] = leaf
         return leaf
+
+    def place(self, tap: Tap, x: Tensor, device: torch.device) -> Placement:
+        """Find out how the rows of a layer's input map onto the examples; asked once for layers alike."""
+        assert self.rows is not None
+        rule, dtype = tap.rule, tap.leaf.dtype
+        known = (x.shape, rule.ids, rule.tokenwise, tap.shareable, device, dtype)
+        off = rule.mode is not None and tap.module.training != rule.mode
+        if not off and known in self._placed:
+            return self._placed[known]
+        found = _placement(tap, x, self.rows, self.each(device, dtype), self.weights)
+        if not off:
+            self._placed[known] = found
+        return found
 
     def sq_norms(self, n: int) -> Tensor:
         """‖cᵢ‖² of the call's n examples, as far as layers have returned them."""
@@ -103,14 +117,11 @@ class Calls:
         """
         call = self.under_way
         if call is not None and call.rows is not None:
-            return _placement(tap, x, call.rows, call.each(device, tap.leaf.dtype), call.weights)
+            return call.place(tap, x, device)
         if not in_backward:
             return None
         calls = {id(each): each for each in running}.values()
-        dtype = tap.leaf.dtype
-        found = [
-            _placement(tap, x, c.rows, c.each(device, dtype), c.weights) for c in calls if c.rows is not None
-        ]
+        found = [each.place(tap, x, device) for each in calls if each.rows is not None]
         fitting = [where for where in found if where.misfit is None]
         if len(fitting) == 1:
             return fitting[0]
@@ -121,9 +132,8 @@ class Calls:
         if where is None:
             return None
         unknown = any(each.segments is not None for each in fitting)
-        return dataclasses.replace(
-            where, each=None, weights=None, ambiguous=unknown
-        )  # nobody knows whose examples
+        # nobody knows whose examples
+        return dataclasses.replace(where, each=None, contraction=None, ambiguous=unknown)
 
     def used_again(self, tap: Tap) -> bool:
         """Count a use of a layer in the call under way; whether it is not the first."""
@@ -139,7 +149,7 @@ def _placement(
     if tap.rule.mode is not None and tap.module.training != tap.rule.mode:
         return Placement(rows.n, misfit=OTHER_MODE)
     where = place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable, each=each)
-    return where if weights is None else dataclasses.replace(where, weights=weights)
+    return where if weights is None else dataclasses.replace(where, contraction=weights)
 
 
 def outputs(out: Any) -> list[Tensor]:

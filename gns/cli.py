@@ -1,4 +1,4 @@
-"""The command line: `gns demo`, `gns measure`, `gns report`, `gns advise`.
+"""The command line: `gns demo`, `measure`, `probe`, `report`, `advise`, `throughput`.
 
 Results go to standard output, progress and remarks to standard error. Bad input ends in one line and exit
 code 2, before anything is written; Ctrl-C in a report of what was measured and exit code 130. Heavy imports
@@ -15,22 +15,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from gns.commands.advise import advise
+from gns.commands.probe import probe
+from gns.commands.report import report
 from gns.commands.shared import (
     BAD_INPUT,
     INTERRUPTED,
-    Folder,
     Out,
     free_folder,
-    load_run,
     one_line_errors,
     one_thread,
     print_result,
-    settings_of,
-    spoken_warnings,
 )
+from gns.commands.throughput import throughput
 
 if TYPE_CHECKING:
-    from gns.estimate import Estimate
     from gns.finetune import RunResult
     from gns.preparation import FinetuneConfig
 
@@ -136,64 +135,10 @@ def measure(
         _finetune(config, out or free_folder(Path("runs/measure")), resume=resume)
 
 
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of measured runs.", show_default=False)],
-) -> None:
-    """Draw the report of a run anew from its recorded steps; of several runs, compare them too."""
-    with one_line_errors():
-        from gns.report import redraw
-
-        for run in runs:  # all are read before any is written
-            settings_of(run, load_run(run))
-        estimates = {}
-        for run in runs:
-            with spoken_warnings():
-                page = redraw(run)
-            estimates[run] = load_run(run)
-            if len(runs) == 1:
-                print_result(estimates[run], run)
-            else:
-                typer.echo(f"Report: {page}")
-        if len(runs) > 1:
-            _print_table(estimates)
-
-
-@app.command()
-def advise(
-    run: Folder,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Examples an optimizer step in use (default: the run's).")
-    ] = None,
-    dataset_size: Annotated[
-        int | None, typer.Option(help="Examples in the data (default: the run's).")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="In use at that batch size (default: the run's, if the batch is).")
-    ] = None,
-    throughput: Annotated[
-        list[str] | None,
-        typer.Option(help="Measured speed as BATCH=EXAMPLES_PER_SECOND; may be given several times."),
-    ] = None,
-) -> None:
-    """Say what a measured noise scale means for batch size and learning rate."""
-    with one_line_errors(ValueError):
-        estimate = load_run(run)
-        known = settings_of(run, estimate)
-        if batch_size in (None, known["batch_size"]):
-            learning_rate = learning_rate or known["learning_rate"]
-        from gns.advice import advise as advice_on
-        from gns.drift import drift
-
-        advice = advice_on(
-            estimate,
-            change=drift(estimate.history, level=estimate.level),
-            batch_size=known["batch_size"] if batch_size is None else batch_size,
-            dataset_size=known["dataset_size"] if dataset_size is None else dataset_size,
-            learning_rate=learning_rate,
-            throughput=dict(map(_speed, throughput)) if throughput else None,
-        )
-        typer.echo(str(advice))
+app.command()(probe)
+app.command()(report)
+app.command()(advise)
+app.command()(throughput)
 
 
 def _configured(given: dict[str, Any], out: Path | None, resume: bool) -> FinetuneConfig:
@@ -243,45 +188,6 @@ def _print_run(result: RunResult) -> None:
     if result.loss_before is not None and result.loss_after is not None:
         change = f"{result.loss_before:.3f} → {result.loss_after:.3f} nats a token"
         typer.echo(f"Held-out loss: {change} in {result.steps_made} steps.\n")
-
-
-def _print_table(estimates: dict[Path, Estimate]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from gns.drift import drift
-    from gns.estimate import format_count
-
-    table = Table("run", "B_simple", "interval", "level", "status", "steps", "learning rate", "unit")
-    for run, estimate in estimates.items():
-        change = drift(estimate.history, level=estimate.level)
-        moving = f", {change.direction}" if change and change.moved else ""
-        rate = settings_of(run, estimate)["learning_rate"]
-        table.add_row(
-            str(run),
-            format_count(estimate.b_simple),
-            f"{format_count(estimate.low)} … {format_count(estimate.high)}",
-            f"{100 * estimate.level:g} %",
-            f"{estimate.status}{moving}",
-            f"{estimate.n_steps} × {format_count(estimate.examples_per_step)}",
-            f"{rate:g}" if rate else "?",
-            estimate.unit,
-        )
-    console = Console()
-    Console(width=None if console.is_terminal else 160).print(table)
-
-
-def _speed(text: str) -> tuple[int, float]:
-    """Read BATCH=EXAMPLES_PER_SECOND.
-
-    Raises:
-        ValueError: it is not of that form.
-    """
-    batch, _, speed = text.partition("=")
-    try:
-        return int(batch), float(speed)
-    except ValueError:
-        raise ValueError(f"throughput {text!r}: BATCH=EXAMPLES_PER_SECOND is needed, e.g. 16=3.5") from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from gns.boundary import Boundary, Close
 from gns.calls import Call, Calls, outputs
 from gns.gradients import Stamp, all_empty, largest_entries, sq_norms
 from gns.guard import guarded, in_backward
+from gns.metrics import EUCLIDEAN, Metric
 from gns.openstep import OpenStep
 from gns.owners import Owners, learning_rate
 from gns.placement import Placement
@@ -46,6 +47,7 @@ from gns.segments import SegmentsOf
 from gns.selfcheck import SelfCheck
 from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
 from gns.underway import StepUnderWay
+from gns.weights import Weights
 
 if TYPE_CHECKING:
     from gns.curvature.watching import CurvatureWatch
@@ -68,6 +70,7 @@ class Collector:
         on_error: receives an exception of ours; may raise it.
         on_notice: receives what the user should know beyond steps.
         first_step: number of the next optimizer step.
+        metric: in which norms are taken.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Collector:
         on_error: Callable[[Exception], None],
         on_notice: Callable[[str], None] = warnings.warn,
         first_step: int = 0,
+        metric: Metric = EUCLIDEAN,
     ):
         self.model, self.taps, self.entries = unwrapped(model), plan.taps, plan.entries
         self._wrapper = model
@@ -109,6 +113,7 @@ class Collector:
         self._closer: int | None = None  # the optimizer that closed it
         self.watch: CurvatureWatch | None = None  # makes readings of B_noise
         self._ended: tuple[int, float | None] | None = None  # step that closed, for the watch
+        self.weights = Weights(metric, plan.entries)
         self.pool: Pool | None = None  # of the data-parallel ranks, where there are more than one
 
     # life
@@ -116,7 +121,7 @@ class Collector:
     def attach(self) -> None:
         """Register every hook."""
         for tap in self.taps:
-            tap.listen(self._on_leaf)
+            tap.listen(self._on_leaf, weighs=self.weights.weighs)
             tap.on_error, tap.on_misplaced, tap.on_doubled = self.fail, self._misplaced, self._doubled
             if tap.rule.autocast:
                 pre = InputHook(self, tap)
@@ -179,6 +184,7 @@ class Collector:
         for name in (name for name, norm in self._norms if norm.training):
             self.on_notice(BATCH_NORM.format(name=f"`{name}`"))
             break
+        self.weights.read()
         rows = self.calls.begin(args, kwargs)
         if rows is None:
             return
@@ -224,9 +230,12 @@ class Collector:
         tap.activation_dtype, self.now.eager = seen.dtype, True
         self.now.placed.add(id(tap))
         tap.follow_device()
-        self.check.follow(tap, out.device)
-        running = [call for call, _ in self._running]
-        where = self.calls.place(tap, x, out.device, running, in_backward=in_backward())
+        self.weights.read()
+        if tap.checks:
+            self.check.follow(tap, out.device)
+        backward = in_backward()
+        running = [call for call, _ in self._running] if backward else ()
+        where = self.calls.place(tap, x, out.device, running, in_backward=backward)
         if where is None or where.misfit is not None:
             if where is not None and not tap.admits(x, where):
                 self._misplaced(tap, where)  # it will not be there to tell in backward
@@ -268,6 +277,7 @@ class Collector:
             self._running.append((call, torch._C._current_graph_task_id()))
 
     def _backward_begins(self, from_output: bool) -> None:
+        self.weights.read()
         gradients, aborted, self._open = self._gradients(), self._open, True
         if self.boundary.pending:
             if self.boundary.backward_begins(self._discarded(gradients, from_output)):
@@ -309,6 +319,7 @@ class Collector:
         gradients = self._gradients()
         read = self.check.totals() if self.hidden else gradients
         self.now.sq_norms = sq_norms(read, [e.parameter for e in self.entries])
+        self.now.in_metric = self.weights.sq_norms(read)
         self.now.local = self.hidden
         if not self.hidden:
             seed = len(self.entries) * self.step if world_size() > 1 else None
@@ -333,6 +344,7 @@ class Collector:
             self.on_notice(f"{len(late)} trainable parameter(s) are not measured, e.g. {late[0]}: {LATE}")
         if self.owners.owns(optimizer):
             self._ours = True
+            self.weights.owned_by(optimizer)
         elif not self.hidden:
             self._foreign_steps()
             return
@@ -368,6 +380,7 @@ class Collector:
     def _on_post(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         if not self.hidden and not self.owners.owns(optimizer):
             return
+        self.weights.stepped()
         self._refuse_what_broke_off()
         awaited = self.boundary.awaits(id(optimizer))
         blind = awaited and self._blind()
@@ -418,11 +431,14 @@ class Collector:
             if joined(self._wrapper):
                 reason, self.now.mismatches = JOINED, []
             elif self.pool is None and world_size() > 1:
-                self.pool = Pool(self.entries, f"step {self.step}, every {self.every}")
+                about = f"step {self.step}, every {self.every}, {self.weights.metric.name}"
+                self.pool = Pool(self.entries, about, weighs=self.weights.weighs)
             pool = self.pool if reason != JOINED else None
-            self.on_step(self.now.hand_on(self.step, reason, self.taps, self.entries, names, pool))
+            told = self.step, reason, self.taps, self.entries, names
+            self.on_step(self.now.hand_on(*told, pool, self.weights))
         self._ended = self.step, self.now.learning_rate
         self.step += 1
+        self.weights.end()
         for tap in self.taps:
             tap.drop()
         self.check.end()

@@ -70,6 +70,12 @@ class Examples:
         return rest, [self.rows[i] for i in sorted(held_out)]
 
 
+def pad_id(tokenizer: Any) -> int:
+    """Give a token to pad with. Any will do: neither attention nor loss sees it."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)
+
+
 class Collator:
     """Rows → one batch, padded on the right to its longest row.
 

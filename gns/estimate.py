@@ -8,13 +8,23 @@ A negative average of |G|² is legal; nothing is clamped. Unit of every B: examp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gns.sets import MIN_STEPS, Moments, confidence_set, detection_limit, honest_set, status_of
+from gns import tails
+from gns.moments import BETWEEN, Moments
+from gns.sets import (
+    MIN_STEPS,
+    confidence_set,
+    detection_limit,
+    honest_set,
+    p_value,
+    status_of,
+    times_more,
+)
 from gns.sums import StepSums
 
 if TYPE_CHECKING:
@@ -33,6 +43,7 @@ __all__ = [
 
 STATUSES = ("measured", "lower bound", "not detectable", "collecting")
 LOCAL = "local statistics"
+RATIO = "ratio of averages"
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,14 @@ class Estimate:
         history: the steps themselves, where the estimate was loaded from a run.
         curvature: the readings of B_noise, where the estimate was loaded from a run.
         coverage: share of the trainable parameters that is in the sums, or None where unknown.
+        p_value: of "no signal at all", |G|² = 0: one-sided, studentised, of a single look; NaN without steps.
+        tail_share: share of Σ‖gᵢ‖² that the top 1 % of the examples hold, at least; None where unknown.
+        warnings: sentences that belong beside the number.
+        view: what average over the steps this is.
+        metric: in which the squared norms are taken.
+        variance: what the spread was taken from, "between steps" or, where they drift, "successive
+            differences".
+        moments: what the set was made of; None for an estimate written by hand.
     """
 
     b_simple: float
@@ -79,6 +98,13 @@ class Estimate:
     steps: tuple[int, int] | None = None
     history: tuple[StepSums, ...] = field(default=(), repr=False, compare=False)
     coverage: float | None = None
+    p_value: float = math.nan
+    tail_share: float | None = None
+    warnings: tuple[str, ...] = ()
+    view: str = RATIO
+    metric: str = "euclidean"
+    variance: str = BETWEEN
+    moments: Moments | None = field(default=None, repr=False, compare=False)
     curvature: tuple[CurvatureReading, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -90,7 +116,63 @@ class Estimate:
     def target(self) -> str:
         """What the number estimates: which average over which steps."""
         over = f"steps {self.steps[0]}–{self.steps[1]}" if self.steps else "no steps"
-        return f"ratio of averages over {over}; population gradient as long as no example was seen twice"
+        return f"{self.view} over {over}; population gradient as long as no example was seen twice"
+
+    def more_examples(self, width: float = 0.2) -> float:
+        """Predict how many further examples the set needs, at this batch size, to be as narrow as ± width.
+
+        The set is worked out anew for r times the steps with averages and spread as they are now, and r is
+        solved for. Simulated for ±20 % (Gaussian; flat, 1/j and j⁻² spectra, B_simple 20 and 100, steps of
+        16): the total is right within a factor of 1.5 in 87–95 % of the runs whose set is within about ±40 %,
+        with a median of 0.96–1.06 of the truth; in 58–76 % of those with wider sets, and too low (0.3–0.8)
+        where only a part of the runs is "measured" at all.
+
+        Args:
+            width: relative half-width wanted, (high − low) / 2B.
+
+        Returns:
+            Examples; 0 where the set is that narrow; `inf` where |G|² averages to no positive number, so that
+            none can be named; NaN with fewer than 2 steps.
+
+        Raises:
+            ValueError: `width` is not positive.
+        """
+        if not width > 0:
+            raise ValueError(f"width is {width}; a relative half-width above 0 is needed, e.g. 0.2 for ±20 %")
+        return self._more(width, self.b_simple)
+
+    def _more(self, width: float, truth: float) -> float:
+        """Further examples to ± width, if the noise scale is `truth`."""
+        if self.n_steps < 2:
+            return math.nan
+        if not 0 < truth < math.inf:
+            return math.inf
+        if self.moments is None:  # written by hand: the width goes with B and with the root of the steps
+            times = ((self.high - self.low) / 2 / self.b_simple * truth / self.b_simple / width) ** 2
+        else:
+            times = times_more(replace(self.moments, y=self.moments.x / truth), self.level, width)
+        return max(0.0, (times - 1) * self.n_examples)
+
+    def outlook(self, width: float = 0.2) -> str:
+        """Say how many more examples make the set as narrow as ± width, and how sure that is: one sentence.
+
+        Raises:
+            ValueError: `width` is not positive.
+        """
+        more, aim = self.more_examples(width), f"±{100 * width:g} %"
+        if math.isnan(more):
+            return f"How many examples {aim} takes cannot be said before 2 steps are measured."
+        if more == 0:
+            return f"The interval is no wider than {aim}."
+        if math.isinf(self.high) or math.isinf(more):
+            least = self._more(width, self.low)
+            number = f"At least {format_count(least)} more" if 0 < least < math.inf else "More"
+            return f"{number} examples are needed for {aim}: |G|² cannot be told from 0 yet."
+        ends = [format_count(self._more(width, b)) for b in (self.low, self.high)]
+        return (
+            f"About {format_count(more)} more examples for {aim}, at this batch size "
+            f"({ends[0]} … {ends[1]} for a noise scale at the ends of the interval)."
+        )
 
     def __str__(self) -> str:
         size = f"{self.n_steps} steps × {format_count(self.examples_per_step)}"
@@ -134,10 +216,21 @@ def estimate(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
         The estimate; with fewer than two usable steps all its figures are NaN and its status "collecting".
 
     Raises:
-        ValueError: `level` is outside (0, 1).
+        ValueError: `level` is outside (0, 1), or the steps are not all in one metric.
         TypeError: `steps` holds something else than `StepSums`.
 
     Source: McCandlish et al. 2018, arXiv:1812.06162, appendix A, for the averages.
+    """
+    usable, skipped = usable_of(steps, level)
+    return with_groups(usable, skipped, lambda part: summarise(part, level=level))
+
+
+def usable_of(steps: Iterable[StepSums], level: float) -> tuple[list[StepSums], int]:
+    """Check what an estimate is asked for; give the usable steps, and how many are not.
+
+    Raises:
+        ValueError: `level` is outside (0, 1), or the steps are not all in one metric.
+        TypeError: `steps` holds something else than `StepSums`.
     """
     steps = list(steps)
     if not 0 < level < 1:
@@ -148,15 +241,56 @@ def estimate(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
             f"steps holds {', '.join(sorted(foreign))}; StepSums are needed, e.g. monitor.history"
         )
     usable = [s for s in steps if s.usable]
-    joint = _estimate(usable, level)
+    metrics = sorted({s.metric for s in usable})
+    if len(metrics) > 1:
+        raise ValueError(
+            f"the steps are in {len(metrics)} metrics, {', '.join(metrics)}: their sums do not add. Estimate "
+            f"each alone, e.g. [s for s in steps if s.metric == {metrics[0]!r}]"
+        )
+    return usable, len(steps) - len(usable)
+
+
+def with_groups(
+    usable: list[StepSums], skipped: int, summary: Callable[[list[StepSums]], Estimate]
+) -> Estimate:
+    """Summarise the steps and each of their parameter groups alike.
+
+    Args:
+        usable: steps.
+        skipped: how many steps were left out.
+        summary: of usable steps, in their order.
+
+    Returns:
+        The summary of the steps with those of the groups in it.
+    """
     of_step = [s.groups for s in usable]
     names = of_step[0] if of_step else ()
     by_name = {name: [groups[name] for groups in of_step if name in groups] for name in names}
-    groups = {name: _estimate(of_group, level) for name, of_group in by_name.items()}
-    return replace(joint, groups=groups, n_skipped=len(steps) - len(usable))
+    groups = {name: summary(of_group) for name, of_group in by_name.items()}
+    return replace(summary(usable), groups=groups, n_skipped=skipped)
 
 
-def _estimate(steps: list[StepSums], level: float) -> Estimate:
+def summarise(
+    steps: list[StepSums],
+    *,
+    level: float,
+    weights: np.ndarray | None = None,
+    influence: tuple[np.ndarray, np.ndarray] | None = None,
+    view: str = RATIO,
+) -> Estimate:
+    """Estimate from usable steps, without their groups: the core of `estimate` and of every view.
+
+    Args:
+        steps: usable, in their order.
+        level: nominal coverage of the confidence set.
+        weights: [K], of the steps, beyond those by their size n; by default all 1.
+        influence: [K] each, in the place of tr Σ and |G|² for the spread alone, where `weights` come from the
+            same steps and so have errors of their own.
+        view: name of the average.
+
+    Returns:
+        The estimate, with variance by successive differences where the steps drift.
+    """
     n = np.array([s.n_examples for s in steps], dtype=np.float64)
     about = {
         "level": level,
@@ -165,25 +299,22 @@ def _estimate(steps: list[StepSums], level: float) -> Estimate:
         "unit": _unit(steps),
         "loss_scaled": any(s.loss_scaled for s in steps),
         "steps": (steps[0].step, steps[-1].step) if steps else None,
+        "view": view,
+        "metric": steps[0].metric if steps else "euclidean",
     }
     nan = math.nan
     if len(steps) < 2:
         x, y = (steps[0].trace_sigma, steps[0].grad_sq_norm) if steps else (nan, nan)
-        return Estimate(
-            nan,
-            nan,
-            math.inf,
-            status="collecting",
-            trace_sigma=x,
-            grad_sq_norm=y,
-            detection_limit=nan,
-            **about,
-        )
+        sums = {"trace_sigma": x, "grad_sq_norm": y, "detection_limit": nan}
+        return Estimate(nan, nan, math.inf, status="collecting", **sums, **about)
     x = np.array([s.trace_sigma for s in steps])
     y = np.array([s.grad_sq_norm for s in steps])
     unit = 2.0 ** -np.ceil(np.log2(np.abs(np.concatenate([x, y])).max() or 1.0))  # exact: cubes stay in range
-    moments = Moments.of(x * unit, y * unit, n - 1, n * (n - 1))
+    w = n - 1 if weights is None else weights * (n - 1)
+    spread = None if influence is None else (influence[0] * unit, influence[1] * unit)
+    moments = Moments.of(x * unit, y * unit, w, w * n, variance="auto", influence=spread)
     low, high, empty = honest_set(moments, level)
+    heavy = tails.of(steps, moments, float((w * n).sum() ** 2 / (w * w * n / (n - 1)).sum()))
     return Estimate(
         b_simple=moments.x / moments.y if moments.y > 0 else nan,
         low=low,
@@ -192,6 +323,11 @@ def _estimate(steps: list[StepSums], level: float) -> Estimate:
         trace_sigma=float(moments.x / unit),
         grad_sq_norm=float(moments.y / unit),
         detection_limit=detection_limit(moments, level),
+        p_value=p_value(moments),
+        tail_share=heavy.share,
+        warnings=heavy.warnings,
+        variance=moments.variance,
+        moments=moments,
         **about,
     )
 

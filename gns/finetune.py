@@ -15,22 +15,26 @@ ends it at once, with the report. A resumed run goes on from the last checkpoint
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.utils import enable_progress_bars
+from peft.tuners.lora import LoraLayer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gns import records, runfolder
+from gns.capacity import AdaptedLayer
 from gns.curvature.readingsfile import cut_readings
-from gns.data import NO_LOSS, Collator, Row
+from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
 from gns.integrations.transformers import GNSCallback, next_step
 from gns.monitor import GNSMonitor
@@ -100,7 +104,7 @@ def run(
     out, watcher = Path(out), watcher or Watcher()
     config.check()
     checkpoint = runfolder.resumable(out, config) if resume else runfolder.refuse_used(out)
-    with _without_bars():
+    with without_bars():
         prepared = prepare(config)
         if checkpoint is not None and runfolder.steps_of(checkpoint) >= prepared.n_steps:
             raise ConfigError(
@@ -125,7 +129,7 @@ class _Run:
             records.cut_after(steps, last)
             cut_readings(out, last)
         runfolder.write_config(out, config)
-        self.collator = Collator(_pad_id(prepared.tokenizer))
+        self.collator = Collator(pad_id(prepared.tokenizer))
         self.monitor = GNSMonitor(
             prepared.model, every=config.every, sink=steps, curvature_every=config.curvature_every
         )
@@ -182,11 +186,17 @@ class _Run:
             "learning_rate": self.config.lr,
             "dataset_size": len(self.prepared.train),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "adapted_layers": [list(astuple(layer)) for layer in adapted_layers(model)],
+            **first_epoch(self.trainer.state.log_history),
+            "loss_tokens": sum(n_labels(row) for row in self.prepared.train),
             "held_out_loss_before": self.loss_before,
             "held_out_loss_after": self.loss_after,
+            "steps_planned": self.prepared.n_steps,
+            "optimizer": self.trainer.args.optim.value,  # type: ignore[union-attr]
+            "max_grad_norm": self.trainer.args.max_grad_norm,
+            "dropout": _dropout(model),
+            "precision": f"{self.config.base_dtype} base, float32 adapters".removeprefix("torch."),
             "device": str(model.device),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
         }
         self.monitor.report(self.out, settings=settings, batch_size=self.config.examples_per_step)
 
@@ -210,6 +220,40 @@ def mean_loss(model: Any, rows: Sequence[Row], collator: Collator, batch_size: i
             count += n_labels
     model.train(was_training)
     return total / count if count else None
+
+
+def first_epoch(logs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Summarise the training loss of the first epoch from the Trainer's log of every step.
+
+    Args:
+        logs: entries with "loss" (nats a token) and "epoch" are looked at; a resumed run has those before it.
+
+    Returns:
+        `first_epoch_loss`, the mean loss in nats a token, None where it is not finite; `first_epoch_share`,
+        how much of the epoch it is of, 0 … 1.
+    """
+    inside = [entry for entry in logs if "loss" in entry and entry.get("epoch", math.inf) <= 1 + 1e-6]
+    losses = [float(entry["loss"]) for entry in inside]
+    mean = math.fsum(losses) / len(losses) if losses else math.nan
+    share = max((float(entry["epoch"]) for entry in inside), default=0.0)
+    return {"first_epoch_loss": mean if math.isfinite(mean) else None, "first_epoch_share": min(share, 1.0)}
+
+
+def adapted_layers(model: Any) -> list[AdaptedLayer]:
+    """List the linear layers of a model that carry a LoRA adapter, those of one shape together."""
+    found: Counter[tuple[int, int, int]] = Counter()
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or not module.lora_A:
+            continue
+        rank = sum(module.r[name] for name in module.lora_A)  # several adapters at once add their ranks
+        if module.in_features and module.out_features:
+            found[(module.in_features, module.out_features, rank)] += 1
+    return [AdaptedLayer(*shape, count) for shape, count in found.items()]
+
+
+def n_labels(row: Row) -> int:
+    """Count the tokens of an example that have a loss: the first is predicted from nothing."""
+    return sum(label != NO_LOSS for label in row.labels[1:])
 
 
 class _Reporter(TrainerCallback):
@@ -287,14 +331,17 @@ def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingAr
     return arguments
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """Any token will do: neither attention nor loss sees it."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in ids if i is not None)
+def _dropout(model: Any) -> float:
+    """Largest dropout probability in a model and its adapters: of its modules, and of functions by config."""
+    kinds = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.AlphaDropout)
+    found = [m.p for m in model.modules() if isinstance(m, kinds)]
+    known = model.config.get_text_config().to_dict()  # attention_dropout, attn_pdrop …
+    found += [p for name, p in known.items() if "drop" in name and isinstance(p, int | float)]
+    return float(max(found, default=0.0))
 
 
 @contextmanager
-def _without_bars() -> Generator[None]:
+def without_bars() -> Generator[None]:
     """Switch transformers' own progress bars off for a while; downloads keep theirs, and warnings stay."""
     bars = transformers.utils.logging
     if not bars.is_progress_bar_enabled():

@@ -89,7 +89,7 @@ def probe(
     """
     most = _most(batches, max_batches)
     looks = _looks(relative_width, most)
-    _check(model, level, max_batches)
+    _check(model, level, largest)
     run = Run(
         model,
         loss,
@@ -151,7 +151,7 @@ def _looks(relative_width: float | None, most: int | None) -> tuple[int, ...]:
     return declared(most)
 
 
-def _check(model: nn.Module, level: float, max_batches: int | None) -> None:
+def _check(model: nn.Module, level: float, largest: int) -> None:
     if not isinstance(model, nn.Module):
         raise ProbeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     if not 0 < level < 1:
@@ -160,6 +160,8 @@ def _check(model: nn.Module, level: float, max_batches: int | None) -> None:
         raise ProbeError(
             f"{world_size()} processes are under way; a probe runs in one: call it in a process of its own"
         )
+    if isinstance(largest, bool) or not isinstance(largest, int) or largest < 0:
+        raise ProbeError(f"largest is {largest!r}; a whole number, 0 or more, is needed")
     for name, p in model.named_parameters():
         if p.requires_grad and getattr(p, "_post_accumulate_grad_hooks", None):
             raise ProbeError(
@@ -186,6 +188,7 @@ def _bar(shown: bool | None, most: int | None) -> Generator[Callable[[int], None
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=console.is_terminal) as bar:
         task = bar.add_task("batches at frozen weights", total=most)
         yield lambda done: bar.update(task, completed=done)

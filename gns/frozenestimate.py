@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gns.estimate import Estimate, format_count
 from gns.largest import LargeExample
-from gns.pairs import Batches, Dependence, SignFlip, dependence, jackknife, pooled, sign_flip
-from gns.sets import Moments, detection_limit, honest_set, status_of
+from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, jackknife, pooled, sign_flip
+from gns.sets import detection_limit, honest_set, status_of
 
 VIEW = "all pairs of examples at one parameter point"
 DEPENDENT = 0.01  # p-value of a difference between pairs inside and across batches that is warned of
@@ -37,12 +37,11 @@ class DropoutNoise:
 class FrozenEstimate(Estimate):
     """A noise scale measured at frozen weights. A "step" of `Estimate` is a batch here.
 
+    Its `p_value` is that of the sign-flip test, which has not the jackknife's loss of power.
+
     Args:
-        p_value: of |G|² = 0, by the sign-flip test: one-sided, and without the jackknife's loss of power.
-        warnings: what a reader must know beside the number.
         view: what average this is.
-        metric: in which norms are taken.
-        moments: X and Y with the jackknife's spread.
+        variance: what the spread was taken from.
         signal: the sign-flip test.
         dependence: pairs inside batches against pairs across, or None where they cannot be compared.
         gradients: how the batches' gradients were kept.
@@ -52,11 +51,8 @@ class FrozenEstimate(Estimate):
         dropout: data and dropout noise, if asked for.
     """
 
-    p_value: float = math.nan
-    warnings: tuple[str, ...] = ()
     view: str = VIEW
-    metric: str = "euclidean"
-    moments: Moments | None = field(default=None, repr=False, compare=False)
+    variance: str = "delete-one-batch jackknife"
     signal: SignFlip | None = None
     dependence: Dependence | None = None
     gradients: str = "whole"
@@ -81,7 +77,8 @@ class FrozenEstimate(Estimate):
         said = super().__str__().replace(" steps × ", " batches × ")
         if self.n_steps < 2:
             return said.replace("usable step(s)", "usable batch(es)")
-        return f"{said}; frozen weights; any gradient at all: p = {self.p_value:.2g}"
+        ended = "" if self.stopped is None else f"; {self.stopped}"
+        return f"{said}; frozen weights; any gradient at all: p = {self.p_value:.2g}{ended}"
 
 
 def from_batches(
@@ -118,7 +115,7 @@ def from_batches(
         **(about or {}),
     }
     x, y = pooled(batches)
-    if len(batches) < 2:
+    if not has_spread(batches):
         nan = math.nan
         return FrozenEstimate(
             nan,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gns.calling import Loss, ProbeError, loss_of, moved
 from gns.estimate import estimate
 from gns.frozenestimate import DropoutNoise, FrozenEstimate, from_batches
-from gns.gradrows import SIZE, GradientRows
+from gns.gradrows import GradientRows
 from gns.largest import Largest
 from gns.monitor import GNSMonitor
 from gns.pairs import Batches, pooled
@@ -27,6 +27,7 @@ RANDOM = (
 )
 MIXED = 'some batches have token labels and others have none; pass weights="equal", or labels in all of them'
 NOTHING = "no gradient reached a measured parameter"
+UNLABELLED = "none of its tokens has a label"
 UNLISTED = "Examples of {n} batches are not among the largest: their norms cannot be told apart there."
 NORMS_RTOL = 1e-3  # between Σ‖cᵢ‖² over examples and over layers; float32 sums in two orders are at 1e-5
 
@@ -127,7 +128,7 @@ class Run:
         with uninterrupted():
             number, start = self.fed, self.seen
             self.fed, self.seen = number + 1, start + (0 if step is None else step.n_examples)
-            why = NOTHING if step is None else _unusable(step)
+            why = NOTHING if step is None else _unusable(step, read.by_tokens)
             if step is None or why is not None:
                 self.skipped.append(f"Batch {number} is left out: {why}.")
                 return
@@ -219,8 +220,8 @@ class Run:
         kept = "whole"
         if self.rows.sketched:
             share = f"{100 * joint.sketch_share:.2g} %"
-            kept = f"sketched, {SIZE:,} numbers a batch; {share} of their products' spread is the sketch's"
-        remarks = [*getattr(base, "warnings", ()), *self.skipped]
+            kept = f"sketched, {self.rows.size:,} numbers a batch; {share} of the products' spread is theirs"
+        remarks = [*base.warnings, *self.skipped]
         if self.random and not self.dropout:
             remarks.append(RANDOM)
         if self.unlisted:
@@ -229,6 +230,8 @@ class Run:
         found = () if self.largest is None else self.largest.found((joint.n.sum() / z) ** 2, sizes)
         return {
             "unit": base.unit,
+            "metric": base.metric,
+            "tail_share": base.tail_share,
             "loss_scaled": base.loss_scaled,
             "n_skipped": len(self.skipped),
             "coverage": self.monitor.coverage().share,
@@ -251,9 +254,9 @@ class Run:
         return DropoutNoise(data=pooled(joint)[0] - masks, dropout=masks, dropout_se=se)
 
 
-def _unusable(step: StepSums) -> str | None:
+def _unusable(step: StepSums, by_tokens: bool) -> str | None:
     """Say why a batch is left out; one example alone is no reason: its pairs are with other batches."""
     alone = replace(step, reason=None).reason  # what the numbers themselves say
     if not step.finite or step.n_examples < 1 or step.reason != alone:
         return step.reason
-    return None
+    return UNLABELLED if by_tokens and not step.n_tokens else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gns import reducers
+from gns.metrics import of_blocks
 from gns.placement import Placement
 from gns.reasons import TOO_LARGE
 from gns.rules import Rule
@@ -41,11 +42,12 @@ class Gather:
 
     def __init__(self, parameter: Tensor, limit: int = reducers.MAX_BYTES):
         self.shape, self.limit, self.n = parameter.shape, limit, 0
-        self.leaf = torch.zeros(1, dtype=sum_dtype(parameter.dtype), device=parameter.device)
+        self.leaf = torch.zeros(2, dtype=sum_dtype(parameter.dtype), device=parameter.device)
         self.leaf.requires_grad_()
         self.carriers: tuple[Tensor, ...] | None = None
         self.refusal: str | None = None  # why the uses of the call under way cannot meet
         self.outgrown = False  # the uses need the general form of this class
+        self.root: Tensor | None = None  # √ of the metric, of this step, where it weighs entries
         self.left_out = False  # it does not count in the norms of single examples
 
     def begin(self, n: int, each: Tensor | None) -> None:
@@ -81,15 +83,15 @@ class Gather:
         return (total,)
 
     def leaf_gradients(self, sq_norms: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Give ‖cᵢ‖² [n] as gradients of the own leaf [1] and of the call's [n]."""
-        found = sq_norms.to(self.leaf.dtype)
-        return found.sum().reshape(1), None if self.left_out else found
+        """Give ‖cᵢ‖² [n], or [n, 2] with those in the metric, as gradients of own leaf and call's."""
+        found = sq_norms.to(self.leaf.dtype).reshape(len(sq_norms), -1)
+        sums = nn.functional.pad(found.sum(0), (0, 2 - found.shape[1]))
+        return sums, None if self.left_out else found[:, -1]
 
-    def read(self) -> Tensor:
-        """Σ of squared norms collected so far, []."""
-        return (
-            torch.zeros_like(self.leaf)[0].detach() if self.leaf.grad is None else self.leaf.grad.detach()[0]
-        )
+    def read(self, column: int = 0) -> Tensor:
+        """Σ of squared norms collected so far, [], as they are or (1) in the metric."""
+        found = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
+        return found.detach()[column]
 
 
 class _SquareOfSum(torch.autograd.Function):
@@ -102,7 +104,7 @@ class _SquareOfSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, blocks: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *ctx.gather.leaf_gradients(reducers.sq_norms_of(blocks)), None
+        return *ctx.gather.leaf_gradients(of_blocks(blocks, ctx.gather.root)), None
 
 
 class _Norms(torch.autograd.Function):
@@ -182,7 +184,7 @@ class EmbeddingTie(Gather):
             (reducers.sq_norms(rule, layer, a, b, local, self.limit), examples)
             for a, b, examples in where.parts(rule, x, dy)
         )
-        head = where.per_example(parts, dy).to(self.leaf.dtype)
+        head = where.per_example(parts, dy.new_zeros(0)).to(self.leaf.dtype)
         if noted is None:
             return head, None, None
         ids, placed = noted
@@ -223,11 +225,12 @@ class _Joined(torch.autograd.Function):
         tie, where = ctx.tie, ctx.where
         total = tie.leaf.new_zeros(where.n) if head is None else head
         if dy is not None:
-            total = total + where.per_example(_of_embedding(tie, where, ctx.ids, dy), dy).to(total.dtype)
+            own = _of_embedding(tie, where, ctx.ids, dy)
+            total = total + where.per_example(own, dy.new_zeros(0)).to(total.dtype)
             if p is not None:
                 cross = (dy * p).sum(-1, keepdim=True)
                 parts = ((c.flatten(1).sum(1), at) for _, c, at in where.parts(tie.embedding, ctx.ids, cross))
-                total = total + 2 * where.per_example(parts, cross).to(total.dtype)
+                total = total + 2 * where.per_example(parts, dy.new_zeros(0)).to(total.dtype)
         return *tie.leaf_gradients(total), None, None, None
 
 

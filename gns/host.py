@@ -49,6 +49,29 @@ class HostCopy:
         found: dict[int, np.ndarray] = {}
         for rows, host in self._parts:
             sizes = [self._shapes[i].numel() for i in rows]
-            for i, values in zip(rows, np.split(host.numpy(), np.cumsum(sizes)[:-1]), strict=True):
-                found[i] = values.reshape(tuple(self._shapes[i]))
+            values, start = host.numpy(), 0
+            for i, size in zip(rows, sizes, strict=True):
+                found[i] = values[start : start + size].reshape(tuple(self._shapes[i]))
+                start += size
         return [found[i] for i in range(len(self._shapes))]
+
+
+class HostValues:
+    """Named lists of small device tensors on their way to the host, in one copy.
+
+    Args:
+        **lists: name → tensors.
+    """
+
+    def __init__(self, **lists: Sequence[Tensor]):
+        self._counts = {name: len(tensors) for name, tensors in lists.items()}
+        self._copy = HostCopy([t for tensors in lists.values() for t in tensors])
+
+    def ready(self) -> bool:
+        """Whether `get` would not wait."""
+        return self._copy.ready()
+
+    def get(self) -> dict[str, list[np.ndarray]]:
+        """Wait for the copy and give the values by name."""
+        values = iter(self._copy.get())
+        return {name: [next(values) for _ in range(count)] for name, count in self._counts.items()}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 SHOWN = 120  # characters of a text
 
@@ -72,6 +71,8 @@ def describer(given: Any) -> Any:
         return given
 
     def decoded(batch: Any, row: int) -> str:
+        from torch import Tensor  # reading a report back needs none
+
         ids, mask = batch["input_ids"][row], batch.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             ids = ids[mask[row].bool()]

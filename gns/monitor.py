@@ -6,7 +6,6 @@ import functools
 import warnings
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,27 +15,28 @@ from gns.collect import Collector
 from gns.coverage import Coverage
 from gns.curvature.readingsfile import append_reading, write_readings
 from gns.curvature.watching import CurvatureReading, CurvatureWatch
-from gns.estimate import Estimate, estimate
 from gns.examples import WEIGHTS
+from gns.metrics import METRICS
 from gns.openstep import Closed, OpenStep
 from gns.packing import pack, unpack
 from gns.plan import Plan, batch_norms, plan, trainable
 from gns.pooling import refusal, unwrapped
-from gns.reasons import BATCH_NORM, LATE, NO_CALL, UNREACHED
+from gns.reasons import BATCH_NORM, LATE, NO_CALL, NO_STATE, UNREACHED
 from gns.reducers import MAX_BYTES
 from gns.segments import SegmentsOf
+from gns.summaries import Summaries
 from gns.sums import Layout, StepSums
 from gns.taps import hooked
 
-METRICS = ("euclidean",)
 ON_ERROR = ("warn", "raise")
+PATIENCE = 3  # steps without optimizer state before it is said
 
 
 class GNSWarning(UserWarning):
     """Something about a measurement that its reader must know."""
 
 
-class GNSMonitor:
+class GNSMonitor(Summaries):
     """Measures the gradient noise scale of a model in training, in any loop, without changing the training.
 
     `GNSMonitor(model).attach()` before the loop is all; weights stay bit-identical. Examples are the rows of
@@ -53,7 +53,8 @@ class GNSMonitor:
             See `gns.segments`, and `gns.segments.stacked(2)` for preference pairs.
         weights: of the examples in the loss: "tokens" (a token-mean loss), "equal", or "auto": by tokens
             where the model itself is given [B, T] labels and so computes the loss.
-        metric: in which norms are taken; "euclidean".
+        metric: in which norms are taken: "euclidean", or "adam", that of the optimizer's own preconditioner
+            (see `gns.metrics`); a step without second moments is recorded as not usable.
         scaler: the `torch.amp.GradScaler` of the loop, so that its loss scale can be undone.
         curvature_every: read B_noise once in so many optimizer steps, see `gns.curvature.watching`; the model
             must be given `labels` and return `loss`. Readings are in `curvature`.
@@ -116,7 +117,7 @@ class GNSMonitor:
                 f"segments is a {type(segments).__name__}; a function of (args, kwargs), the name of a "
                 "keyword argument of the model's call, or None is needed"
             )
-        self.segments, self.max_bytes = segments, max_bytes
+        self.segments, self.max_bytes, self.metric = segments, max_bytes, metric
         self._given = model  # maybe an engine's wrapper
         self.model, self.every, self.weights, self.scaler, self.on_error = (
             unwrapped(model),
@@ -139,6 +140,7 @@ class GNSMonitor:
         self._fired: frozenset[str] = frozenset()
         self._next_step = 0
         self._warned: set[str] = set()
+        self._waited = 0  # steps without a metric, for want of optimizer state
         self._stopped: str | None = None
         self._layout = functools.cache(Layout)
 
@@ -160,7 +162,8 @@ class GNSMonitor:
             raise RuntimeError("another GNSMonitor is attached to this model; call its detach() first")
         if (why := refusal(self._given)) is not None:
             raise ValueError(why)
-        self._plan = plan(self.model, limit=self.max_bytes)
+        metric = METRICS[self.metric]
+        self._plan = plan(self.model, limit=self.max_bytes, blocks=metric.weighs)
         self._excluded, self._verified, self._fired = {}, frozenset(), frozenset()
         self._collector = Collector(
             self._given,
@@ -173,6 +176,7 @@ class GNSMonitor:
             on_error=self._fail,
             on_notice=self._notice,
             first_step=self._next_step,
+            metric=metric,
         )
         if self.curvature_every is not None:
             self._collector.watch = CurvatureWatch(
@@ -227,23 +231,8 @@ class GNSMonitor:
         """The readings of B_noise, oldest first."""
         return list(self._curvature)
 
-    def estimate(self, last: int | None = None, *, level: float = 0.95) -> Estimate:
-        """Estimate B_simple over the history.
-
-        Args:
-            last: only the last so many measured steps.
-            level: nominal coverage of the confidence set.
-
-        Returns:
-            The estimate, with the share of trainable parameters that it covers.
-
-        Raises:
-            ValueError: `last` is below 1, or `level` outside (0, 1).
-        """
-        if last is not None and last < 1:
-            raise ValueError(f"last is {last}; 1 or more steps are needed, or None for all")
-        steps = self.history if last is None else self.history[-last:]
-        return replace(estimate(steps, level=level), coverage=self.coverage().share if self._plan else None)
+    def _share(self) -> float | None:
+        return self.coverage().share if self._plan else None
 
     def coverage(self) -> Coverage:
         """Say which trainable parameters are measured, which not and why.
@@ -316,6 +305,7 @@ class GNSMonitor:
             )
         self._history.clear()
         self._history.extend(unpack(state))
+        self._shown = None
         self._next_step = int(state["next_step"])
 
     def start_at(self, step: int) -> None:
@@ -364,6 +354,9 @@ class GNSMonitor:
 
     def _tell(self, sums: StepSums) -> None:
         """Warn, once each, of what is wrong with a step."""
+        self._waited += sums.reason == NO_STATE
+        if sums.reason == NO_STATE and self._waited <= PATIENCE:
+            return  # as it must be before the optimizer's first step
         if sums.reason is not None:
             if sums.reason not in self._warned:
                 self._warned.add(sums.reason)
@@ -387,6 +380,7 @@ class GNSMonitor:
         kept = [step.without(reasons, self._left(step, reasons)) for step in self._history]
         self._history.clear()
         self._history.extend(kept)
+        self._shown = None  # the sums have changed
         self._warn_unmeasured(reasons)
 
     def _left(self, step: StepSums, reasons: dict[str, str]) -> Layout | None:

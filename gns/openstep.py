@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from gns.host import HostCopy
+from gns.host import HostValues
 from gns.plan import Entry
 from gns.pooling import Own, Pool
 from gns.ranks import Refused, Reply
@@ -45,12 +45,12 @@ class Closed(NamedTuple):
 
 @dataclass
 class OpenStep:
-    """Device values of one optimizer step, in the order of `copy`.
+    """Device values of one optimizer step.
 
     Args:
         step: number of the optimizer step.
         entries: measured parameters.
-        taps: all taps; `copy` begins with one array [P + 1] a tap: sums of squared norms, rows.
+        taps: all taps.
         n: examples in the calls that were run backward, or None where calls could not be watched.
         loss_scaled: gradients carry an unknown loss scale.
         learning_rate: of the optimizer.
@@ -58,14 +58,17 @@ class OpenStep:
         misfits: name in a layer → why rows of it are not examples, if those rows count.
         without_gradient: parameters whose `.grad` is None.
         checked: parameters of the self-check.
-        copy: after the taps: ‖cᵢ‖² [n] a call, ‖ḡ‖² an entry, one value a checked parameter, token and weight
-            totals, leftover gradient, loss scale. The value is ‖Σcᵢ − ḡ‖ in one process, else the projections
-            of both, [2, K].
+        values: on their way to the host: `sums`, [P + 1] a tap, of squared norms and of rows; `each`, ‖cᵢ‖²
+            [n] a call; `q`, ‖ḡ‖² an entry; `check`, one a checked parameter, ‖Σcᵢ − ḡ‖ in one process, else
+            the projections of both, [2, K]; `totals` of tokens and weights; `leftover` gradient; loss
+            `scale`. In a metric that weighs entries also `sums_in_metric`, [P] a tap, and `q_in_metric`;
+            `each` is in it.
         seen_backward: whether any gradient was read.
         dtypes: parameter of the self-check → lowest precision on its way.
         pool: of the data-parallel ranks, or None for one process.
         local: ‖ḡ‖² is that of Σcᵢ of this rank's examples.
-        calls: for how many calls `copy` holds the squared norms of their examples.
+        metric: in which norms are taken.
+        unready: parameter → why there is no metric for it in this step.
     """
 
     step: int
@@ -78,12 +81,13 @@ class OpenStep:
     misfits: Mapping[str, str]
     without_gradient: Collection[str]
     checked: tuple[str, ...]
-    copy: HostCopy
+    values: HostValues
     seen_backward: bool
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     pool: Pool | None = None
     local: bool = False
-    calls: int = 0
+    metric: str = "euclidean"
+    unready: Mapping[str, str] = field(default_factory=dict)
     _reply: Reply | None = None
 
     def __post_init__(self) -> None:
@@ -92,7 +96,7 @@ class OpenStep:
 
     def ready(self) -> bool:
         """Whether `close` would not wait."""
-        return self.copy.ready() if self._reply is None else self._reply.ready()
+        return self.values.ready() if self._reply is None else self._reply.ready()
 
     @property
     def urgent(self) -> bool:
@@ -134,41 +138,47 @@ class OpenStep:
     @cached_property
     def _own(self) -> Own:
         """What this rank measured; waits for the device."""
-        values = self.copy.get()
-        by_tap = {id(tap): values[i] for i, tap in enumerate(self.taps)}
-        values = values[len(self.taps) :]
-        each, values = values[: self.calls], values[self.calls :]
+        found = self.values.get()
         if not self.seen_backward:
             return Own(self.step, empty(len(self.entries), reason=self.reason), self.checked)
-        count = len(self.entries)
-        q, values = np.array([float(v) for v in values[:count]]), values[count:]
-        check, totals = values[: len(self.checked)], values[len(self.checked) : -2]
-        leftover, scale = float(values[-2].max()), float(values[-1][0])
+        by_tap = {id(tap): values for tap, values in zip(self.taps, found["sums"], strict=True)}
+        q, scale = np.array([float(v) for v in found["q"]]), float(found["scale"][0][0])
         s = np.array([_sum_of(entry, by_tap) for entry in self.entries])
         rows = np.array([max(by_tap[id(tap)][-1] for tap, _ in entry.sites) for entry in self.entries])
-        reason = self.reason or (LEFTOVER if leftover > 0 else None)
+        reason = self.reason or (LEFTOVER if found["leftover"][0].max() > 0 else None)
         if reason is None and self.n is None and len(set(rows[rows > 0])) > 1:
             reason = AMBIGUOUS
-        alone = self.pool is None
+        alone, each = self.pool is None, found["each"]
+        mismatch = {k: float(v) / scale for k, v in zip(self.checked, found["check"], strict=True) if alone}
         readings = Readings(
             s=s / scale**2,
             q=q / scale**2,
             rows=rows.astype(np.float64),
             n=self.n if self.n is not None else int(rows.max()),
             call_seen=self.n is not None,
-            totals=tuple(float(t) for t in totals) if len(totals) else (math.nan,) * 3,
+            totals=tuple(float(t) for t in found["totals"]) or (math.nan,) * 3,
             loss_scaled=self.loss_scaled,
             reason=reason,
             without_gradient=frozenset(self.without_gradient),
             misfits=self._misfits(),
-            mismatch={k: float(v) / scale for k, v in zip(self.checked, check, strict=True)} if alone else {},
+            mismatch=mismatch,
             dtypes=self.dtypes,
             local=self.local,
             spread=Spread.of(np.concatenate(each)).scaled(1 / scale**2) if each else None,
+            in_metric=self._in_metric(found, scale),
+            unready=self.unready,
         )
         if alone or not self.checked:
             return Own(self.step, readings, self.checked)
-        return Own(self.step, readings, self.checked, np.stack(check).astype(np.float64) / scale)
+        return Own(self.step, readings, self.checked, np.stack(found["check"]).astype(np.float64) / scale)
+
+    def _in_metric(self, found: Mapping[str, list[np.ndarray]], scale: float) -> np.ndarray | None:
+        """[P, 2], Σᵢ ‖cᵢ‖² and ‖ḡ‖² in a metric that weighs entries, or None."""
+        if not found["sums_in_metric"]:
+            return None
+        by_tap = {id(tap): values for tap, values in zip(self.taps, found["sums_in_metric"], strict=True)}
+        s = [_sum_of(entry, by_tap) for entry in self.entries]
+        return np.stack([s, [float(v) for v in found["q_in_metric"]]], axis=1) / scale**2
 
     def _misfits(self) -> dict[str, str]:
         """Parameter → why rows of it are not examples."""
@@ -182,7 +192,8 @@ class OpenStep:
 
     def _unseen(self, reason: str | None) -> StepSums:
         nan = math.nan
-        return StepSums(self.step, 0, nan, nan, learning_rate=self.learning_rate, reason=reason)
+        about = {"learning_rate": self.learning_rate, "reason": reason, "metric": self.metric}
+        return StepSums(self.step, 0, nan, nan, **about)
 
     def _misplaced(self, r: Readings) -> dict[str, str]:
         """Find parameters whose rows are not this step's examples."""
@@ -220,22 +231,29 @@ class OpenStep:
         if math.isnan(w):
             w, ww = float(r.n), float(r.n)
         names = tuple(e.name for e, k in zip(self.entries, keep, strict=True) if k)
-        reason = r.reason
+        reached = {e.name for e, s, q in zip(self.entries, r.s, r.q, strict=True) if s > 0 or q > 0}
+        unready = next((r.unready[name] for name in names if name in r.unready and name in reached), None)
+        reason = r.reason or unready
+        s, q = (r.s, r.q) if r.in_metric is None else r.in_metric.T
         if not names and reason is None:
             reason = "no trainable parameter could be measured in this step; `monitor.coverage()` says why"
-        part = Contributions(r.s[keep], r.n, w, ww, None if math.isnan(tokens) else round(tokens))
+        part = Contributions(s[keep], r.n, w, ww, None if math.isnan(tokens) else round(tokens))
         about = {
             "step": self.step,
             "learning_rate": self.learning_rate,
             "loss_scaled": r.loss_scaled,
             "call_seen": r.call_seen,
             "local": r.local,
+            "metric": self.metric,
         }
         wide = any(e.parameter.dtype is torch.float64 for e in self.entries)
         exact = all(e.parameter.dtype is torch.float64 for e in self.entries)
-        if r.spread is not None and r.spread.fits(r.s[keep].sum(), SPREAD_RTOL[exact]):
+        if unready is None and r.spread is not None and r.spread.fits(s[keep].sum(), SPREAD_RTOL[exact]):
             about |= r.spread.fields(r.n)
-        sums = part.close(r.q[keep], layout(names), reason=reason, **about)
+        sums = part.close(q[keep], layout(names), reason=reason, **about)
+        if unready is not None:  # what there is, is not in this metric
+            nan = math.nan
+            return replace(sums, mean_sq_norm=nan, sq_norm_of_mean=nan, finite=False, rows=None, layout=None)
         if sums.rows is not None and not wide:  # joint sums are taken in float64 first
             object.__setattr__(sums, "rows", sums.rows.astype(np.float32))
         return sums

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy import stats
 
-from gns.sets import Moments
+from gns.moments import Moments
 
 EXACT_FLIPS = 13  # batches: 2¹² distinct patterns; with more, patterns are drawn
 DRAWS = 9_999  # patterns drawn
@@ -58,6 +58,8 @@ class Batches:
         for name in ("sum_sq_norms", "sum_sq_weights", "mass"):
             if len(getattr(self, name)) != k:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries; {k} are needed")
+        if not (self.mass > 0).all():
+            raise ValueError(f"mass is {self.mass.min():g} of a batch; more than 0 is needed")
 
     def __len__(self) -> int:
         return len(self.n)
@@ -130,21 +132,29 @@ def pooled(batches: Batches) -> tuple[float, float]:
     return float(x), float(y)
 
 
+def has_spread(batches: Batches) -> bool:
+    """Whether a pair of examples is left without any one of the batches."""
+    return len(batches) > 1 and bool(np.isfinite(_sums(batches)[1].xy()).all())
+
+
 def jackknife(batches: Batches) -> Moments:
     """Give X and Y with the spread of the delete-one-batch jackknife, as the confidence set takes them.
 
     Batch k has the pseudo-value x̃ₖ = X/pₖ − (1/pₖ − 1) X₍₋ₖ₎ and the weight pₖ, its share of the whole.
 
     Returns:
-        The moments; at least two batches are needed.
+        The moments.
 
     Raises:
-        ValueError: fewer than two batches.
+        ValueError: without some batch, no pair of examples is left.
 
     Source: Busing et al. 1999, Stat. Comput. 9:3, for batches of unequal size.
     """
-    if len(batches) < 2:
-        raise ValueError(f"{len(batches)} batch(es); at least 2 are needed to see a spread")
+    if not has_spread(batches):
+        raise ValueError(
+            f"{len(batches)} batch(es) of {batches.n.tolist()} examples; without any one of them, a pair of "
+            "examples must be left: more batches are needed"
+        )
     whole, left = _sums(batches)
     p = batches.mass / batches.mass.sum()
     pseudo = [w / p - (1 / p - 1) * v for w, v in zip(whole.xy(), left.xy(), strict=True)]

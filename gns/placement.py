@@ -81,7 +81,7 @@ class Placement:
         misfit: why the rows are no examples, if they are not.
         ambiguous: it is not known which call this is.
         each: leaf of that call, [n], whose gradient collects ‖cᵢ‖² over all layers; None where there is none.
-        weights: [K, n], of the weighted sums that the tap's `weighted` leaves collect; None where none are.
+        contraction: [K, n], weights of the sums that the tap's `contracted` leaves collect; None where none.
     """
 
     n: int
@@ -92,7 +92,12 @@ class Placement:
     misfit: str | None = None
     ambiguous: bool = False
     each: Tensor | None = None
-    weights: Tensor | None = None
+    contraction: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether row b is example b, whatever else there is to know."""
+        return self.segments is None and self.fold is None and self.along == 1
 
     def parts(self, rule: Rule, x: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield x and dy [E, ...] with one row an example, and the examples' numbers (None: in order).
@@ -115,20 +120,20 @@ class Placement:
             else:
                 yield a.flatten(0, 1), b.flatten(0, 1), examples.repeat_interleave(a.shape[1])
 
-    def per_example(self, parts: Iterable[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
-        """Put values of the examples that `parts` yields in the order of the examples, [n].
+    def per_example(self, parts: Iterable[tuple[Tensor, Tensor | None]], none: Tensor) -> Tensor:
+        """Put values of the examples that `parts` yields in the order of the examples, [n, ...].
 
         Args:
-            parts: values [E] with the examples' numbers, or None where they are all and in order.
-            like: a tensor of the values' dtype and device.
+            parts: values [E, ...] with the examples' numbers, or None where they are all and in order.
+            none: what to give where no row is an example, [0, ...].
         """
         total = None
         for values, examples in parts:
             if examples is None:
                 return values
-            total = values.new_zeros(self.n) if total is None else total
+            total = values.new_zeros(self.n, *values.shape[1:]) if total is None else total
             total.index_add_(0, examples, values)
-        return like.new_zeros(self.n) if total is None else total
+        return none if total is None else total
 
 
 @dataclass(frozen=True)

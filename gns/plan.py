@@ -28,6 +28,7 @@ class Entry:
     sites: list[tuple[Tap, str]]
     scalars: int
     left_out: bool = False  # it does not count in the norms of single examples
+    blocks: bool = False  # a metric weighs its entries, so that blocks must be formed
 
     @property
     def parameter(self) -> Tensor:
@@ -53,10 +54,21 @@ class Entry:
         An embedding tied to a linear head meets it in a form that needs no table an example; asked once more,
         because the model uses one of them twice, both go over to the general form.
         """
-        meeting = (None if self.gathered else self._tie()) or Gather(self.parameter, self.sites[0][0].limit)
+        tie = None if self.gathered or self.blocks else self._tie()
+        meeting = tie or Gather(self.parameter, self.sites[0][0].limit)
         meeting.left_out = self.left_out
         for tap, local in self.sites:
             tap.gathers[local] = meeting
+
+    def weigh(self, root: Tensor | None) -> None:
+        """Set √ of the metric, of the parameter's shape, for the step that begins; None: there is none."""
+        for tap, local in self.sites:
+            if root is None:
+                tap.roots.pop(local, None)
+            else:
+                tap.roots[local] = root
+        if self.meeting is not None:
+            self.meeting.root = root
 
     def leave_out(self) -> None:
         """From now on do not count it in the norms of single examples."""
@@ -135,12 +147,13 @@ def _why_not(path: str, module: nn.Module, local: str, rule: Rule | None) -> str
     return None
 
 
-def plan(model: nn.Module, *, limit: int = MAX_BYTES) -> Plan:
+def plan(model: nn.Module, *, limit: int = MAX_BYTES, blocks: bool = False) -> Plan:
     """Assign taps to the trainable parameters of a model.
 
     Args:
         model: any module; for `peft` models both factors are linear layers of their own.
         limit: bytes of per-example gradients alive at once.
+        blocks: blocks must be formed, for a metric that weighs entries.
 
     Returns:
         The plan. Parameters with several places (tied weights) are gathered, or left out with all places
@@ -178,7 +191,7 @@ def plan(model: nn.Module, *, limit: int = MAX_BYTES) -> Plan:
                 names = tuple(wanted[id(module)])
                 taps[id(module)] = Tap(path, module, rule, names, limit=limit, shareable=shareable)
             sites.append((taps[id(module)], local))
-        entry = Entry(name, sites, scalars)
+        entry = Entry(name, sites, scalars, blocks=blocks)
         if len(sites) > 1:
             entry.gather()
         made.entries.append(entry)

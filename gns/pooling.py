@@ -36,6 +36,7 @@ from gns.reasons import (
     IDLE_RANK,
     MISFIT_ELSEWHERE,
     NO_FACTOR,
+    NO_STATE,
     OLD_FSDP,
     OTHER_MESH,
     POOLED,
@@ -48,6 +49,7 @@ _SPREAD = 1e-4  # relative, of ‖ḡ‖² over ranks: reduced gradients are equ
 _HEAD = ("ranks", "step", "step²", "checked", "checked²", "read", "n", "unseen", "tokens", "tokens?")
 _HEAD += ("w", "ww", "w?", "loss_scaled", "reason?", "local", "pairs", "free", "spread", "fourth", "spread?")
 _EACH = ("s", "q", "q²", "rows", "without_gradient", "misfit", "precision")
+_EACH += ("s in metric", "q in metric", "unready")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the coarsest is last
 MOST_LARGEST = 2**16  # of the examples' norms exchanged in a step; beyond it only their sums are
 _DIGIT = 12  # bits for the number of ranks with a dtype
@@ -76,10 +78,11 @@ class Pool:
     Args:
         entries: measured parameters.
         about: what else must be the same on all ranks.
+        weighs: whether sums are taken in a metric that weighs entries too.
     """
 
-    def __init__(self, entries: Sequence[Entry], about: str):
-        self.entries = entries
+    def __init__(self, entries: Sequence[Entry], about: str, *, weighs: bool = False):
+        self.entries, self._weighs = entries, weighs
         self.factor: float | None = None  # what the engine multiplies a rank's sums by
         names = [f"{e.name} {tuple(e.parameter.shape)}" for e in entries]
         self._ranks = Ranks(f"{about}: {len(names)} {zlib.crc32(repr(names).encode())}")
@@ -111,9 +114,11 @@ class Pool:
         without = [e.name in r.without_gradient for e in self.entries]
         misfit = [e.name in r.misfits for e in self.entries]
         coarse = [_digit(r.dtypes.get(e.name)) for e in self.entries]
+        in_metric = np.zeros((len(self.entries), 2)) if r.in_metric is None else r.in_metric
+        unready = [e.name in r.unready for e in self.entries]
         with np.errstate(over="ignore", invalid="ignore"):
             sums = [alone.trace, alone.grad, 0 * r.q] if alone else [r.s, r.q, r.q**2]
-            columns = [*sums, r.rows, without, misfit, coarse]
+            columns = [*sums, r.rows, without, misfit, coarse, *in_metric.T, unready]
         each[:, : len(_EACH)] = np.stack(columns, axis=1)
         if own.projections is not None:
             rows = [row for _, row in self._rows(own.checked)]
@@ -179,9 +184,10 @@ class Pool:
         known = self.factor is not None or not np.isfinite(columns["s"]).all() or not columns["s"].any()
         if reason is None and not known and not head["local"]:
             reason = NO_FACTOR
-        tokens, w, ww = (head[name] for name in ("tokens", "w", "ww"))
-        here = own.readings.misfits
         squared = (1 / self._size if self.factor is None else self.factor) ** 2
+        tokens, w, ww = (head[name] for name in ("tokens", "w", "ww"))
+        here, unready = own.readings.misfits, own.readings.unready
+        in_metric = [columns["s in metric"] * squared, columns["q in metric"] / share]
         found = Readings(
             s=columns["s"] * squared,
             q=columns["q"] / share,
@@ -197,6 +203,8 @@ class Pool:
             dtypes=dtypes,
             slack=SLACK,
             spread=None if spread is None else spread.scaled(squared),
+            in_metric=np.stack(in_metric, axis=1) if self._weighs else None,
+            unready={name: unready.get(name, NO_STATE) for name in self._named(columns["unready"])},
         )
         return self._local(found, head, columns) if head["local"] else found
 

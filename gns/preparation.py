@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -151,8 +151,15 @@ class Prepared:
     remarks: tuple[str, ...] = ()
 
 
-def prepare(config: FinetuneConfig) -> Prepared:
+def prepare(config: FinetuneConfig, *, adapter: Path | None = None) -> Prepared:
     """Load model and data, build the adapters, check everything; write nothing.
+
+    Args:
+        config: of the run.
+        adapter: folder of trained adapters to load; None: fresh ones.
+
+    Returns:
+        What the run needs.
 
     Raises:
         ConfigError: the run cannot start as configured (`DataError` where the data are at fault).
@@ -168,13 +175,7 @@ def prepare(config: FinetuneConfig) -> Prepared:
         )
         kept = f" (after {len(held_out)} are held out)" if held_out else ""
         raise ConfigError(f"a batch of {size} is larger than the data: {len(train)} examples{kept}")
-    model = _from_pretrained(AutoModelForCausalLM, config, dtype=config.base_dtype)
-    _check_fit(config, model, tokenizer)
-    transformers.set_seed(config.seed)  # the adapters' initial values
-    lora = _lora(config, model)
-    with warnings.catch_warnings():  # peft asks transformers for the old name of a property
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model = get_peft_model(model, lora)
+    model = _adapted(config, tokenizer, adapter)
     updates = math.ceil(math.ceil(len(train) / config.batch_size) / config.grad_accum)
     n_steps = config.steps or max(1, math.ceil((config.epochs or 1) * updates))
     remarks = list(examples.remarks())
@@ -183,6 +184,40 @@ def prepare(config: FinetuneConfig) -> Prepared:
             f"{n_steps // config.every} measured steps: fewer than the {MIN_STEPS} an estimate needs"
         )
     return Prepared(model, tokenizer, train, held_out, n_steps, tuple(remarks))
+
+
+def prepare_model(config: FinetuneConfig) -> Any:
+    """Load the model and build its adapters, as for a run, without any data; write nothing.
+
+    Raises:
+        ConfigError: the model cannot be trained as configured.
+    """
+    config.check()
+    _check_model_path(config.model)
+    return _adapted(config, _from_pretrained(AutoTokenizer, config))
+
+
+def _adapted(config: FinetuneConfig, tokenizer: Any, adapter: Path | None = None) -> Any:
+    """Load the base model and put adapters on it: trained ones, if given, else fresh ones."""
+    model = _from_pretrained(AutoModelForCausalLM, config, dtype=config.base_dtype)
+    _check_fit(config, model, tokenizer)
+    transformers.set_seed(config.seed)  # the adapters' initial values
+    lora = None if adapter is not None else _lora(config, model)
+    with warnings.catch_warnings():  # peft asks transformers for the old name of a property
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return _trained(model, adapter) if lora is None else get_peft_model(model, lora)
+
+
+def _trained(model: Any, adapter: Path | None) -> Any:
+    """Put trained adapters on a base model, trainable.
+
+    Raises:
+        ConfigError: they cannot be loaded, or are not of this model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    except Exception as error:  # whatever a file raises, it ends in one line
+        raise ConfigError(f"{adapter}: the adapter cannot be loaded: {first_line(error)}") from error
 
 
 def _check_model_path(model: str) -> None:

@@ -33,6 +33,8 @@ class Readings:
             missing.
         slack: how many times the tolerance of the self-check is allowed.
         spread: of the examples' ‖cᵢ‖² over all parameters; None where they are not known.
+        in_metric: [P, 2], s and q in a metric that weighs entries; None in the Euclidean one.
+        unready: parameter → why there is no metric for it, if examples or a gradient reached it.
         local: `.grad` is hidden; q is ‖Σcᵢ‖² of the examples on one rank, see `gns/localstats.py`.
     """
 
@@ -52,6 +54,8 @@ class Readings:
     slack: float = 1.0
     local: bool = False
     spread: Spread | None = None
+    in_metric: np.ndarray | None = None
+    unready: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:

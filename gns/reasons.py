@@ -124,6 +124,23 @@ TOO_LARGE = (
     "bytes: raise `max_bytes`, or use fewer examples a call"
 )
 
+NO_STATE = (
+    'metric="adam": the optimizer has no second moments yet; there is no metric before its first step '
+    "(collecting)"
+)
+NO_SECOND_MOMENT = (
+    'metric="adam": {kind} keeps no second moment that is read here (`exp_avg_sq` and `step` of the '
+    'parameter\'s shape, `betas` and `eps`): take Adam or AdamW, or metric="euclidean"'
+)
+SHARDED_STATE = (
+    'metric="adam": the optimizer\'s second moments are sharded over ranks (FSDP2), and blocks are whole: '
+    'take DDP, or metric="euclidean"'
+)
+COMPILED_METRIC = (
+    'metric="adam": a compiled layer would keep the metric of the step it was compiled in: compile nothing, '
+    'or take metric="euclidean"'
+)
+
 # those that ranks tell one another; any other is said in its own words on the rank that has it
 POOLED = (TWICE, ABORTED, UNSEEN, LEFTOVER, REPEATED, AMBIGUOUS, IDLE_RANK)
 OTHER_MODE = (

@@ -12,6 +12,7 @@ from gns._version import __version__
 from gns.coverage import Coverage
 from gns.curvature.readingsfile import read_readings
 from gns.estimate import Estimate, estimate
+from gns.probefile import PROBE, read_probe
 from gns.stepsfile import (
     STEPS,
     VERSION,
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 SUMMARY = "summary.json"
-LEFT_OUT = ("history", "groups", "curvature")  # of an estimate, in the summary: they are elsewhere
+LEFT_OUT = ("history", "groups", "moments", "curvature")  # of an estimate, in the summary: they are elsewhere
 
 
 def _plain(x: Any) -> Any:
@@ -151,7 +152,7 @@ def read_summary(folder: str | Path) -> Summary:
 
 
 def load(folder: str | Path) -> Estimate:
-    """Give back what `monitor.report(folder)` wrote, computed anew from its steps.
+    """Give back what `monitor.report(folder)` wrote, computed anew from its steps; a `gns probe` as it was.
 
     Args:
         folder: of the run.
@@ -164,6 +165,8 @@ def load(folder: str | Path) -> Estimate:
         RecordsError: a file there is truncated, malformed or foreign; its `.steps` are the good records.
     """
     folder = Path(folder)
+    if (folder / PROBE).is_file():
+        return read_probe(folder)
     if not (folder / STEPS).is_file():
         seen = f"holds no {STEPS}" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(f"{folder} {seen}; a folder that monitor.report(folder) wrote is needed")

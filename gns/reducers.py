@@ -1,4 +1,4 @@
-"""What is kept of per-example gradient blocks: their squared norms, their sum, or weighted sums.
+"""What is kept of per-example gradient blocks: squared norms in a metric, their sum, or weighted sums.
 
 Each reducer takes a rule with its arguments, so that the examples of a large layer can be worked off in
 chunks, and so that a rule's cheaper form can stand in for the blocks.
@@ -6,11 +6,10 @@ chunks, and so that a rule's cheaper form can stand in for the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
+from gns.metrics import of_blocks
 from gns.rules import Rule
 from gns.rules.base import added, joined, parameter_of
 
@@ -23,7 +22,13 @@ def blocks(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str) 
 
 
 def sq_norms(
-    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int = MAX_BYTES
+    rule: Rule,
+    layer: nn.Module,
+    x: Tensor,
+    dy: Tensor,
+    parameter: str,
+    limit: int = MAX_BYTES,
+    root: Tensor | None = None,
 ) -> Tensor:
     """Squared norm of each example's gradient, ‖c_b‖².
 
@@ -34,20 +39,22 @@ def sq_norms(
         dy: [B, ..., O], gradient of the loss at its output.
         parameter: the parameter's name in the layer.
         limit: bytes of blocks, or of what stands in for them, alive at once; one example may pass it.
+        root: √ of a diagonal metric, of the parameter's shape; blocks are formed then.
 
     Returns:
-        [B], float32 or float64, in (loss / parameter)².
+        [B], float32 or float64, in (loss / parameter)²; with a root [B, 2], in that metric too.
     """
     dy = _scaled(rule, dy)
-    found = rule.sq_norms(layer, x, dy, parameter, limit) if rule.sq_norms is not None else None
-    if found is not None:
-        return found
-    return joined(
-        [
-            sq_norms_of(rule.blocks(layer, a, b, parameter))
-            for a, b in _chunks(rule, layer, x, dy, parameter, limit)
-        ]
-    )
+    if root is None and rule.sq_norms is not None:
+        found = rule.sq_norms(layer, x, dy, parameter, limit)
+        if found is not None:
+            return found
+    limit = limit if root is None else limit // 2  # beside the blocks stand the weighed ones
+    size = _chunk(rule, layer, x, dy, parameter, limit)
+    if len(dy) <= size:
+        return of_blocks(rule.blocks(layer, x, dy, parameter), root)
+    chunks = zip(x.split(size), dy.split(size), strict=True)
+    return joined([of_blocks(rule.blocks(layer, a, b, parameter), root) for a, b in chunks])
 
 
 def sum_of_blocks(
@@ -69,9 +76,9 @@ def sum_of_blocks(
     dy = _scaled(rule, dy)
     if rule.total is not None:
         return rule.total(layer, x, dy, parameter)
-    return added(
-        [rule.blocks(layer, a, b, parameter).sum(0) for a, b in _chunks(rule, layer, x, dy, parameter, limit)]
-    )
+    size = _chunk(rule, layer, x, dy, parameter, limit)
+    chunks = zip(x.split(size), dy.split(size), strict=True)
+    return added([rule.blocks(layer, a, b, parameter).sum(0) for a, b in chunks])
 
 
 def weighted_sums(
@@ -100,19 +107,12 @@ def weighted_sums(
     Memory: K·|parameter| for the result, beside the blocks; cost: one block's product and K·B·|parameter|.
     Slow twin: tests/reference/dense_curvature.py
     """
-    parts, start = [], 0
-    for a, b in _chunks(rule, layer, x, _scaled(rule, dy), parameter, limit):
+    dy = _scaled(rule, dy)
+    size, parts = _chunk(rule, layer, x, dy, parameter, limit), []
+    for a, b, w in zip(x.split(size), dy.split(size), weights.split(size, 1), strict=True):
         blocks = rule.blocks(layer, a, b, parameter)
-        of_chunk = weights[:, start : start + len(blocks)].to(blocks)
-        parts.append((of_chunk @ blocks.flatten(1)).reshape(len(weights), *blocks.shape[1:]))
-        start += len(blocks)
+        parts.append((w.to(blocks) @ blocks.flatten(1)).reshape(len(w), *blocks.shape[1:]))
     return added(parts)
-
-
-def sq_norms_of(blocks: Tensor) -> Tensor:
-    """Squared norm of each block [B, ...], [B]; summed pairwise, in the blocks' own float32 or float64."""
-    squares = blocks.square()
-    return squares.sum(tuple(range(1, blocks.ndim))) if blocks.ndim > 1 else squares
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:
@@ -121,9 +121,7 @@ def _scaled(rule: Rule, dy: Tensor) -> Tensor:
     return (dy if dy.dtype is torch.float64 else dy.float()) * rule.scale
 
 
-def _chunks(
-    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunk(rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int) -> int:
+    """How many examples' blocks may be alive at once; at least one."""
     floats = parameter_of(layer, parameter).numel() + (rule.floats(x, dy) if rule.floats else 0)
-    size = max(1, limit // (4 * max(1, floats)))
-    return zip(x.split(size), dy.split(size), strict=True)
+    return max(1, limit // (4 * max(1, floats)))

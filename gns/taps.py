@@ -1,4 +1,4 @@
-"""The only code that touches modules: hooks on layers, the identity autograd function, and its leaves.
+"""The only code that touches modules: hooks on layers, and the leaves of the identity function in between.
 
 A tap passes a layer's output through an identity function that keeps a reference to the layer's input. Its
 backward hands input and output gradient to rule and reducer and returns their sums as the *gradient* of a
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from gns import reducers
 from gns.gather import Gather, sum_dtype
+from gns.metrics import of_blocks
+from gns.passage import TapFunction
 from gns.placement import Placement, Segments
-from gns.reasons import IN_PLACE, WRONG_SHAPE
 from gns.rules import Rule
-from gns.rules.base import added, parameter_of
+from gns.rules.base import parameter_of
 
 if TYPE_CHECKING:
     from gns.collect import Collector
@@ -51,9 +52,16 @@ class Tap:
     ):
         self.name, self.module, self.rule, self.parameters = name, module, rule, parameters
         self.limit, self.shareable = limit, shareable
+        self.needing = frozenset(p for p in parameters if rule.keeps_input_for(p))  # blocks depend on x
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
-        self.weighted: dict[str, Tensor] = {}  # parameter → leaf [K, *shape], where a curvature is measured
+        self.contracted: dict[
+            str, Tensor
+        ] = {}  # parameter → leaf [K, *shape] of signed sums
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
+        self.roots: dict[
+            str, Tensor
+        ] = {}  # parameter → √ of the metric, of this step, where it weighs entries
+        self.weighed: Tensor | None = None  # leaf of the sums in that metric
         self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
         self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
@@ -85,10 +93,16 @@ class Tap:
         """Name of a parameter in the whole model."""
         return f"{self.name}.{parameter}" if self.name else parameter
 
-    def listen(self, on_leaf: Callable[[Tensor], None] | None) -> None:
-        """Let the collector know, inside backward, that sums are about to reach the leaf."""
+    def listen(self, on_leaf: Callable[[Tensor], None] | None, *, weighs: bool = False) -> None:
+        """Let the collector know, inside backward, that sums are about to reach the leaf.
+
+        Args:
+            on_leaf: what to call then.
+            weighs: whether sums in a metric that weighs entries are collected too.
+        """
         self.on_leaf = on_leaf
         self.leaf = self._new_leaf()
+        self.weighed = self.leaf.detach()[:-1].clone().requires_grad_() if weighs else None
 
     def admits(self, x: Tensor, where: Placement | None) -> bool:
         """Whether a call on x can be tapped; the same answer in a recomputation, whatever has happened."""
@@ -96,19 +110,23 @@ class Tap:
             return x.ndim >= (1 if self.rule.ids else 2) and not self.gathers
         return where.misfit is None or (bool(x.ndim >= 2 or self.rule.ids) and not self.gathers)
 
-    def sq_norms(self, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
-        """‖cᵢ‖² of the examples of a call, [n], or of its rows where examples are not known."""
+    def sq_norms(
+        self, x: Tensor, dy: Tensor, parameter: str, where: Placement, root: Tensor | None = None
+    ) -> Tensor:
+        """‖cᵢ‖² of the examples of a call (or its rows), [n]; with a root [n, 2], in that metric too."""
+        if where.plain:
+            return reducers.sq_norms(self.rule, self.module, x, dy, parameter, self.limit, root)
         if where.segments is not None and not self.rule.tokenwise:
-            found = self._joined(x, dy, parameter, where.segments)
+            found = self._joined(x, dy, parameter, where.segments, root)
         else:
             found = (
-                (reducers.sq_norms(self.rule, self.module, a, b, parameter, self.limit), examples)
+                (reducers.sq_norms(self.rule, self.module, a, b, parameter, self.limit, root), examples)
                 for a, b, examples in where.parts(self.rule, x, dy)
             )
-        return where.per_example(found, dy)
+        return where.per_example(found, dy.new_zeros(0) if root is None else dy.new_zeros(0, 2))
 
     def _joined(
-        self, x: Tensor, dy: Tensor, parameter: str, segments: Segments
+        self, x: Tensor, dy: Tensor, parameter: str, segments: Segments, root: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ‖cᵢ‖² of a rule that does not add over positions: its rows are added, then squared."""
         for a, b, examples in segments.parts(x, dy):
@@ -117,7 +135,7 @@ class Tap:
             for xs, dys, at in zip(a.split(size), b.split(size), examples.split(size), strict=True):
                 xs, dys = xs.flatten(0, 1), dys.flatten(0, 1)
                 blocks = reducers.blocks(self.rule, self.module, xs, dys, parameter)
-                yield reducers.sq_norms_of(blocks.unflatten(0, (-1, rows)).sum(1)), at
+                yield of_blocks(blocks.unflatten(0, (-1, rows)).sum(1), root), at
 
     def count(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Give a number of rows as a scalar on the device, made once as long as it stays the same."""
@@ -145,6 +163,8 @@ class Tap:
         """Move the leaf to where the layer is now."""
         if self.leaf.device != self.parameter(self.parameters[0]).device:
             self.leaf = self._new_leaf()
+            if self.weighed is not None:
+                self.weighed = self.leaf.detach()[:-1].clone().requires_grad_()
 
     def read(self) -> Tensor:
         """Give what was collected: [P + 1], sums of squared norms and rows seen."""
@@ -157,6 +177,16 @@ class Tap:
         ]
         return torch.stack([*parts, sums[-1]])
 
+    def read_weighed(self) -> Tensor:
+        """Give what was collected in the metric: [P], sums of squared norms."""
+        assert self.weighed is not None
+        found = self.weighed.grad
+        sums = torch.zeros_like(self.weighed).detach() if found is None else found.detach()
+        parts = [
+            self.gathers[p].read(1) if p in self.gathers else sums[i] for i, p in enumerate(self.parameters)
+        ]
+        return torch.stack(parts) if self.gathers else sums
+
     def close_checks(self) -> None:
         """Stop collecting Σᵢcᵢ and free it."""
         self.checks = {}
@@ -164,115 +194,12 @@ class Tap:
     def drop(self) -> None:
         """Forget what was collected."""
         self.leaf.grad = None
+        if self.weighed is not None:
+            self.weighed.grad = None
         for gather in self.gathers.values():
             gather.leaf.grad = None
-        for leaf in (*self.checks.values(), *self.weighted.values()):
+        for leaf in (*self.checks.values(), *self.contracted.values()):
             leaf.grad = None
-
-
-class _TapFunction(torch.autograd.Function):
-    """Identity on the output; the sums leave as gradients of the leaves."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: Tensor,
-        x: Tensor,
-        tap: Tap,
-        live: tuple[str, ...],
-        where: Placement | None,
-        each: Tensor | None,
-        leaf: Tensor,
-        *extra: Tensor,
-    ) -> Tensor:
-        if any(tap.rule.keeps_input_for(p) for p in live):  # else the layer itself does not keep x either
-            ctx.save_for_backward(x)
-        ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
-        ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
-        ctx.checked, ctx.alone, ctx.weighted = tuple(tap.checks), out.shape, tuple(tap.weighted)
-        ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
-        seen = out.detach()  # neither a view nor the input itself: users change outputs in place
-        return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        onward = dy.sum(0, keepdim=True) if dy.shape != ctx.alone else dy  # as the addition itself would
-        none = (onward, *[None] * (6 + ctx.n_extra))
-        try:
-            saved = ctx.saved_tensors  # to be asked for once only: checkpointing recomputes on demand
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise  # checkpointing's own
-            ctx.tap.misplaced(Placement(0, misfit=IN_PLACE))
-            return none
-        x = saved[0] if saved else dy
-        if torch.compiler.is_compiling():
-            return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
-        if torch.is_grad_enabled() and ctx.tap.on_doubled is not None:
-            ctx.tap.on_doubled()
-        try:
-            return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
-        except Exception as error:  # nothing of ours may reach the user's backward
-            ctx.tap.failed(error)
-            return none
-
-
-def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a tap's leaves.
-
-    ‖cᵢ‖² [n] over its parameters, for the call; [P + 1], their sums over the examples and the rows, for the
-    tap; then carriers, then check sums.
-    """
-    tap, where = ctx.tap, ctx.where
-    if where is None:
-        where = Placement(dy.shape[0])
-    elif where.misfit or where.ambiguous:
-        tap.misplaced(where)
-    rule, layer = tap.rule, tap.module
-    if where.shared_by:
-        x = x.expand(where.shared_by, *x.shape[1:])
-    with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-        seen = dy.shape[0] if where.misfit else where.n
-        rows = tap.count(seen, ctx.dtype, dy.device)
-        carried = [
-            part
-            for p, gather, noted in ctx.gathered
-            for part in gather.contribute(rule, layer, x, dy, p, where, noted)
-        ]
-        summed = [p for p in ctx.live if all(p != q for q, _, _ in ctx.gathered)]
-        norms = {p: tap.sq_norms(x, dy, p, where).to(ctx.dtype) for p in summed}
-        sums = [norms[p].sum() if p in norms else torch.zeros_like(rows) for p in tap.parameters]
-        there = [sq for p, sq in norms.items() if p not in tap.left_out]
-        each = functools.reduce(torch.add, there) if there and where.each is not None else None
-        totals = [_total(tap, x, dy, p, where) for p in ctx.checked]
-        wrong = [p for p, total in zip(ctx.checked, totals, strict=True) if total.shape != ctx.shapes[p]]
-        if wrong:  # the rule does not fit: autograd would raise in the user's backward
-            tap.misplaced(Placement(0, misfit=WRONG_SHAPE))
-            totals = [None if p in wrong else total for p, total in zip(ctx.checked, totals, strict=True)]
-        weighted = [_weighted(tap, x, dy, p, where) for p in ctx.weighted]
-        return each, torch.stack([*sums, rows]), *carried, *totals, *weighted
-
-
-def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:
-    """Σᵢ cᵢ of the rows that are examples."""
-    parts = [
-        reducers.sum_of_blocks(tap.rule, tap.module, a, b, parameter, tap.limit)
-        for a, b, _ in where.parts(tap.rule, x, dy)
-    ]
-    if not parts:  # no row is an example
-        return torch.zeros_like(tap.parameter(parameter), dtype=sum_dtype(dy.dtype))
-    return added(parts)
-
-
-def _weighted(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor | None:
-    """Σᵢ wₖᵢ cᵢ over the examples, [K, *shape]; None where the call has no weights."""
-    if where.weights is None or where.misfit:
-        return None
-    parts = []
-    for a, b, examples in where.parts(tap.rule, x, dy):
-        weights = where.weights if examples is None else where.weights[:, examples]
-        parts.append(reducers.weighted_sums(tap.rule, tap.module, a, b, parameter, weights, tap.limit))
-    return added(parts) if parts else None
 
 
 class _Hook:
@@ -339,8 +266,9 @@ class OutputHook(_Hook):
         sites = () if where is None else tap.sites(x, where)
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
         each = None if where is None else where.each
-        sums = (*tap.checks.values(), *tap.weighted.values())
-        return _TapFunction.apply(out, x, tap, live, where, each, tap.leaf, *sites, *sums)
+        leaves = each, None if compiling else tap.weighed, tap.leaf
+        sums = (*tap.checks.values(), *tap.contracted.values())
+        return TapFunction.apply(out, x, tap, live, where, *leaves, *sites, *sums)
 
 
 class RootInput(_Hook):

@@ -12,12 +12,13 @@ from torch import Tensor
 from gns.calls import Call
 from gns.examples import RowMap
 from gns.gradients import Stamp
-from gns.host import HostCopy
+from gns.host import HostValues
 from gns.openstep import OpenStep
 from gns.plan import Entry
 from gns.pooling import Pool
 from gns.reasons import PACKED_UNSEEN, REPEATED, TWICE
 from gns.taps import Tap
+from gns.weights import Weights
 
 
 @dataclass
@@ -33,6 +34,7 @@ class StepUnderWay:
     loss_scaled: bool = False
     stamp: Stamp | None = None  # of the gradients when last read
     sq_norms: list[Tensor] = field(default_factory=list)
+    in_metric: list[Tensor] = field(default_factory=list)  # the same in a metric that weighs entries, or none
     mismatches: list[Tensor] = field(default_factory=list)  # or projections, see `SelfCheck.compare`
     leftover: Tensor | None = None  # largest gradient entry before the first backward pass
     scale: Tensor | None = None  # loss scale
@@ -61,7 +63,8 @@ class StepUnderWay:
         taps: Sequence[Tap],
         entries: Sequence[Entry],
         checked: tuple[str, ...],
-        pool: Pool | None = None,
+        pool: Pool | None,
+        weights: Weights,
     ) -> OpenStep:
         """Start the copy to the host.
 
@@ -72,36 +75,45 @@ class StepUnderWay:
             entries: measured parameters.
             checked: parameters of the self-check, as in `mismatches`.
             pool: of the data-parallel ranks, or None for one process.
+            weights: the metric.
         """
         rows = [call.rows for call in self.calls if call.rows is not None]
+        seen = bool(rows) and len(rows) == len(self.calls)
         repeated = REPEATED if self.to_gather else None
-        totals = _totals(rows)
-        one = torch.ones(1)
-        tail = [
-            self.leftover.max().reshape(1) if self.leftover is not None else 0 * one,
-            self.scale.reshape(1) if self.scale is not None else one,
-        ]
-        sums = [tap.read() for tap in taps]
-        seen = rows and len(rows) == len(self.calls)
-        each = [call.sq_norms(call.rows.n) for call in self.calls if call.rows is not None]
-        each = each if seen and not self.local else []
         return OpenStep(
             step=step,
             entries=entries,
             taps=taps,
             n=sum(r.n for r in rows) if seen else None,
-            calls=len(each),
             loss_scaled=self.loss_scaled,
             learning_rate=self.learning_rate,
             reason=reason or self.reason or repeated,
             misfits=self.misfits | self._packed_unseen(taps),
             without_gradient=self.without_gradient,
             checked=checked if self.mismatches or pool is not None else (),
-            copy=HostCopy([*sums, *each, *self.sq_norms, *self.mismatches, *totals, *tail]),
+            values=self._values(taps, weights, rows if seen and not self.local else []),
             seen_backward=bool(self.sq_norms),
             dtypes=_lowest(entries) if self.mismatches else {},
             pool=pool,
             local=self.local,
+            metric=weights.metric.name,
+            unready=weights.missing(self.placed),
+        )
+
+    def _values(self, taps: Sequence[Tap], weights: Weights, rows: list[RowMap]) -> HostValues:
+        """Start the copy of all device values; see `OpenStep` for their names."""
+        one = torch.ones(1)
+        calls = [call for call in self.calls if call.rows is not None] if rows else []
+        return HostValues(
+            sums=[tap.read() for tap in taps],
+            sums_in_metric=[tap.read_weighed() for tap in taps] if weights.weighs else [],
+            each=[call.sq_norms(r.n) for call, r in zip(calls, rows, strict=True)],
+            q=self.sq_norms,
+            q_in_metric=self.in_metric,
+            check=self.mismatches,
+            totals=_totals([call.rows for call in self.calls if call.rows is not None]),
+            leftover=[self.leftover.max().reshape(1) if self.leftover is not None else 0 * one],
+            scale=[self.scale.reshape(1) if self.scale is not None else one],
         )
 
     def _packed_unseen(self, taps: Sequence[Tap]) -> dict[str, str]:

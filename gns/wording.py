@@ -1,22 +1,45 @@
-"""Advice in sentences: what `gns.advice` worked out, for a reader. No figure is made here but differences."""
+"""Advice in sentences: what `gns.advice` worked out, for a reader. No figure is made here but differences.
+
+What a batch costs and which learning rate goes with it; the rest of a run is in `gns.phrases`.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gns import phrases
 from gns.drift import Drift
 from gns.estimate import Estimate, format_count
-from gns.tradeoff import LAWS, band, examples_ratio, steps_ratio
+from gns.phrases import percent, span, whole
+from gns.ranges import BatchRange
+from gns.rates import spread
+from gns.tradeoff import LAWS, Price, band, examples_ratio, steps_ratio
 
 if TYPE_CHECKING:
-    from gns.advice import BatchRange, Row
+    from gns.advice import Advice, Row
+    from gns.capacity import Capacity, StepCost
+    from gns.epoch import EpochPlan
 
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
 LAWS_CAVEAT = (
     "B_simple stands in for the noise scales of the laws, which are other quantities (that of the surge law "
     "is fitted from many training runs), and the ranges show only how sure B_simple is"
 )
+
+
+@dataclass(frozen=True)
+class Section:
+    """Some sentences on one subject.
+
+    Args:
+        title: the subject, a few words.
+        sentences: most important first.
+    """
+
+    title: str
+    sentences: tuple[str, ...]
 
 
 def movement(change: Drift | None) -> str | None:
@@ -45,90 +68,150 @@ def _known(estimate: Estimate) -> str:
     return f"The noise scale is{value} between {ends} ({sure})."
 
 
-def _percent(x: float) -> str:
-    """Write a share as a percentage; from ten times on, as a multiple."""
-    return f"{format_count(x)} ×" if x >= 10 else f"{100 * x:.0f} %" if x >= 0.01 else f"{100 * x:.1g} %"
-
-
-def _whole(batch: float) -> str:
-    """Write a batch size: no less than 1 exists."""
-    return format_count(max(1.0, float(round(batch))) if math.isfinite(batch) else batch)
-
-
-def sentences(
-    estimate: Estimate,
-    batch: int,
-    ranges: tuple[BatchRange, ...],
-    data: int | None,
-    rate: float | None,
-    best: tuple[int, int] | None,
-) -> list[str]:
-    """Say what follows for the batch size, the learning rate and the epoch.
+def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Section, ...]:
+    """Say what follows for the batch size, the time, the epoch and the learning rate.
 
     Args:
         estimate: with a confidence set.
-        batch: in use, examples a step.
-        ranges: of batch sizes, the one for equal prices last.
-        data: examples in the data set, or None.
+        advice: its figures; words are not looked at.
         rate: learning rate in use, or None.
-        best: batches with the best goodput at the two ends of the interval, or None.
     """
     ends = (estimate.low, estimate.high)
-    lines = [_both_cost(ranges[-1]), _only_examples_cost(ranges), _batch_in_use(batch, ends)]
-    if best is not None:
-        which = f"{best[0]}" if best[0] == best[1] else f"{best[0]} … {best[1]}"
-        lines.append(f"On this machine the soonest in wall-clock time among the batches timed: {which}.")
-    target = ranges[-1].pick or max(1, round(estimate.low))
+    batch, near = advice.batch_size, advice.ranges[-1]
+    target = near.pick or max(1, round(estimate.low))
+    speed, epoch, transfer = [], [], []
+    if advice.soonest is not None:
+        speed = phrases.soonest(advice.soonest, advice.goodput, batch)
+    if advice.plan is not None:
+        epoch = phrases.epoch(advice.plan, target, ends)
     if rate is not None and target != batch:
-        lines.append(_transfer(rate, batch, target, ends))
-    if data is not None:
-        steps = math.ceil(data / target)
-        share = _percent(target / data)
-        lines.append(
-            f"One epoch of {data:,} examples at batch {target} is {steps:,} optimizer steps of {share} each."
-        )
-    if math.isinf(estimate.high):
-        lines.append(
-            "To know more, measure with a larger batch or more steps: the largest noise scale that can be "
-            f"seen, now {format_count(estimate.detection_limit)} examples, doubles with twice the batch or "
-            "four times the steps."
-        )
-    return lines
+        transfer = [_transfer(rate, batch, target, ends)]
+    found = [
+        ("Batch size", [*_worth_it(near, ends), _only_examples_cost(advice.ranges)]),
+        ("The batch in use", [_batch_in_use(batch, ends, near)]),
+        ("Wall-clock time", speed),
+        ("One epoch", epoch),
+        ("Learning rate", transfer),
+    ]
+    told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
+    more = phrases.know_more(estimate, sure=near.sure is not None or near.high <= 1)
+    return (*told, *beside(advice.capacity, advice.cost), *([Section("To know more", more)] if more else []))
+
+
+def beside(capacity: Capacity | None, cost: StepCost | None) -> tuple[Section, ...]:
+    """Say what does not depend on the noise scale: what the adapters hold, and what a step costs."""
+    lines = [phrases.capacity(capacity)] if capacity is not None else []
+    lines += [phrases.step_cost(cost)] if cost is not None else []
+    return (Section("Capacity and cost of LoRA", tuple(lines)),) if lines else ()
+
+
+def plan_caveats(plan: EpochPlan | None) -> tuple[str, ...]:
+    """Name what the plan of an epoch assumes."""
+    return () if plan is None else (f"the plan of one epoch assumes: {'; '.join(plan.assumptions)}.",)
+
+
+def _priced(price: Price | None) -> str:
+    """Name a price of time against examples."""
+    if price is None or price.time == 1:
+        return "If time and examples matter equally"
+    if price.step is not None:
+        return f"If the time of one step is worth {format_count(price.step)} examples"
+    time = price.time or 1.0
+    if time > 1:
+        return f"If time matters {format_count(time)} × as much as examples"
+    return f"If examples matter {format_count(1 / time)} × as much as time"
+
+
+def _worth_it(near: BatchRange, ends: tuple[float, float]) -> list[str | None]:
+    """Say which batches are worth their price, how sure that is, and why."""
+    return [_both_cost(near), _sureness(near, ends), _why(near)]
 
 
 def _both_cost(near: BatchRange) -> str:
-    """Say the range where time and examples matter equally."""
-    start = "If time and examples matter equally:"
+    """Say the range for a price of time."""
+    start = f"{_priced(near.price)}:"
     if math.isinf(near.high):
-        return f"{start} a batch of at least {_whole(near.low)}; where it stops paying is not known."
+        return f"{start} a batch of at least {whole(near.low)}; where it stops paying is not known."
     if round(near.high) <= 1:
         return f"{start} batch 1, the smallest there is."
-    text = f"{start} a batch of {_whole(near.low)} … {_whole(near.high)}"
+    text = f"{start} a batch of {whole(near.low)} … {whole(near.high)}"
     if near.pick is None or near.pick_extra_cost is None:
         return f"{text}; the lower end is not resolved."
-    more = _percent(near.pick_extra_cost)
+    more = percent(near.pick_extra_cost)
     return f"{text}; {near.pick} costs at most {more} more than the best batch would."
+
+
+def _why(near: BatchRange) -> str | None:
+    """Say why the range lies where it lies."""
+    if near.price is None or near.high <= 1:
+        return None
+    if near.price.step is not None:
+        best = f"√({format_count(near.price.step)} × the noise scale)"
+    else:
+        factor = math.sqrt(near.price.time or 1.0)
+        best = "the noise scale itself" if factor == 1 else f"{format_count(factor)} × the noise scale"
+    return (
+        "Why: far below the noise scale, twice the batch takes half the steps for hardly any more examples; "
+        "far above it, twice the batch takes twice the examples and saves hardly a step. At this price the "
+        f"best batch is {best}."
+    )
+
+
+def _sureness(near: BatchRange, ends: tuple[float, float]) -> str | None:
+    """Say how sure the range is."""
+    if math.isinf(ends[1]) or near.high <= 1:
+        return None
+    close = percent(near.waste)
+    if near.sure is not None and math.ceil(near.sure[0]) <= math.floor(near.sure[1]):
+        inside = f"{whole(math.ceil(near.sure[0]))} … {whole(math.floor(near.sure[1]))}"
+        return (
+            f"Sure: {inside} is within {close} of the least cost wherever in {span(ends)} the noise scale is."
+        )
+    return f"Not sure: in {span(ends)} no batch is within {close} of the least cost everywhere."
 
 
 def _only_examples_cost(ranges: tuple[BatchRange, ...]) -> str:
     """Say the upper ends where only examples matter."""
     sure = [(r.waste, r.sure[1]) for r in ranges if r.priced == "examples" and r.sure]
-    parts = [f"{_whole(math.floor(top))} wastes at most {_percent(w)}" for w, top in sure if top >= 1]
+    parts = [f"{whole(math.floor(top))} wastes at most {percent(w)}" for w, top in sure if top >= 1]
     if not parts:
         return "If only examples matter, not time: batch 1; no larger one is sure to waste less than 20 %."
     return f"If only examples matter, not time: a small batch; up to {', up to '.join(parts)}."
 
 
-def _batch_in_use(batch: int, ends: tuple[float, float]) -> str:
+def _batch_in_use(batch: int, ends: tuple[float, float], near: BatchRange) -> str:
     more = band([examples_ratio(batch, b) - 1 for b in ends])
     steps = band([steps_ratio(batch, b) for b in ends])
-    waste = f"{_percent(more[0])} … {_percent(more[1])}" if more[0] > 0 else f"at most {_percent(more[1])}"
+    waste = f"{percent(more[0])} … {percent(more[1])}" if more[0] > 0 else f"at most {percent(more[1])}"
     many = f"{format_count(steps[0])} … {format_count(steps[1])}"
     if math.isinf(steps[1]):
         many = f"at least {format_count(steps[0])}"
-    return (
+    text = (
         f"The batch of {batch} in use takes {waste} more examples than the fewest, {many} × the fewest steps."
     )
+    exchange = f"From there, 1 % fewer steps cost {_exchange(more)} more examples."
+    return f"{text} {_place(batch, near)} {exchange}"
+
+
+def _place(batch: int, near: BatchRange) -> str:
+    """Say where the batch in use lies against the range for the stated price."""
+    if batch < near.low:
+        return "It is below the range above: a larger one would pay at that price."
+    if batch > near.high:
+        return "It is above the range above: a smaller one would pay at that price."
+    if near.sure is not None and near.sure[0] <= batch <= near.sure[1]:
+        return "It is well within the range above: no need to change it at that price."
+    if math.isinf(near.high):
+        return "It is above the lower end of the range above; whether it is too large is not known."
+    return "It is within the range above."
+
+
+def _exchange(waste: tuple[float, float]) -> str:
+    """Give the price of steps in examples at a batch, d ln E / d ln S = −B/B_crit: percent for a percent."""
+    low, high = (f"{format_count(x)} %" for x in waste)
+    if math.isinf(waste[1]):
+        return f"at least {low}"
+    return f"at most {high}" if waste[0] == 0 else high if low == high else f"{low} … {high}"
 
 
 def _transfer(rate: float, batch: int, target: int, ends: tuple[float, float]) -> str:
@@ -138,31 +221,25 @@ def _transfer(rate: float, batch: int, target: int, ends: tuple[float, float]) -
         low, high = band([rate * law(target, batch, b) for b in ends])
         value = f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} … {high:.2g}"
         parts.append(f"{value} ({name})")
-    apart = format_count(_spread(target, batch, ends))
+    apart = format_count(spread(target, batch, ends))
     return (
         f"Learning rate {rate:g} at batch {batch} becomes at batch {target}: {', '.join(parts)}. "
         f"{LAWS_CAVEAT}; the laws differ from each other by up to {apart}×."
     )
 
 
-def _spread(batch: int, reference: int, ends: tuple[float, float]) -> float:
-    """How far apart the learning-rate laws are at one batch, largest over smallest, at the worse end."""
-    at_each_end = [[law(batch, reference, b) for law in LAWS.values()] for b in ends]
-    return max(max(ratios) / min(ratios) for ratios in at_each_end)
-
-
 def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]:
     """Say what makes this advice less certain than it looks."""
     found = []
     ends = (estimate.low, estimate.high)
-    spread = {row.batch_size: _spread(row.batch_size, batch, ends) for row in table if row.learning_rates}
-    if spread and max(spread.values()) > DISAGREE:
-        agree = [b for b, s in spread.items() if s <= DISAGREE]
+    apart = {row.batch_size: spread(row.batch_size, batch, ends) for row in table if row.learning_rates}
+    if apart and max(apart.values()) > DISAGREE:
+        agree = [b for b, s in apart.items() if s <= DISAGREE]
         where = f"outside batch {agree[0]} … {agree[-1]}" if agree else "at every batch in the table"
-        worst = max(spread, key=lambda b: spread[b])
+        worst = max(apart, key=lambda b: apart[b])
         found.append(
             f"the learning-rate laws disagree by more than {DISAGREE:g}× {where} (up to "
-            f"{format_count(spread[worst])}× at {worst}): there, try several learning rates instead of "
+            f"{format_count(apart[worst])}× at {worst}): there, try several learning rates instead of "
             "trusting one law."
         )
     if batch > estimate.high:
@@ -170,6 +247,7 @@ def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]
             f"the batch of {batch} in use is above the whole interval: readings taken so far above the "
             "critical batch size calibrate badly. Measure again with a smaller batch."
         )
+    found += [warning.rstrip(".") + "." for warning in estimate.warnings]
     if estimate.coverage is not None and estimate.coverage < 1:
         found.append(f"only {100 * estimate.coverage:.3g} % of the trainable numbers are in the sums.")
     return found

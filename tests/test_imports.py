@@ -22,9 +22,13 @@ FORBIDDEN = {
 # along the data flow of gns; a module may import from its own line or from lines above it
 FLOW = [
     ("gns.rules", "gns.reasons", "gns._version"),
+    ("gns.metrics", "gns.spread"),
     ("gns.reducers",),
+    ("gns.gather",),
+    ("gns.passage",),
     ("gns.taps", "gns.boundary", "gns.examples", "gns.host", "gns.sums", "gns.coverage"),
     ("gns.gradients", "gns.plan"),
+    ("gns.weights",),
     ("gns.selfcheck",),
     ("gns.openstep",),
     ("gns.underway",),
@@ -32,6 +36,7 @@ FLOW = [
 ]
 DOWNSTREAM = (
     "estimate",
+    "geometry",
     "monitor",
     "advice",
     "records",
@@ -42,7 +47,17 @@ DOWNSTREAM = (
     "finetune",
     "integrations",
 )
-PURE = ("gns.boundary", "gns.sums", "gns.estimate", "gns.advice", "gns.coverage")  # no torch in them
+PURE = (  # no torch in them
+    "gns.boundary",
+    "gns.sums",
+    "gns.estimate",
+    "gns.live",
+    "gns.views",
+    "gns.advice",
+    "gns.coverage",
+    "gns.throughput",
+    "gns.capacity",
+)
 
 
 def typing_only(node: ast.stmt) -> bool:

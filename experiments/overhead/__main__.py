@@ -42,13 +42,13 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="smoke")
     parser.add_argument("--out", type=Path, default=Path("runs/overhead.jsonl"))
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--arms", help="names of arms, with commas between (default: all)")
+    parser.add_argument("--arms", help="names of arms, with ; between (default: all)")
     parser.add_argument("--only", help="part of a setting's name")
     given = parser.parse_args()
     device = "cuda" if given.preset.startswith("gpu") else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error(f"preset {given.preset} needs a CUDA device, and there is none")
-    kinds = [k for k in TRY[given.preset] if not given.arms or k.name in given.arms.split(",")]
+    kinds = [k for k in TRY[given.preset] if not given.arms or k.name in given.arms.split(";")]
     about = machine()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     print(json.dumps(about))

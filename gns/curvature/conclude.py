@@ -20,7 +20,8 @@ import numpy as np
 from scipy import stats
 
 from gns.curvature.contractions import Contractions
-from gns.sets import Moments, detection_limit, honest_set
+from gns.moments import Moments
+from gns.sets import detection_limit, honest_set
 
 MIN_PROBES = 6  # below it the set covers too rarely, see tests/gns/test_curvature_coverage.py
 STATUSES = ("measured", "lower bound", "not detectable", "collecting", "indefinite")

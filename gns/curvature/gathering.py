@@ -202,7 +202,7 @@ def _leaves(plan: Plan, k: int) -> dict[str, Tensor]:
         leaf = torch.zeros((k, *p.shape), dtype=sum_dtype(p.dtype), device=p.device, requires_grad=True)
         leaves[entry.name] = leaf
         for tap, local in entry.sites:
-            tap.weighted[local] = leaf
+            tap.contracted[local] = leaf
     return leaves
 
 

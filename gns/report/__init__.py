@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gns.advice import Advice, advise
 from gns.coverage import Coverage
-from gns.drift import Drift, drift
-from gns.estimate import Estimate, estimate
 from gns.records import (
     STEPS,
     RecordsError,
@@ -23,10 +18,14 @@ from gns.records import (
     write_steps,
     write_summary,
 )
-from gns.report import figures, page
+from gns.report import page
+from gns.report.comparison import COMPARISON, write_comparison
+from gns.report.drawing import DRAWINGS, drawn
+from gns.report.environment import environment
+from gns.report.findings import Findings, findings
 from gns.sums import StepSums
 
-__all__ = ["PAGE", "redraw", "write_report"]
+__all__ = ["COMPARISON", "PAGE", "compare", "redraw", "write_report"]
 
 PAGE = "report.html"
 
@@ -50,7 +49,7 @@ def write_report(
         steps: records of the run, usable or not.
         coverage: which parameters are in the sums.
         settings: anything worth knowing of the run; "dataset_size" (examples) and "learning_rate", if given,
-            enter the advice.
+            enter the advice. "versions" and "commit" are filled in from this process where they are missing.
         batch_size: examples an optimizer step; default the median of the steps.
         level: nominal coverage of the confidence set.
 
@@ -60,7 +59,8 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = write_steps(folder / STEPS, steps)
-    return _write(folder, held, Summary(level, coverage, dict(settings or {}), batch_size))
+    told = {**environment(), **(settings or {})}
+    return _write(folder, held, Summary(level, coverage, told, batch_size))
 
 
 def redraw(folder: str | Path) -> Path:
@@ -78,72 +78,69 @@ def redraw(folder: str | Path) -> Path:
         FileNotFoundError: there is no `steps.jsonl`.
         RecordsError: it is foreign or holds no good record, or `summary.json` is damaged.
     """
-    folder, notes = Path(folder), []
+    steps, notes = _read(Path(folder))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return _write(Path(folder), steps, read_summary(folder), notes)
+
+
+def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write one self-contained page that sets runs side by side; the runs' own folders are left as they are.
+
+    Args:
+        folders: of two or more runs.
+        out: path of the page; default `comparison.html` beside the first run's folder.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there are fewer than two runs, or the same one twice.
+        FileNotFoundError: a folder holds no `steps.jsonl`.
+        RecordsError: it is foreign or holds no good record, or `summary.json` is damaged.
+    """
+    runs: dict[str, Findings] = {}
+    for folder in folders:
+        steps, notes = _read(Path(folder))
+        runs[str(folder)] = findings(Path(folder).resolve().name, steps, read_summary(folder), notes)
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is named twice; different ones are needed to compare")
+    if out is None and folders:
+        out = Path(folders[0]).resolve().parent / COMPARISON
+    return write_comparison(runs, out or COMPARISON)
+
+
+def _read(folder: Path) -> tuple[list[StepSums], list[str]]:
+    """Read the good records of a run, and what is to be said of the others.
+
+    Raises:
+        FileNotFoundError: there is no `steps.jsonl`.
+        RecordsError: it is foreign or holds no good record.
+    """
     if not (folder / STEPS).is_file():
         raise FileNotFoundError(f"{folder} holds no {STEPS}; the folder of a measured run is needed")
     try:
-        steps = read_steps(folder / STEPS)
+        return read_steps(folder / STEPS), []
     except RecordsError as error:
         if not error.steps:
             raise
-        steps, notes = error.steps, [str(error)]
-        warnings.warn(str(error), stacklevel=2)
-    return _write(folder, steps, read_summary(folder), notes)
+        return error.steps, [str(error)]
 
 
 def _write(folder: Path, steps: list[StepSums], known: Summary, notes: Sequence[str] = ()) -> Path:
     """Write figures, summary and page; the page last, so that one that is there is whole."""
-    share = known.coverage.share if known.coverage else None
-    result = replace(estimate(steps, level=known.level), coverage=share)
-    batch_size = known.batch_size or _usual_batch(steps)
-    change = drift(steps, level=known.level)
-    advice = _advice(result, steps, known.settings, batch_size, change)
-    run = figures.course(steps, known.level)
-    drawn = {
-        "noise_scale": figures.noise_scale(run, result, batch_size),
-        "trade_off": figures.trade_off(advice),
-        "signal_and_noise": figures.signal_and_noise(steps, run),
-        "factors": figures.factors(result),
-    }
-    images = {name: figures.png(figure) for name, figure in drawn.items() if figure is not None}
-    for name in drawn:
-        (folder / f"{name}.png").unlink(missing_ok=True)  # none from an earlier report may stay
-    for name, image in images.items():
-        write_atomically(folder / f"{name}.png", [image])
-    about: dict[str, Any] = {
-        "coverage": known.coverage,
-        "settings": known.settings,
-        "batch_size": batch_size,
-    }
-    write_summary(folder, result, **about)
-    name = folder.resolve().name
-    text = page.html(name, steps, result, advice=advice, images=images, change=change, notes=notes, **about)
-    write_atomically(folder / PAGE, [text.encode(errors="replace")])
-    return folder / PAGE
-
-
-def _usual_batch(steps: Iterable[StepSums]) -> int | None:
-    sizes = [step.n_examples for step in steps if step.usable]
-    return round(statistics.median(sizes)) if sizes else None
-
-
-def _advice(
-    result: Estimate,
-    steps: Sequence[StepSums],
-    settings: Mapping[str, Any],
-    batch_size: int | None,
-    change: Drift | None,
-) -> Advice | None:
-    """Advise with what the settings and the steps tell of data size, learning rate and movement."""
-    if not batch_size:
-        return None
-    rates = [step.learning_rate for step in steps if step.learning_rate]
-    rate = settings.get("learning_rate", max(rates, default=None))
-    data = settings.get("dataset_size")
-    return advise(
-        result,
-        batch_size=batch_size,
-        dataset_size=data if isinstance(data, int) and data >= batch_size else None,
-        learning_rate=rate if isinstance(rate, int | float) and rate > 0 else None,
-        change=change,
+    found = findings(folder.resolve().name, steps, known, notes)
+    images = drawn(found)
+    for drawing in DRAWINGS:
+        (folder / f"{drawing.name}.png").unlink(missing_ok=True)  # none from an earlier report may stay
+    for image in images:
+        write_atomically(folder / f"{image.drawing.name}.png", [image.light])
+    write_summary(
+        folder,
+        found.result,
+        coverage=found.coverage,
+        settings=found.settings,
+        batch_size=found.batch_size,
     )
+    write_atomically(folder / PAGE, [page.html(found, images).encode(errors="replace")])
+    return folder / PAGE

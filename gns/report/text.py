@@ -11,7 +11,9 @@ from gns.drift import Drift
 from gns.estimate import MIN_STEPS, Estimate, format_count
 from gns.wording import movement
 
-__all__ = ["Verdict", "basis", "label_of", "movement", "render", "verdict"]
+__all__ = ["Verdict", "basis", "label_of", "movement", "outlook", "render", "signal", "verdict"]
+
+WIDTH = 0.2  # relative half-width of the interval that further examples are counted for
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,24 @@ def basis(result: Estimate) -> str:
     return f"{result.n_steps:,} optimizer steps × {each} {result.unit}{span}"
 
 
+def outlook(result: Estimate, change: Drift | None) -> str:
+    """Say how many more examples make the interval narrow: that of the part of the run to go by."""
+    if change is None or not change.moved:
+        return result.outlook(WIDTH)
+    return f"For {change.span}: {change.last.outlook(WIDTH)}"
+
+
+def signal(p_value: float) -> str:
+    """Write the p-value of "no signal at all".
+
+    >>> signal(0.00002), signal(0.034)
+    ('p < 0.001', 'p = 0.034')
+    """
+    if math.isnan(p_value):
+        return "p unknown"
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
 def render(
     result: Estimate,
     advice: Advice | None = None,
@@ -150,6 +170,9 @@ def render(
     said = verdict(result, change)
     lines = [said.title, said.sure, said.meaning, f"Measured over {basis(result)}."]
     lines += [f"  {label_of(name)}: {group}" for name, group in result.groups.items()]
+    if result.n_steps > 1:
+        lines.append(f"Any signal at all: {signal(result.p_value)}. {outlook(result, change)}")
+    lines += [f"  ! {w}" for w in result.warnings]
     if advice is not None and advice.table:
         span = f", for {advice.span}" if advice.span else ""
         lines += ["", f"What batch size pays{span}:", *(f"  - {s}" for s in advice.sentences)]

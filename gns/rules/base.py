@@ -143,6 +143,9 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
     Raises:
         AttributeError: there is none.
     """
+    found = module._parameters.get(name)  # the usual case, asked several times a layer and step
+    if found is not None:
+        return found
     *path, last = name.split(".")
     for part in path:
         found = module._modules.get(part)

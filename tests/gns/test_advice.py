@@ -3,10 +3,22 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gns.advice import advise
-from gns.estimate import Estimate
-from gns.tradeoff import LAWS, adam_square_root, adam_surge, examples_ratio, extra_cost, sgd, steps_ratio
+from gns.capacity import AdaptedLayer, Capacity, step_cost
+from gns.estimate import Estimate, format_count
+from gns.tradeoff import (
+    LAWS,
+    Price,
+    adam_square_root,
+    adam_surge,
+    examples_ratio,
+    extra_cost,
+    sgd,
+    steps_ratio,
+)
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800)
 BOUND = Estimate(math.nan, 175, math.inf, 0.95, "lower bound", 1.0, -0.001, 300, 50, 800)
@@ -154,8 +166,8 @@ def test_the_learning_rate_says_what_its_range_leaves_out():
 
 @pytest.mark.parametrize("result", [BOUND, NONE])
 def test_plain_english(result):
-    for given in (MEASURED, result, EARLY):
-        text = str(advise(given, batch_size=16, dataset_size=20_000, learning_rate=2e-4, throughput={16: 1}))
+    for known in (MEASURED, result, EARLY):
+        text = str(advise(known, batch_size=16, dataset_size=20_000, learning_rate=2e-4, throughput={16: 1}))
         for hard in ("dearer", "from infinity", "alike", "mostly noise"):
             assert hard not in text
 
@@ -202,6 +214,192 @@ def test_partial_coverage_is_warned_about():
     assert advise(replace(MEASURED, coverage=1.0), batch_size=16).warnings == ()
 
 
+def test_sections_hold_the_sentences_in_order():
+    advice = advise(MEASURED, batch_size=16, dataset_size=20_000, learning_rate=2e-4)
+    titles = [section.title for section in advice.sections]
+    assert titles == ["Batch size", "The batch in use", "One epoch", "Learning rate"]
+    assert advice.sentences == tuple(line for section in advice.sections for line in section.sentences)
+    assert str(advice).splitlines()[1 : 1 + len(advice.sentences)] == list(advice.sentences)
+
+
+@pytest.mark.parametrize(
+    ("price", "said", "best"),
+    [
+        ({}, "If time and examples matter equally", "the noise scale itself"),
+        ({"time_price": 1}, "If time and examples matter equally", "the noise scale itself"),
+        ({"time_price": 4}, "If time matters 4 × as much as examples", "2 × the noise scale"),
+        ({"time_price": 0.25}, "If examples matter 4 × as much as time", "0.5 × the noise scale"),
+        ({"step_price": 40}, "If the time of one step is worth 40 examples", "√(40 × the noise scale)"),
+    ],
+)
+def test_the_price_is_named_and_the_range_is_its(price, said, best):
+    advice = advise(MEASURED, batch_size=16, **price)
+    first = advice.sections[0].sentences
+    near = advice.ranges[-1]
+    assert first[0].startswith(
+        f"{said}: a batch of {near.low:.0f} … {near.high:.0f}; {near.pick} costs at most"
+    )
+    assert any(line.endswith(f"At this price the best batch is {best}.") for line in first)
+    expected = Price(time=price.get("time_price", 1.0)) if "step_price" not in price else Price(step=40)
+    assert near.price == expected
+    assert (near.low, near.high) == (expected.near(160, 0.05)[0], expected.near(310, 0.05)[1])
+    assert advice.ranges[:2] == advise(MEASURED, batch_size=16).ranges[:2]  # where only examples cost
+
+
+def test_how_sure_the_range_is():
+    sure = advise(MEASURED, batch_size=16).sections[0].sentences[1]
+    assert sure == "Sure: 199 … 249 is within 5 % of the least cost wherever in 160 … 310 the noise scale is."
+    unsure = advise(replace(MEASURED, low=60), batch_size=16).sections[0].sentences[1]
+    assert unsure == "Not sure: in 60 … 310 no batch is within 5 % of the least cost everywhere."
+
+
+@pytest.mark.parametrize(
+    ("estimate", "batch", "said"),
+    [
+        (MEASURED, 16, "It is below the range above: a larger one would pay"),
+        (MEASURED, 220, "It is well within the range above: no need to change it"),
+        (MEASURED, 400, "It is within the range above."),
+        (MEASURED, 2000, "It is above the range above: a smaller one would pay"),
+        (BOUND, 16, "It is below the range above: a larger one would pay"),
+        (BOUND, 200, "It is above the lower end of the range above; whether it is too large is not known."),
+    ],
+)
+def test_where_the_batch_in_use_lies(estimate, batch, said):
+    line = advise(estimate, batch_size=batch).sections[1].sentences[0]
+    assert said in line
+    for b_crit in (160, 310) if estimate is MEASURED else (175,):
+        # along the trade-off law 1 % fewer steps cost −d ln E / d ln S % more examples
+        examples, steps = (
+            math.log(f(batch * 1.0001, b_crit) / f(batch, b_crit)) for f in (examples_ratio, steps_ratio)
+        )
+        assert -examples / steps == pytest.approx(batch / b_crit, rel=1e-3)
+        assert f"{format_count(batch / b_crit)} %" in line
+
+
+def test_learning_rates_come_as_curves_too():
+    advice = advise(MEASURED, batch_size=16, learning_rate=1e-4)
+    assert [curve.law for curve in advice.rates] == list(LAWS)
+    for curve in advice.rates:
+        assert curve.batches[0] == advice.table[0].batch_size
+        assert curve.batches[-1] == pytest.approx(advice.table[-1].batch_size)
+        for row in advice.table:
+            at = min(range(len(curve.batches)), key=lambda i: abs(curve.batches[i] - row.batch_size))
+            assert (curve.low[at], curve.high[at]) == pytest.approx(row.learning_rates[curve.law], rel=1e-6)
+    assert advise(MEASURED, batch_size=16).rates == ()
+
+
+def test_one_epoch_with_a_loss_to_aim_at():
+    advice = advise(MEASURED, batch_size=16, dataset_size=20_000, examples_needed=8000)
+    assert advice.plan.largest == pytest.approx((160 * 1.5 + 40, 310 * 1.5 + 40))
+    line = next(s for s in advice.sentences if s.startswith("A loss that takes"))
+    assert line == (
+        "A loss that takes 8,000 examples at batch 16 is reached in one epoch of 20,000 with batches up to "
+        "280, perhaps up to 505 (twice the data: 2.6 × that)."
+    )
+    assert "38 % … 55 % of the data" in str(advice) and "91 % … 95 % of the data" in str(advice)
+    assert any(note.startswith("the plan of one epoch assumes: every batch size") for note in advice.caveats)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "needed", "said"),
+    [
+        (
+            MEASURED,
+            30_000,
+            "is reached in one epoch of 20,000 at no batch: more data, or more than one epoch",
+        ),
+        (replace(MEASURED, low=2.0), 25_000, "with batches up to 12 at best, and perhaps at none."),
+        (MEASURED, 10, "with batches up to all the data at once."),
+        (MEASURED, 20_000, "with batches up to 16 (twice the data"),
+        (BOUND, 10_000, "with batches up to 207, perhaps far larger ones (twice the data"),
+        (BOUND, 30_000, "is reached in one epoch of 20,000 at no batch"),
+        (MEASURED, None, "say how many examples that loss takes at batch 16 (examples_needed)"),
+    ],
+)
+def test_what_one_epoch_affords(estimate, needed, said):
+    advice = advise(estimate, batch_size=16, dataset_size=20_000, examples_needed=needed)
+    (section,) = (s for s in advice.sections if s.title == "One epoch")
+    assert any(said in line for line in section.sentences), section.sentences
+
+
+def test_a_loss_to_aim_at_gives_goodput_a_time():
+    advice = advise(MEASURED, batch_size=16, throughput={16: 100.0, 64: 300.0}, examples_needed=60_000)
+    (section,) = (s for s in advice.sections if s.title == "Wall-clock time")
+    first, *others = section.sentences
+    assert first == "On this machine the soonest in wall-clock time among the batches timed: 64."
+    assert others == [
+        "The batch of 16 in use takes 136 % … 161 % longer than the soonest to the same loss.",
+        "The loss aimed at takes about 3.8 min … 4.2 min of training at batch 64.",
+        "64 is the largest batch timed: a larger one may be sooner still.",
+    ]
+    assert advice.goodput[0].seconds == pytest.approx((600, 600))
+    assert not any(note.startswith("fewer steps save time") for note in advice.caveats)
+    assert any(note.startswith("fewer steps save time") for note in advise(MEASURED, batch_size=16).caveats)
+
+
+def test_soonest_where_the_ends_disagree():
+    advice = advise(BOUND, batch_size=16, throughput={16: 100.0, 64: 300.0, 256: 400.0, 1024: 410.0})
+    assert advice.soonest.batch_size == 256
+    assert any(line.startswith("256 is at most 35 % later than the soonest") for line in advice.sentences)
+
+
+def test_capacity_and_cost_are_shown_also_when_it_is_too_early():
+    capacity, cost = Capacity(3.6e6, 78_000), step_cost([AdaptedLayer(128, 128, 16)])
+    for estimate in (MEASURED, BOUND, EARLY):
+        advice = advise(estimate, batch_size=16, capacity=capacity, cost=cost)
+        (section,) = (s for s in advice.sections if s.title == "Capacity and cost of LoRA")
+        assert "at most 3.6 Mbit" in section.sentences[0] and "156 kbit" in section.sentences[0]
+        assert ": 23.1 × too much. LoRA may fall behind full fine-tuning" in section.sentences[0]
+        assert "92 % of the multiply-adds" in section.sentences[1]
+    room = advise(MEASURED, batch_size=16, capacity=replace(capacity, data_bits=78_000.0))
+    assert any("they have room for 2 × as much." in line for line in room.sentences)
+
+
+def test_what_to_measure_next_is_said_with_numbers():
+    section = advise(BOUND, batch_size=16).sections[-1]
+    assert section.title == "To know more"
+    gain = math.sqrt(50 * 16 / 15)  # √(n²/2) pairs at one point against √(K·b(b − 1)/2) within steps
+    said = f"as many as here (800) show noise scales up to about {format_count(gain * 300)}"
+    assert said in section.sentences[1] and f"{format_count(gain)} × as large" in section.sentences[1]
+    assert all(s.title != "To know more" for s in advise(MEASURED, batch_size=16).sections)
+
+
+def test_an_interval_too_wide_for_a_sure_range_says_how_much_more():
+    wide = replace(MEASURED, low=60)
+    section = advise(wide, batch_size=16).sections[-1]
+    assert (section.title, section.sentences) == (
+        "To know more",
+        (f"To name a range that is sure, measure on. {wide.outlook()}",),
+    )
+    assert "more examples for ±20 %" in wide.outlook()
+    tiny = replace(MEASURED, low=0.01, high=0.5)
+    assert all(s.title != "To know more" for s in advise(tiny, batch_size=16).sections)  # batch 1, surely
+
+
+def test_a_probes_bound_asks_for_more_examples_not_for_a_probe():
+    probed = replace(BOUND, view="all pairs of examples at one parameter point")
+    (line,) = advise(probed, batch_size=16).sections[-1].sentences
+    assert line.startswith("To know more, give the probe more examples") and "gns probe" not in line
+
+
+def test_warnings_of_the_estimate_are_passed_on():
+    advice = advise(replace(MEASURED, warnings=("heavy tails", "another.")), batch_size=16)
+    assert advice.warnings == ("heavy tails.", "another.")
+
+
+@given(
+    st.floats(1, 1e5), st.floats(1, 30), st.floats(0.01, 100), st.integers(1, 12), st.sampled_from([2, 8, 64])
+)
+def test_counting_in_packs_of_examples_changes_no_choice(low, wide, p, power, factor):
+    one = advise(replace(MEASURED, low=low, high=low * wide), batch_size=2**power, time_price=p)
+    packs = replace(MEASURED, low=low * factor, high=low * wide * factor)
+    many = advise(packs, batch_size=2**power * factor, time_price=p)
+    a, b = one.ranges[-1], many.ranges[-1]
+    assert (b.low, b.high) == pytest.approx((a.low * factor, a.high * factor))
+    if a.pick is not None and a.pick > 1:
+        assert b.pick_extra_cost == pytest.approx(a.pick_extra_cost, rel=1e-6, abs=1e-12)
+
+
 BAD = [
     ({"batch_size": 0}, "batch_size is 0; a whole number, 1 or more, is needed"),
     ({"batch_size": 1.5}, "batch_size is 1.5"),
@@ -211,6 +409,10 @@ BAD = [
     ({"dataset_size": 8}, "batch_size is 16.*dataset_size of 8"),
     ({"learning_rate": 0.0}, "learning_rate is 0.0; a finite number > 0 is needed"),
     ({"learning_rate": math.nan}, "learning_rate is nan"),
+    ({"time_price": 0}, "time_price is 0; a finite number > 0 is needed"),
+    ({"step_price": math.nan}, "step_price is nan; a finite number > 0 is needed"),
+    ({"time_price": 1, "step_price": 1}, "time_price is 1 and step_price is 1; exactly one of the two is"),
+    ({"examples_needed": 0}, "examples_needed is 0; a finite number > 0 is needed"),
     ({"throughput": {}}, "throughput is empty"),
     ({"throughput": {0: 3.0}}, "a batch size in throughput is 0"),
     ({"throughput": {16: math.inf}}, "throughput at batch 16 is inf"),

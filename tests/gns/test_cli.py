@@ -111,10 +111,10 @@ except SystemExit as end:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.stderr.strip() == "0 []", done.stderr
-    assert all(command in done.stdout for command in ("demo", "measure", "report", "advise"))
+    assert all(command in done.stdout for command in ("demo", "measure", "report", "advise", "throughput"))
 
 
-@pytest.mark.parametrize("command", ["demo", "measure", "report", "advise"])
+@pytest.mark.parametrize("command", ["demo", "measure", "report", "advise", "throughput"])
 def test_every_command_explains_itself(gns, command):
     code, out, err = gns(command, "--help")
     assert code == 0 and out and not err
@@ -380,24 +380,6 @@ def test_a_folder_that_is_no_run(gns, tmp_path, command):
     (tmp_path / "foreign" / STEPS).write_text('{"loss": 3}\n')
     code, out, err = gns(command, tmp_path / "foreign")
     assert (code, out) == (2, []) and len(err) == 1 and "foreign" in err[0]
-
-
-def test_advise(gns, tmp_path):
-    (tmp_path / "a").mkdir()
-    write_steps(tmp_path / "a" / STEPS, of(100))
-    code, out, _ = gns("advise", "a")
-    assert code == 0 and "16" in "\n".join(out) and "0.001" in "\n".join(out)
-    code, out, _ = gns("advise", "a", "--batch-size", 64, "--throughput", "16=10", "--throughput", "64=30")
-    assert code == 0 and "batch of 64" in "\n".join(out)
-    for bad, message in (
-        (["--batch-size", 0], "gns: batch_size is 0; a whole number, 1 or more, is needed"),
-        (
-            ["--throughput", "fast"],
-            "gns: throughput 'fast': BATCH=EXAMPLES_PER_SECOND is needed, e.g. 16=3.5",
-        ),
-    ):
-        code, out, err = gns("advise", "a", *bad)
-        assert (code, out, err) == (2, [], [message])
 
 
 # the display

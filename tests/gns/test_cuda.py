@@ -2,17 +2,21 @@
 
 import contextlib
 import copy
+import gc
 import os
 import warnings
 
 import pytest
 import torch
 
+from gns import metrics, probe
 from gns.monitor import GNSMonitor
 from gns.rules.linear import wide_bmm
 from tests.gns.small_models import FAMILIES, lora, tokens
 from tests.gns.test_families import TOLERANCE, per_example
 from tests.gns.test_untouched import build
+from tests.reference.per_example import contributions, trainable
+from tests.reference.preconditioned import SecondMoment, sums
 from tests.reference.tolerances import close
 
 pytestmark = [
@@ -121,13 +125,13 @@ def test_the_readings_of_low_precision_are_those_of_float32(name):
     assert half[0].sq_norm_of_mean == pytest.approx(full[0].sq_norm_of_mean, rel=0.03)
 
 
-def waits(watched, autocast):
+def waits(watched, autocast, metric="euclidean"):
     """Where a training waits for the device, after two steps that allocate and make lazy handles."""
     model = lora("llama").cuda()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     data = [plain_tokens(4, seed=i) for i in range(8)]
-    monitor = GNSMonitor(model, on_error="raise")
+    monitor = GNSMonitor(model, metric=metric, on_error="raise")
     found = []
     with monitor if watched else contextlib.nullcontext():
         for i, batch in enumerate(data):
@@ -143,16 +147,44 @@ def waits(watched, autocast):
                     optimizer.zero_grad()
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
-            found += [(i, w.filename, w.lineno) for w in seen if "synchroniz" in str(w.message)]
+            called = [w for w in seen if "called a synchronizing" in str(w.message)]
+            found += [(i, w.filename, w.lineno) for w in called]
         if watched:
-            assert len(monitor.history) == len(data) and not any(s.reason for s in monitor.history)
+            assert len(monitor.history) == len(data)
+            assert [s.step for s in monitor.history if s.reason] == ([0] if metric == "adam" else [])
     return found
 
 
+@pytest.mark.parametrize("metric", metrics.METRICS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_a_measured_step_waits_for_the_device_no_more_often_than_an_unwatched_one(autocast):
+def test_a_measured_step_waits_for_the_device_no_more_often_than_an_unwatched_one(autocast, metric):
     # the self-check still looks on in the third step
-    assert waits(True, autocast) == waits(False, autocast)
+    assert waits(True, autocast, metric) == waits(False, autocast)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}, {"amsgrad": True}], ids=str)
+def test_the_optimizers_metric_is_that_of_one_pass_per_example(options):
+    model, data = lora("llama", torch.float64).cuda(), [here(tokens(5, seed=i)) for i in range(3)]
+    beta, eps = 0.9, 1e-3
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3, betas=(0.9, beta), eps=eps, **options)
+    moment = SecondMoment(beta, eps, amsgrad="amsgrad" in options)
+    with GNSMonitor(model, metric="adam", on_error="raise") as monitor:
+        for i, batch in enumerate(data):
+            alone = [{k: v[j : j + 1] for k, v in batch.items()} for j in range(5)]
+            share = batch["labels"][:, 1:].ne(-100).sum(1) / batch["labels"][:, 1:].ne(-100).sum()
+            each = [
+                lambda one=one, a=a: model(**one).loss * a for one, a in zip(alone, share, strict=True) if a
+            ]
+            found = contributions(trainable(model), each)
+            found += [{k: torch.zeros_like(c) for k, c in found[0].items()}] * (5 - len(found))
+            model(**batch).loss.backward()
+            expected = sums(found, moment) if moment.t else None
+            moment.step({name: sum(c[name] for c in found) for name in found[0]})
+            optimizer.step()
+            optimizer.zero_grad()
+            if expected is not None:
+                close(monitor.latest.rows, list(expected.values()), rtol=1e-4, what=f"step {i}")
+                assert monitor.latest.mean_fourth > 0
 
 
 def test_a_wait_would_be_seen():
@@ -198,11 +230,13 @@ def test_detaching_frees_everything():
     assert steps(20) >= steps(150)
     monitor.detach()
     del monitor
+    gc.collect()
     assert steps(3) == before
 
 
 @pytest.mark.filterwarnings("ignore:the model's own call was not seen:gns.monitor.GNSWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_model_has_the_same_sums(backend):
     torch.manual_seed(0)
@@ -220,3 +254,48 @@ def test_a_compiled_model_has_the_same_sums(backend):
                 optimizer.zero_grad()
             found.append([[s.n_examples, s.mean_sq_norm, s.sq_norm_of_mean] for s in monitor.history])
     close(found[1], found[0], torch.float32)
+
+
+def test_norms_on_the_device_are_pairwise_sums():
+    made = torch.Generator("cuda").manual_seed(0)
+    blocks = torch.randn(2, 1_500, 2_000, device="cuda", generator=made)
+    close(metrics.of_blocks(blocks), blocks.double().square().sum((1, 2)), torch.float32)
+
+
+def test_the_metric_of_adam_is_that_of_the_cpu():
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = lora("llama", torch.float64).to(device)  # Adam divides by tiny numbers
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        with GNSMonitor(model, on_error="raise", metric="adam") as monitor:
+            for i in range(3):
+                model(**{k: v.to(device) for k, v in plain_tokens(5, seed=i).items()}).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found[device] = [(s.mean_sq_norm, s.sq_norm_of_mean, s.mean_fourth) for s in monitor.history[1:]]
+    close(found["cuda"], found["cpu"], rtol=1e-3, what="(m, q, fourth)")
+
+
+def test_a_frozen_probe_is_that_of_the_cpu_and_leaves_nothing():
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = lora("llama", torch.float64).to(device)
+        state = torch.cuda.get_rng_state()
+        data = [{k: v.to(device) for k, v in plain_tokens(4, seed=i).items()} for i in range(6)]
+        estimate = probe(model, data, progress=False)
+        assert torch.equal(state, torch.cuda.get_rng_state())
+        assert all(p.grad is None for p in model.parameters())
+        found[device] = [estimate.trace_sigma, estimate.grad_sq_norm]
+    close(found["cuda"], found["cpu"], rtol=1e-5)
+
+
+def test_norms_of_single_examples_equal_one_pass_each():
+    model, batch = lora("llama", torch.float64).cuda(), plain_tokens(12)
+    rows, _, _ = per_example(model, batch)
+    sq = rows.square().sum(1)
+    with GNSMonitor(model, on_error="raise") as monitor:
+        model(**batch).loss.backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+        step = monitor.latest
+    assert step.mean_fourth == pytest.approx(sq.square().mean().item(), rel=1e-6)
+    assert step.top_sq_norms == pytest.approx(sq.sort(descending=True).values[:2].tolist(), rel=1e-6)

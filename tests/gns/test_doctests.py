@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-WITH_EXAMPLES = ["gns.monitor", "gns.display", "gns.sources"]
+WITH_EXAMPLES = ["gns.monitor", "gns.display", "gns.report.text", "gns.sources"]
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

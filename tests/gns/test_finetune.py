@@ -1,4 +1,5 @@
 import json
+import math
 import signal
 import warnings
 from dataclasses import asdict, replace
@@ -11,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gns import load
+from gns.capacity import read_layers
 from gns.data import Collator
-from gns.finetune import RunResult, Watcher, mean_loss, run
+from gns.finetune import RunResult, Watcher, first_epoch, mean_loss, run
 from gns.preparation import ConfigError, FinetuneConfig, prepare
 from gns.runfolder import read_config
 from gns.sources import DataError
@@ -81,6 +83,41 @@ def test_a_run_learns_measures_and_leaves_everything(whole):
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["batch_size"], summary["settings"]["dataset_size"]) == (4, 45)
     assert summary["settings"]["learning_rate"] == 1e-2
+
+
+def settings(folder):
+    return json.loads((folder / "summary.json").read_text())["settings"]
+
+
+def test_what_the_capacity_check_needs_is_recorded(config, tmp_path):
+    """45 examples at 9 a step: an epoch is 5 steps, and of 7 the first 5 count."""
+    losses = {}
+
+    class Listener(Watcher):
+        def step(self, progress):
+            losses[progress.step] = progress.loss
+
+    for steps, counted, share in ((2, 2, 0.4), (7, 5, 1.0)):
+        known = settings(
+            run(replace(config, batch_size=9, steps=steps), tmp_path / str(steps), watcher=Listener()).out
+        )
+        mean = sum(losses[step] for step in range(1, counted + 1)) / counted
+        assert known["first_epoch_loss"] == pytest.approx(mean)
+        assert known["first_epoch_share"] == pytest.approx(share, abs=0.01)
+    rows = prepare(config).train
+    tokens = sum(int((Collator(1)([row])["labels"][:, 1:] != -100).sum()) for row in rows)
+    assert known["loss_tokens"] == tokens == sum(len(row.labels) - 1 for row in rows)
+    layers = read_layers(known["adapted_layers"])
+    trained = sum(a.count * a.rank * (a.in_features + a.out_features) for a in layers)
+    assert trained == known["trainable_parameters"]
+
+
+def test_the_first_epoch_of_odd_logs():
+    assert first_epoch([]) == {"first_epoch_loss": None, "first_epoch_share": 0.0}
+    logs = [{"loss": 3.0, "epoch": 0.5}, {"eval_loss": 9.0, "epoch": 0.5}, {"loss": 2.0, "epoch": 1.0}]
+    logs += [{"loss": 0.1, "epoch": 1.5}, {"train_runtime": 3.0, "epoch": 1.5}]
+    assert first_epoch(logs) == {"first_epoch_loss": 2.5, "first_epoch_share": 1.0}
+    assert first_epoch([{"loss": math.nan, "epoch": 0.5}])["first_epoch_loss"] is None
 
 
 def test_the_adapter_is_saved_as_trained(whole, config):
@@ -179,6 +216,7 @@ def test_an_interrupted_run_reports_and_resumes_as_if_nothing_had_happened(whole
     assert records(out) == records(whole[0])
     assert (second.loss_before, second.loss_after) == (whole[1].loss_before, whole[1].loss_after)
     assert second.estimate.n_steps == STEPS
+    assert settings(out)["first_epoch_loss"] == settings(whole[0])["first_epoch_loss"]
     for name, tensor in load_file(out / "adapter" / "adapter_model.safetensors").items():
         assert torch.equal(tensor, load_file(whole[0] / "adapter" / "adapter_model.safetensors")[name]), name
 

@@ -46,7 +46,7 @@ def draw(count: int, start: int = 0, layout: Layout = LAYOUT, dtype: type = np.f
             "sum_sq_weights": 0.1251,
             "mean_fourth": float(((g**2).sum((1, 2)) ** 2).mean()),
             "top_sq_norms": (float((g**2).sum((1, 2)).max()),),
-            "metric": "adam" if i % 2 else "euclidean",
+            "metric": "adam",
         }
         steps.append(from_rows(rows, layout, step=i, **fields))
     return steps

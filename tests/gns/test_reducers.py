@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gns import reducers
+from gns.metrics import of_blocks
 from gns.rules import LINEAR
 from tests.reference.tolerances import close
 
@@ -76,8 +77,8 @@ def test_a_scaled_rule_scales_blocks_sums_and_norms(activations):
 def test_large_float32_sums_keep_their_digits():
     # 3 million equal squares: a running float32 sum is 10⁻⁴ off, a pairwise one is not
     blocks = torch.full((2, 1_500, 1_000), 0.1)
-    close(reducers.sq_norms_of(blocks), blocks.double().square().sum((1, 2)), torch.float32, rtol=1e-6)
-    assert reducers.sq_norms_of(torch.tensor([2.0, 3.0])).tolist() == [4, 9], "blocks of a single number"
+    close(of_blocks(blocks), blocks.double().square().sum((1, 2)), torch.float32, rtol=1e-6)
+    assert of_blocks(torch.tensor([2.0, 3.0])).tolist() == [4, 9], "blocks of a single number"
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=["no example", "no token"])

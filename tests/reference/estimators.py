@@ -79,6 +79,47 @@ def accepted(x: np.ndarray, y: np.ndarray, theta: float, level: float) -> bool:
     return not (min(found) > t or max(found) < -t)
 
 
+def by_differences(x: np.ndarray, y: np.ndarray, theta: float) -> tuple[float, float, float]:
+    """(T, H, degrees of freedom) at one θ, variance by neighbouring steps of D = x − θy, step by step."""
+    d = [float(a) - theta * float(b) for a, b in zip(x, y, strict=True)]
+    k = len(d)
+    gaps = sum((d[i + 1] - d[i]) ** 2 for i in range(k - 1)) / 2
+    bends = [d[i] - (d[i - 1] + d[i + 1]) / 2 for i in range(1, k - 1)]
+    third = sum(u**3 for u in bends) / (k - 2) / 0.75  # a bend has 1 − 2/8 of the third cumulant
+    skew = third / (gaps / k) ** 1.5
+    w = sum(d) / k / math.sqrt(gaps / (k - 1))
+    h = math.sqrt(k) * (w + skew * w**2 / 3 + skew**2 * w**3 / 27 + skew / (6 * k))
+    return math.sqrt(k) * w, h, 2 * (k - 1) ** 2 / (3 * k - 4)
+
+
+def neighbours_closer(values: np.ndarray, shuffles: int, seed: int) -> float:
+    """Share of random orders in which neighbours' ranks are as close as in the given one: a p-value."""
+    ranks = stats.rankdata(values)
+    rng = np.random.default_rng(seed)
+    orders = rng.permuted(np.tile(ranks, (shuffles, 1)), axis=1)
+    return float((np.square(np.diff(orders)).sum(1) <= np.square(np.diff(ranks)).sum()).mean())
+
+
+def top_share(sq_norms: np.ndarray, part: float = 0.01) -> float:
+    """Share of the sum that the largest `part` of all entries hold, from all of them."""
+    flat = sorted((float(s) for s in np.ravel(sq_norms)), reverse=True)
+    return sum(flat[: math.ceil(part * len(flat))]) / sum(flat)
+
+
+def progress_mean(b: np.ndarray, batch: float) -> float:
+    """Mean of the noise scales b with weights 1/(1 + b/batch)."""
+    weights = [1 / (1 + float(each) / batch) for each in b]
+    return sum(w * float(each) for w, each in zip(weights, b, strict=True)) / sum(weights)
+
+
+def drifting_steps(
+    rng: np.random.Generator, spectrum: np.ndarray, b_simple: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(m, q) of one step a noise scale, as `gaussian_steps` of each."""
+    made = [gaussian_steps(rng, spectrum, float(b), n, 1) for b in b_simple]
+    return np.array([float(m[0]) for m, _ in made]), np.array([float(q[0]) for _, q in made])
+
+
 def delta_method(x: np.ndarray, y: np.ndarray, level: float) -> tuple[float, float]:
     """The interval that others print: ratio ± t · first-order standard error. A control, not a twin."""
     k, mx, my = len(x), float(np.mean(x)), float(np.mean(y))

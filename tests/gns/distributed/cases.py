@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.reference import preconditioned
 from tests.reference.per_example import contributions, spread, sums, trainable
 
 
@@ -43,6 +44,7 @@ class Case:
     monitored: bool = True
     tolerance: torch.dtype | None = None  # of the readings; None: of `dtype`
     ranks: int | None = None  # it needs so many
+    adam: bool = False  # trained with Adam, measured in its metric
 
 
 CASES = [
@@ -60,6 +62,8 @@ CASES = [
     Case("every", monitor={"every": 2}, steps=5),
     Case("bfloat16", dtype=torch.bfloat16),
     Case("unmonitored", dtype=torch.float32, monitored=False),
+    Case("adam", adam=True, sizes=uneven, monitor={"metric": "adam"}),
+    Case("fsdp adam", engine="fsdp", adam=True, monitor={"metric": "adam"}),
     Case("fsdp", engine="fsdp"),
     Case("fsdp float32", engine="fsdp", dtype=torch.float32),
     Case("fsdp attach first", engine="fsdp", attach_first=True),
@@ -93,7 +97,9 @@ def losses(out: torch.Tensor) -> torch.Tensor:
     return (out - 1).square().sum(1)
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, case: Case | None = None) -> torch.optim.Optimizer:
+    if case is not None and case.adam:
+        return torch.optim.Adam(model.parameters(), lr=0.05)
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
 
 
@@ -104,12 +110,13 @@ class Expected:
     n: int
     sums: dict[str, tuple[float, float]]
     spread: list[float]
+    in_metric: dict[str, tuple[float, float]] | None = None
 
 
 def twin(case: Case, size: int) -> list[Expected]:
     """One process, one backward pass per example, all ranks' rows."""
     model = net(case.dtype)
-    optimizer, found = optimizer_of(model), []
+    optimizer, found, moment = optimizer_of(model, case), [], preconditioned.SecondMoment()
     factor = 1 / size if case.factor is None else case.factor
     for step in range(case.steps):
         each = []
@@ -120,7 +127,10 @@ def twin(case: Case, size: int) -> list[Expected]:
                 x = rows(case, step, rank, micro)
                 each += [lambda i=i, x=x, a=share: losses(model(x[i : i + 1])).sum() * a for i in range(n)]
         cs = contributions(trainable(model), each)
-        found.append(Expected(len(each), sums(cs), spread(cs)))
+        found.append(
+            Expected(len(each), sums(cs), spread(cs), preconditioned.sums(cs, moment) if moment.t else None)
+        )
+        moment.step({name: sum(c[name] for c in cs) for name in cs[0]})
         for name, p in model.named_parameters():
             p.grad = sum(c[name] for c in cs).to(p.dtype)
         if case.clip is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import traceback
 import warnings
@@ -46,10 +47,15 @@ def unsynchronised(case: Case, model: nn.Module, last: bool) -> Any:
     return contextlib.nullcontext()
 
 
+def known(x: float) -> float | None:
+    return None if math.isnan(x) else x
+
+
 def record(sums: Any) -> dict[str, Any]:
     return {
         "step": sums.step, "n": sums.n_examples, "reason": sums.reason, "weights": sums.sum_sq_weights,
-        "m": sums.mean_sq_norm, "q": sums.sq_norm_of_mean, "tokens": sums.n_tokens, "finite": sums.finite,
+        "m": known(sums.mean_sq_norm), "q": known(sums.sq_norm_of_mean),
+        "tokens": sums.n_tokens, "finite": sums.finite,
         "spread": None if sums.mean_fourth is None else [sums.mean_fourth, *sums.top_sq_norms],
         "rows": {name: [s.mean_sq_norm, s.sq_norm_of_mean] for name, s in sums.parameters()},
     }  # fmt: skip
@@ -82,7 +88,7 @@ def run(case: Case) -> dict[str, Any]:
         monitor = GNSMonitor(model, on_error="raise", **case.monitor)
     if case.monitored and not monitor.attached:
         monitor.attach()
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, case)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(case.steps):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gns.reasons import NO_STATE, SHARDED_STATE
 from tests.gns.distributed.cases import BY_NAME, CASES, twin
 from tests.reference.tolerances import close
 
-MONITORED = [case for case in CASES if case.monitored]
+MONITORED = [case for case in CASES if case.monitored and not case.adam]
 
 
 @pytest.mark.parametrize("case", MONITORED, ids=lambda case: case.name)
@@ -37,6 +38,24 @@ def test_readings_equal_one_backward_pass_per_example(ranks, case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_rank_holds_the_same(ranks, case):
     assert all(rank[case.name] == ranks[0][case.name] for rank in ranks)
+
+
+def test_the_optimizers_metric_is_that_of_one_process(ranks):
+    expected = twin(BY_NAME["adam"], len(ranks))
+    for found in (rank["adam"] for rank in ranks):
+        first, *later = found["steps"]
+        assert first["reason"] == NO_STATE and first["m"] is None and not found["warnings"]
+        for step in later:
+            e = expected[step["step"]]
+            assert step["reason"] is None and list(step["rows"]) == list(e.in_metric)
+            close(list(step["rows"].values()), list(e.in_metric.values()), what="(m, q) in the metric")
+        assert found["verified"] == sorted(later[0]["rows"])
+
+
+def test_a_sharded_second_moment_is_refused(ranks):
+    for found in (rank["fsdp adam"] for rank in ranks):
+        reasons = [step["reason"] for step in found["steps"]]
+        assert reasons == [NO_STATE] + [SHARDED_STATE] * 3 and not found["unmeasured"]
 
 
 @pytest.mark.parametrize(("on", "off"), [("float32", "unmonitored"), ("fsdp float32", "fsdp unmonitored")])

@@ -10,8 +10,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from gns import GNSCallback, GNSMonitor
 from gns.data import Collator, encode_texts
+from gns.estimate import Estimate
 from gns.integrations.shared import LOGGED, Readings
 from gns.integrations.transformers import next_step
+from gns.live import live
 from gns.monitor import GNSWarning
 from gns.packing import pack, unpack
 from gns.sums import Layout, StepSums, from_rows
@@ -90,20 +92,35 @@ def records(steps):
 def test_readings_reach_tensorboard_and_the_log_history(make, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     callback = GNSCallback()
-    trainer = make([callback], report_to="tensorboard", max_steps=20)
+    trainer = make([callback], report_to="tensorboard", max_steps=25)
     trainer.train()
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("train/gns/")}
-    assert tags == {f"train/{key}" for key in LOGGED}
-    for key in LOGGED:
+    assert tags | {"train/gns/b_simple_high"} == {f"train/{key}" for key in LOGGED}  # no upper end so early
+    for key in sorted(tag.removeprefix("train/") for tag in tags):
         curve = [(point.step, point.value) for point in events.Scalars(f"train/{key}")]
         logged = [(log["step"], log[key]) for log in trainer.state.log_history if key in log]
         assert [step for step, _ in curve] == [step for step, _ in logged]
         assert [value for _, value in curve] == pytest.approx([value for _, value in logged], rel=1e-6)
+    logged = [(log["step"], log["gns/grad_sq_norm"]) for log in trainer.state.log_history]
     everywhere = [step for step, _ in logged]
-    assert everywhere == [*range(1, 21), 20]  # the last log is of the whole training
+    assert everywhere == [*range(1, 26), 25]  # the last log is of the whole training
     assert logged[-1][1] == callback.monitor.estimate().grad_sq_norm
+
+
+def test_the_logged_interval_is_the_live_one_and_appears_at_its_looks(make):
+    callback = GNSCallback()
+    trainer = make([callback], max_steps=26)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "gns/trace_sigma" in log]
+    low = {log["step"]: log.get("gns/b_simple_low") for log in logs}
+    assert all(low[step] is None for step in range(1, 20))
+    looks = {step: live(callback.monitor.history[:step]) for step in (20, 25)}
+    assert [low[step] for step in (20, 24, 25, 26)] == [looks[step].low for step in (20, 20, 25, 25)]
+    assert low[25] != low[20] and low[26] < callback.monitor.estimate().low
+    assert (callback.shown.low, callback.shown.high) == (looks[25].low, looks[25].high)
+    assert callback.shown.b_simple == callback.monitor.estimate().b_simple
 
 
 @pytest.mark.parametrize("how", ["passed", "added", "installed"])
@@ -143,11 +160,9 @@ def test_a_value_that_is_not_finite_is_left_out(make, monkeypatch):
     callback = GNSCallback()
     trainer = make([callback])
     true = GNSMonitor.estimate
-    monkeypatch.setattr(
-        GNSMonitor,
-        "estimate",
-        lambda self: replace(true(self), b_simple=float("nan"), low=3.0, high=float("inf")),
-    )
+    monkeypatch.setattr(GNSMonitor, "estimate", lambda self: replace(true(self), b_simple=float("nan")))
+    bound = {"low": 3.0, "high": float("inf"), "status": "lower bound"}
+    monkeypatch.setattr(GNSMonitor, "live", lambda self: replace(true(self), **bound))
     trainer.train()
     last = trainer.state.log_history[-1]
     assert last["gns/b_simple_low"] == 3.0
@@ -168,8 +183,8 @@ def test_evaluation_neither_counts_nor_carries_readings(make):
 def test_late_in_a_long_run_a_logged_estimate_may_be_one_percent_old():
     readings, asked = Readings(), []
     step = StepSums(step=0, n_examples=4, mean_sq_norm=2.0, sq_norm_of_mean=1.0)
-    monitor = SimpleNamespace(latest=step, estimate=lambda: asked.append(1) or SimpleNamespace(
-        b_simple=1.0, low=1.0, high=2.0, trace_sigma=1.0, grad_sq_norm=1.0))  # fmt: skip
+    found = Estimate(1.0, 1.0, 2.0, 0.95, "measured", 1.0, 1.0, 9.0, 30, 120)
+    monitor = SimpleNamespace(latest=step, estimate=lambda: asked.append(1) or found, live=lambda: found)
     for number in range(1000):
         monitor.latest = replace(step, step=number)
         readings.of(monitor)

@@ -32,6 +32,17 @@ def draw(count: int, n: int, signal: float, *, seed: int = 5, repel: float = 0.0
     return steps
 
 
+def texts(figure) -> str:
+    """All that is written on a figure."""
+    found = [
+        t.get_text() for ax in figure.axes for t in (ax.xaxis.label, ax.yaxis.label, ax.title, *ax.texts)
+    ]
+    found += [t.get_text() for ax in figure.axes for t in (*ax.get_yticklabels(), *ax.get_xticklabels())]
+    found += [ax.get_title(loc="left") for ax in figure.axes]
+    legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes if ax.get_legend())]
+    return "\n".join(found + [t.get_text() for legend in legends for t in legend.get_texts()])
+
+
 @pytest.fixture(scope="session")
 def runs() -> dict[str, list[StepSums]]:
     """One run for each status, and runs without a usable step."""
@@ -46,6 +57,12 @@ def runs() -> dict[str, list[StepSums]]:
         "skipped": [alone],
         "empty": [],
     }
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No figures, which take seconds, for tests of what a report says."""
+    monkeypatch.setattr("gns.report.drawn", lambda found: [])
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 
 from gns.advice import advise
+from gns.drift import Drift
 from gns.estimate import STATUSES, Estimate, estimate
-from gns.report.text import basis, render, verdict
+from gns.report.text import basis, outlook, render, signal, verdict
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800, steps=(0, 49))
 WORDS = {
@@ -59,3 +60,23 @@ def test_terminal_summary_without_advice_promises_nothing(runs):
     result = estimate(runs["collecting"])
     text = render(result, advise(result, batch_size=16))
     assert "What batch size pays" not in text and "Report:" not in text and "Too early" in text
+
+
+def test_terminal_summary_says_signal_outlook_and_warnings(runs):
+    result = replace(estimate(runs["measured"]), warnings=("Heavy tails: so.",))
+    lines = render(result).splitlines()
+    assert f"Any signal at all: {signal(result.p_value)}. {result.outlook()}" in lines
+    assert "  ! Heavy tails: so." in lines
+    assert "signal at all" not in render(estimate([]))
+
+
+def test_the_outlook_of_a_run_that_moved_is_that_of_its_last_third():
+    first, last = (replace(MEASURED, b_simple=b, low=b - 1, high=b + 1) for b in (20.0, 400.0))
+    said = outlook(MEASURED, Drift(first, last))
+    assert said == f"For the last third of the run, steps 0–49: {last.outlook()}"
+    assert outlook(MEASURED, Drift(first, first)) == outlook(MEASURED, None) == MEASURED.outlook()
+
+
+def test_a_p_value_has_no_more_digits_than_it_bears():
+    shown = [signal(p) for p in (1e-9, 0.0012345, 0.5, math.nan)]
+    assert shown == ["p < 0.001", "p = 0.0012", "p = 0.5", "p unknown"]

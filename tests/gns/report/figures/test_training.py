@@ -6,32 +6,24 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from gns.advice import advise
 from gns.estimate import MIN_STEPS, estimate
 from gns.report import figures
 from gns.sums import StepSums
+from tests.gns.report.conftest import texts
 
 
-def texts(figure) -> str:
-    found = [
-        t.get_text() for ax in figure.axes for t in (ax.xaxis.label, ax.yaxis.label, ax.title, *ax.texts)
-    ]
-    found += [t.get_text() for ax in figure.axes for t in ax.get_yticklabels()]
-    found += [ax.get_title(loc="left") for ax in figure.axes]
-    legends = [*figure.legends, *(ax.get_legend() for ax in figure.axes if ax.get_legend())]
-    return "\n".join(found + [t.get_text() for legend in legends for t in legend.get_texts()])
-
-
-def drawn(steps: list[StepSums]) -> list:
+def drawn(steps: list[StepSums], theme=figures.LIGHT) -> list:
     result, run = estimate(steps), figures.course(steps, 0.95)
     advice = advise(result, batch_size=16)
     return [
-        figures.noise_scale(run, result, 16),
-        figures.signal_and_noise(steps, run),
-        figures.trade_off(advice),
-        figures.factors(result),
+        figures.noise_scale(run, result, 16, theme=theme),
+        figures.signal_and_noise(steps, run, theme=theme),
+        figures.trade_off(advice, theme=theme),
+        figures.factors(result, theme=theme),
     ]
 
 
@@ -39,12 +31,38 @@ def drawn(steps: list[StepSums]) -> list:
 def test_every_figure_renders_with_labels_and_units(runs, status):
     for figure in drawn(runs[status]):
         image = imread(io.BytesIO(figures.png(figure)))
-        assert image.shape[1] > 1000 and image[..., :3].std() > 0.05  # something is on it
+        assert image.shape[1] > 900 and image[..., :3].std() > 0.05  # something is on it
     above, parts, costs, factors = (texts(f) for f in drawn(runs[status]))
     assert "B_simple (examples)" in above and "optimizer step" in above and "batch in use, 16" in above
+    assert "detection limit" in above
     assert "tr Σ" in parts and "|G|²" in parts and "(loss² / parameter²)" in parts
     assert "batch size (examples per optimizer step)" in costs and "E / E_min" in costs
-    assert "factor A" in factors and "factor B" in factors and "all together" in factors
+    assert "factor A" in factors and "factor B" in factors and "all together *" in factors
+    assert "detection limit" in factors
+
+
+def test_dark_figures_are_light_on_the_dark_card(runs):
+    for light, dark in zip(drawn(runs["measured"]), drawn(runs["measured"], figures.DARK), strict=True):
+        images = [
+            imread(io.BytesIO(figures.png(figure, theme)))[..., :3]
+            for figure, theme in ((light, figures.LIGHT), (dark, figures.DARK))
+        ]
+        corners = [to_hex(image[-1, 0]) for image in images]
+        assert corners == [figures.LIGHT.card, figures.DARK.card]
+        assert images[0].shape == images[1].shape
+        assert images[0].mean() > 0.85 and images[1].mean() < 0.3 and images[1].max() > 0.8
+
+
+def test_the_detection_limit_grows_with_the_steps(runs):
+    steps = runs["measured"]
+    run = figures.course(steps, 0.95)
+    line = next(
+        line
+        for line in figures.noise_scale(run, estimate(steps), 16).axes[0].lines
+        if "detection" in line.get_label()
+    )
+    assert list(line.get_ydata()) == [r.detection_limit for _, r in run.so_far]
+    assert line.get_ydata()[-1] == estimate(steps).detection_limit > line.get_ydata()[0]
 
 
 def test_too_little_data_gives_no_figure(runs):
@@ -91,17 +109,6 @@ def test_negative_signal_is_drawn_on_an_axis_that_shows_it(runs):
     assert below.get_yscale() == "symlog"
     values = below.lines[0].get_ydata()
     assert min(values) < 0 and below.get_ylim()[0] <= min(values)
-
-
-def test_current_batch_and_paying_range_are_marked(runs):
-    result = estimate(runs["measured"])
-    advice = advise(result, batch_size=16)
-    ax = figures.trade_off(advice).axes[0]
-    assert any(list(line.get_xdata()) == [16, 16] for line in ax.lines)
-    span = ax.patches[-1]
-    near = advice.ranges[-1]
-    assert span.get_x() == pytest.approx(near.low)
-    assert span.get_x() + span.get_width() == pytest.approx(near.high)
 
 
 def test_loss_scale_is_named_in_the_unit(runs):

@@ -1,0 +1,116 @@
+"""All that a report of a run shows, worked out from its records by the functions that own the numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from gns.advice import Advice, advise
+from gns.coverage import Coverage
+from gns.drift import Drift, drift
+from gns.estimate import Estimate, estimate
+from gns.geometry import by_layer, by_module
+from gns.records import Summary
+from gns.sums import StepSums
+from gns.views import progress_weighted
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a run.
+
+    Args:
+        name: of the run.
+        steps: all records of the run, usable or not.
+        result: the estimate over them.
+        batch_size: in use, examples a step; None where nothing tells.
+        advice: what follows, or None where nothing was measured.
+        change: how the noise scale moved along the run, or None where that cannot be told.
+        coverage: which parameters are in the sums.
+        settings: of the run.
+        notes: what the reader must know of the records, e.g. that they were damaged.
+    """
+
+    name: str
+    steps: Sequence[StepSums]
+    result: Estimate
+    batch_size: int | None
+    advice: Advice | None
+    change: Drift | None
+    coverage: Coverage | None
+    settings: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+    @cached_property
+    def progress(self) -> Estimate | None:
+        """Progress-weighted mean over the run, to set beside a critical batch; None where not resolved."""
+        try:
+            return progress_weighted(self.steps, batch_size=self.batch_size, level=self.result.level)
+        except ValueError:  # |G|² is not resolved well enough for weights at this batch
+            return None
+
+    @cached_property
+    def modules(self) -> Mapping[str, Estimate]:
+        """Path of a module → estimate, in the model's order."""
+        return by_module(self.steps, level=self.result.level)
+
+    @cached_property
+    def layers(self) -> Mapping[str, Estimate]:
+        """Path of a block → estimate, in the model's order."""
+        return by_layer(self.steps, level=self.result.level)
+
+
+def findings(name: str, steps: Sequence[StepSums], known: Summary, notes: Sequence[str] = ()) -> Findings:
+    """Work out everything that the report of a run shows.
+
+    Args:
+        name: of the run.
+        steps: all its records.
+        known: level, coverage, settings and batch size.
+        notes: what the reader must know of the records.
+    """
+    share = known.coverage.share if known.coverage else None
+    result = replace(estimate(steps, level=known.level), coverage=share)
+    batch_size = known.batch_size or _usual_batch(steps)
+    change = drift(steps, level=known.level)
+    return Findings(
+        name=name,
+        steps=steps,
+        result=result,
+        batch_size=batch_size,
+        advice=_advice(result, steps, known.settings, batch_size, change),
+        change=change,
+        coverage=known.coverage,
+        settings=known.settings,
+        notes=notes,
+    )
+
+
+def _usual_batch(steps: Iterable[StepSums]) -> int | None:
+    sizes = [step.n_examples for step in steps if step.usable]
+    return round(statistics.median(sizes)) if sizes else None
+
+
+def _advice(
+    result: Estimate,
+    steps: Sequence[StepSums],
+    settings: Mapping[str, Any],
+    batch_size: int | None,
+    change: Drift | None,
+) -> Advice | None:
+    """Advise with what the settings and the steps tell of data size, learning rate and movement."""
+    if not batch_size:
+        return None
+    rates = [step.learning_rate for step in steps if step.learning_rate]
+    rate = settings.get("learning_rate", max(rates, default=None))
+    data = settings.get("dataset_size")
+    return advise(
+        result,
+        batch_size=batch_size,
+        dataset_size=data if isinstance(data, int) and data >= batch_size else None,
+        learning_rate=rate if isinstance(rate, int | float) and rate > 0 else None,
+        change=change,
+    )
