@@ -75,6 +75,7 @@ class Advice:
         capacity: of the adapters against the data, as it was given.
         cost: of a step, LoRA against full fine-tuning, as it was given.
         warnings: what does not fit together.
+        estimate_warnings: those of the estimate itself, which a reporter may have shown already.
         caveats: what the reader must not forget.
         span: the part of the run that all this is about, if not the whole of it.
         moved: how the noise scale moved along the run, if it did.
@@ -95,6 +96,7 @@ class Advice:
     capacity: Capacity | None = None
     cost: StepCost | None = None
     warnings: tuple[str, ...] = ()
+    estimate_warnings: tuple[str, ...] = ()
     caveats: tuple[str, ...] = CAVEATS
     span: str | None = None
     moved: str | None = None
@@ -110,7 +112,7 @@ class Advice:
         return self.soonest.ends if self.soonest else None
 
     def __str__(self) -> str:
-        marked = [f"Warning: {w}" for w in self.warnings]
+        marked = [f"Warning: {w}" for w in (*self.estimate_warnings, *self.warnings)]
         moved = [self.moved] if self.moved else []
         return "\n".join(
             [self.headline, *moved, *self.sentences, *marked, *(f"Note: {c}" for c in self.caveats)]
@@ -258,6 +260,7 @@ def _advise(estimate: Estimate, given: _Given, price: Price) -> Advice:
         capacity=given.capacity,
         cost=given.cost,
         warnings=tuple(wording.remarks(estimate, batch, table)),
+        estimate_warnings=estimate.warnings,
         caveats=(*CAVEATS, *(() if timed else (TIME,)), *wording.plan_caveats(plan)),
     )
     return replace(advice, sections=wording.sections(estimate, advice, rate))

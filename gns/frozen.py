@@ -17,8 +17,8 @@ from torch import nn
 
 from gns.calling import Loss, ProbeError
 from gns.frozenestimate import FrozenEstimate
-from gns.frozenrun import Run, StillMonitor
-from gns.gradrows import MAX_BYTES, GradientRows
+from gns.frozenrun import Run, StillMonitor, check_metric
+from gns.gradrows import MAX_BYTES, SIZE, GradientRows
 from gns.largest import Largest
 from gns.looks import declared
 from gns.ranks import world_size
@@ -42,7 +42,10 @@ def probe(
     seed: int = 0,
     weights: str = "auto",
     segments: SegmentsOf | str | None = None,
+    metric: str = "euclidean",
+    optimizer: Any = None,
     max_bytes: int = MAX_BYTES,
+    sketch: int = SIZE,
 ) -> FrozenEstimate:
     """Measure the gradient noise scale at the model's weights as they are; nothing is trained.
 
@@ -69,7 +72,11 @@ def probe(
         seed: of dropout masks, sketch and sign-flip test.
         weights: of the examples in the loss, see `GNSMonitor`.
         segments: which rows or positions are which example, see `GNSMonitor`.
+        metric: in which norms are taken: "euclidean"; "adam", that of the second moments of `optimizer`; or
+            "sign", the ℓ₁ norms of sign-like optimizers (see `gns.signs`), for batches of one size.
+        optimizer: whose state `metric="adam"` reads; it must have made a step. It is not changed.
         max_bytes: of whole gradients kept on the host; beyond it they are sketched, and the result says so.
+        sketch: numbers in the sketch of a batch's gradient.
 
     Returns:
         The estimate. After Ctrl-C, or if `batches` raises it, what was found until then, which says so.
@@ -90,20 +97,20 @@ def probe(
     most = _most(batches, max_batches)
     looks = _looks(relative_width, most)
     _check(model, level, largest)
+    check_metric(model, metric, optimizer, largest)
     run = Run(
         model,
         loss,
+        metric=metric,
         dropout=bool(dropout or split_dropout),
         split=split_dropout,
         seed=seed,
-        rows=GradientRows(max_bytes=max_bytes, seed=seed),
+        rows=GradientRows(max_bytes=max_bytes, size=sketch, seed=seed),
         largest=Largest(largest, describe) if largest else None,
     )
     with (
         still(model, dropout=run.dropout),
-        StillMonitor(
-            model, weights=weights, segments=segments, on_error="raise", history=2**31
-        ) as run.monitor,
+        StillMonitor.of(model, optimizer, metric, weights=weights, segments=segments) as run.monitor,
     ):
         stopped = None
         try:

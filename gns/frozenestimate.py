@@ -11,9 +11,11 @@ import numpy as np
 
 from gns.estimate import Estimate, format_count
 from gns.largest import LargeExample
-from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, jackknife, pooled, sign_flip
+from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, pooled, sign_flip
+from gns.pairspread import score
 from gns.sets import detection_limit, honest_set, status_of
 
+SCORE = "all pairs, under the noise scale that is tested"
 VIEW = "all pairs of examples at one parameter point"
 DEPENDENT = 0.01  # p-value of a difference between pairs inside and across batches that is warned of
 
@@ -37,7 +39,7 @@ class DropoutNoise:
 class FrozenEstimate(Estimate):
     """A noise scale measured at frozen weights. A "step" of `Estimate` is a batch here.
 
-    Its `p_value` is that of the sign-flip test, which has not the jackknife's loss of power.
+    Its `p_value` is that of the sign-flip test, which needs no estimate of a spread.
 
     Args:
         view: what average this is.
@@ -52,7 +54,7 @@ class FrozenEstimate(Estimate):
     """
 
     view: str = VIEW
-    variance: str = "delete-one-batch jackknife"
+    variance: str = SCORE
     signal: SignFlip | None = None
     dependence: Dependence | None = None
     gradients: str = "whole"
@@ -128,7 +130,7 @@ def from_batches(
             **fixed,
         )
     unit = 2.0 ** -np.ceil(np.log2(max(abs(x), abs(y)) or 1.0))  # exact: cubes stay in range
-    moments = jackknife(batches.scaled(unit))
+    moments = score(batches.scaled(unit))
     each = 1 - (1 - level) / looks
     low, high, empty = honest_set(moments, each)
     signal = sign_flip(batches, seed=seed)

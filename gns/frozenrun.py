@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from gns.estimate import estimate
 from gns.frozenestimate import DropoutNoise, FrozenEstimate, from_batches
 from gns.gradrows import GradientRows
 from gns.largest import Largest
+from gns.metrics import METRICS
 from gns.monitor import GNSMonitor
 from gns.pairs import Batches, pooled
-from gns.still import RandomState, seeded, uninterrupted
+from gns.signs import from_signs
+from gns.still import RandomState, mixed, seeded, uninterrupted
 from gns.sums import StepSums
 
 RANDOM = (
@@ -27,6 +29,10 @@ RANDOM = (
 )
 MIXED = 'some batches have token labels and others have none; pass weights="equal", or labels in all of them'
 NOTHING = "no gradient reached a measured parameter"
+LARGE = (
+    'the gradients of {n} batches pass {size:,} bytes, and metric="sign" needs them whole; pass fewer '
+    "batches, or a larger max_bytes"
+)
 UNLABELLED = "none of its tokens has a label"
 UNLISTED = "Examples of {n} batches are not among the largest: their norms cannot be told apart there."
 NORMS_RTOL = 1e-3  # between Σ‖cᵢ‖² over examples and over layers; float32 sums in two orders are at 1e-5
@@ -48,15 +54,33 @@ class Reading:
 
 
 class StillMonitor(GNSMonitor):
-    """A monitor whose steps are ended by hand, and whose remarks are kept."""
+    """A monitor whose steps are ended by hand."""
+
+    optimizer: Any = None
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: Any, metric: str, **options: Any) -> StillMonitor:
+        """Make one that measures in a metric, for "adam" that of an optimizer."""
+        of_entries = metric if metric in METRICS else "euclidean"
+        monitor = cls(model, on_error="raise", history=2**31, metric=of_entries, **options)
+        monitor.optimizer = optimizer
+        return monitor
+
+    def attach(self) -> Self:
+        """Start measuring."""
+        super().attach()
+        if self.optimizer is not None and self._collector is not None:
+            self._collector.weights.owned_by(self.optimizer)
+        return self
 
     def reading(self) -> Reading:
         """Give what is there of the step under way."""
         assert self._plan is not None and self._collector is not None
         calls = [c for c in self._collector.now.calls if c.rows is not None]
+        roots = self._collector.weights.roots
         norms = [c.sq_norms(c.rows.n).cpu() for c in calls if c.rows is not None]
         return Reading(
-            gradients={e.name: e.parameter.grad for e in self._plan.entries},
+            gradients={e.name: _weighed(e.parameter.grad, roots.get(e.name)) for e in self._plan.entries},
             by_tokens=bool(calls) and all(c.rows and c.rows.weight_sum is not None for c in calls),
             examples=torch.cat(norms) if norms else None,
         )
@@ -98,6 +122,7 @@ class Run:
         model: nn.Module,
         loss: Loss | None,
         *,
+        metric: str,
         dropout: bool,
         split: bool,
         seed: int,
@@ -105,7 +130,7 @@ class Run:
         largest: Largest | None,
     ):
         self.model, self.loss, self.dropout, self.split, self.seed = model, loss, dropout, split, seed
-        self.rows, self.largest = rows, largest
+        self.metric, self.rows, self.largest = metric, rows, largest
         self.done: list[Done] = []
         self.skipped: list[str] = []
         self.fed = self.seen = 0  # batches, and the examples in them
@@ -128,7 +153,7 @@ class Run:
         with uninterrupted():
             number, start = self.fed, self.seen
             self.fed, self.seen = number + 1, start + (0 if step is None else step.n_examples)
-            why = NOTHING if step is None else _unusable(step, read.by_tokens)
+            why = NOTHING if step is None else _unusable(step, read.by_tokens) or self._odd(step)
             if step is None or why is not None:
                 self.skipped.append(f"Batch {number} is left out: {why}.")
                 return
@@ -136,12 +161,21 @@ class Run:
                 raise ProbeError(MIXED)
             mass = float(step.n_tokens or 0) if read.by_tokens else float(step.n_examples)
             self.rows.add(read.gradients, mass)
+            if self.metric == "sign" and self.rows.sketched:
+                raise ProbeError(LARGE.format(n=number + 1, size=self.rows.max_bytes))
             if self.largest is not None:
                 self._look_at(batch, number, start, read.examples, mass, step)
             self.done.append(Done(at, read.by_tokens, gaps))
 
+    def _odd(self, step: StepSums) -> str | None:
+        """Say why a batch does not go with the others: signs are of equal batches."""
+        usual = self.monitor.history[self.done[0].at].n_examples if self.done else step.n_examples
+        if self.metric != "sign" or step.n_examples == usual:
+            return None
+        return f'it has {step.n_examples} examples, the first {usual}, and metric="sign" needs equal ones'
+
     def _backward(self, batch: Any, *, again: bool) -> None:
-        with seeded((self.seed << 24) + 2 * self.fed + again) as before:
+        with seeded(mixed(self.seed, self.fed, again)) as before:
             loss_of(self.model, batch, self.loss).backward()
             self.random = self.random or not RandomState.now().same_torch(before)
 
@@ -187,7 +221,10 @@ class Run:
         parts = {g: [names[i] for i in of_group] for g, of_group in rows.items()}
         grams = {g: self.rows.gram(part) for g, part in (parts or {"": names}).items()}
         joint = self._batches(names, history, np.sum(list(grams.values()), axis=0))
-        how = {"level": level, "looks": max(1, len(looks)), "seed": self.seed}
+        how: dict[str, Any] = {"level": level, "looks": max(1, len(looks)), "seed": self.seed}
+        if self.metric == "sign":
+            said = {"looks": tuple(looks), "stopped": stopped}
+            return self._by_signs(names, parts, joint, how, {**self._about(history, level, joint), **said})
         groups = {
             g: from_batches(self._batches(part, [s.groups[g] for s in history], grams[g]), **how)
             for g, part in parts.items()
@@ -195,6 +232,20 @@ class Run:
         about = self._about(history, level, joint)
         about |= {"groups": groups, "looks": tuple(looks), "stopped": stopped}
         return from_batches(joint, about=about, **how)
+
+    def _by_signs(
+        self,
+        names: Sequence[str],
+        parts: Mapping[str, Sequence[str]],
+        joint: Batches,
+        how: Mapping[str, Any],
+        about: Mapping[str, Any],
+    ) -> FrozenEstimate:
+        def of(some: Sequence[str], about: Mapping[str, Any]) -> FrozenEstimate:
+            return from_signs(map(self.rows.whole, self.rows.known(some)), joint.n, about=about, **how)
+
+        groups = {g: of(part, {}) for g, part in parts.items()}
+        return of(names, {**about, "groups": groups, "metric": "sign"})
 
     def _batches(self, names: Sequence[str], steps: Sequence[StepSums], gram: np.ndarray) -> Batches:
         n = np.array([s.n_examples for s in steps], dtype=np.int64)
@@ -252,6 +303,32 @@ class Run:
         masks, k = float(each.sum()), len(each)
         se = math.sqrt(k / (k - 1) * float(((each - each.mean()) ** 2).sum())) if k > 1 else math.nan
         return DropoutNoise(data=pooled(joint)[0] - masks, dropout=masks, dropout_se=se)
+
+
+def _weighed(gradient: Tensor | None, root: Tensor | None) -> Tensor | None:
+    """Give a gradient in the metric of the step, R ḡ."""
+    return gradient if gradient is None or root is None else gradient * root
+
+
+def check_metric(model: nn.Module, metric: str, optimizer: Any, largest: int) -> None:
+    """Refuse a metric that cannot be had.
+
+    Raises:
+        ProbeError: it is unknown, or its optimizer is missing, or has no second moments yet.
+    """
+    known = (*METRICS, "sign")
+    if metric not in known:
+        raise ProbeError(f"metric is {metric!r}; known: {', '.join(map(repr, known))}")
+    if (metric == "adam") != (optimizer is not None):
+        needs = "an optimizer= to read" if metric == "adam" else "no optimizer"
+        raise ProbeError(f"metric={metric!r} needs {needs}")
+    if largest and metric != "euclidean":
+        raise ProbeError(f"largest goes with metric='euclidean', not {metric!r}")
+    roots = METRICS[metric].roots if metric in METRICS else None
+    if roots is not None:
+        trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, why in roots([optimizer], trains).missing.items():
+            raise ProbeError(f"`{name}`: {why}")
 
 
 def _unusable(step: StepSums, by_tokens: bool) -> str | None:

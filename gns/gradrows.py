@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gns.still import mixed
+
 SIZE = 2**18  # numbers kept of a batch in a sketch: 1 MiB in float32
 MAX_BYTES = 2**30  # of whole gradients
 LEAST = 64  # buckets of a parameter
@@ -93,7 +95,7 @@ class GradientRows:
         whole, kept = self._shapes[name]
         if kept == whole:
             return g
-        generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(mixed(self.seed, zlib.crc32(name.encode())))
         drawn = torch.randint(2 * kept, (whole,), generator=generator)
         signed = torch.where(drawn < kept, g, -g)
         return g.new_zeros(kept).index_add_(0, drawn.remainder_(kept), signed)

@@ -172,13 +172,13 @@ def _second_moment(
     if v.shape != p.shape:  # factored, or flat
         return NO_SECOND_MOMENT.format(kind=kind)
     beta = group["betas"][1]
-    on_device = [t for t in (step, beta) if isinstance(t, Tensor) and t.device.type != "cpu"]
-    if on_device:
+    if any(isinstance(t, Tensor) and t.device.type != "cpu" for t in (step, beta)):
         correction = (1 - beta**step).sqrt()
-    elif float(step) < 1:
-        return NO_STATE
     else:
-        correction = math.sqrt(1 - float(beta) ** float(step))
+        taken = float(step)
+        if taken < 1:
+            return NO_STATE
+        correction = math.sqrt(1 - float(beta) ** taken)
     return v.detach() if v.dtype is torch.float64 else v.detach().float(), correction, float(group["eps"])
 
 

@@ -8,9 +8,8 @@ Gₖₗ = ḡₖ·ḡₗ, sₖ = Σ ‖cᵢ‖² and A = Σ pₖ² Σaᵢ², N =
     X = tr Σ = N (Σ pₖ² sₖ − A Y)
 
 which is what `gns.sums.unbiased` makes of the one joined batch; with equal weights
-Y = Σ_{i≠j} gᵢ·gⱼ / N(N − 1). The spread is that of the delete-one-batch jackknife. Y is a U-statistic: where
-|G|² is far below what can be seen the jackknife's variance is twice the true one, so the set is wider than it
-need be, never narrower; the sign-flip test, which asks only whether there is any |G|², has no such loss.
+Y = Σ_{i≠j} gᵢ·gⱼ / N(N − 1). How sure they are is in `gns.pairspread`, which builds on the
+delete-one-batch jackknife here; the sign-flip test asks only whether there is any |G|².
 Slow twin: tests/reference/all_pairs.py
 """
 
@@ -152,8 +151,8 @@ def jackknife(batches: Batches) -> Moments:
     """
     if not has_spread(batches):
         raise ValueError(
-            f"{len(batches)} batch(es) of {batches.n.tolist()} examples; without any one of them, a pair of "
-            "examples must be left: more batches are needed"
+            f"{len(batches)} batch(es) of {batches.n.tolist()} examples; at least 2 are needed, and a pair "
+            "of examples that is left without any one of them: add batches"
         )
     whole, left = _sums(batches)
     p = batches.mass / batches.mass.sum()

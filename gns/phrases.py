@@ -78,7 +78,7 @@ def soonest(best: Soonest, timed: tuple[Goodput, ...], batch: int) -> list[str]:
     return lines
 
 
-def epoch(plan: EpochPlan, target: int, ends: tuple[float, float]) -> list[str]:
+def one_epoch(plan: EpochPlan, target: int, ends: tuple[float, float]) -> list[str]:
     """Say what one epoch holds at the proposed batch and at the one in use, and which batch it can afford."""
     data, batch = plan.dataset_size, plan.batch_size
     steps = math.ceil(data / target)
@@ -133,7 +133,7 @@ def _batch(batch: float, data: int) -> str:
     return whole(math.floor(batch)) if batch < data else "all the data at once"
 
 
-def capacity(known: Capacity) -> str:
+def room(known: Capacity) -> str:
     """Say whether the adapters hold what the data teach."""
     held = f"{bits(known.adapter_bits)} ({BITS_PER_PARAMETER:g} for each of {known.parameters:,} parameters)"
     start = (

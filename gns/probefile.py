@@ -12,6 +12,7 @@ from gns.frozenestimate import DropoutNoise, FrozenEstimate
 from gns.largest import LargeExample
 from gns.moments import Moments
 from gns.pairs import Dependence, SignFlip
+from gns.pairspread import ScoreMoments
 from gns.stepsfile import STEPS, RecordsError, number, read_steps, write_atomically, write_steps
 
 PROBE = "probe.json"
@@ -86,6 +87,7 @@ def _estimate(data: Mapping[str, Any], **known: Any) -> FrozenEstimate:
     values = {name: _read(value) for name, value in data.items() if name in names and name not in _APART}
     for name, kind in _PARTS.items():
         part = data[name]
+        kind = ScoreMoments if part is not None and "null" in part else kind
         values[name] = None if part is None else kind(**{k: _read(v) for k, v in part.items()})
     values["largest"] = tuple(LargeExample(**{k: _read(v) for k, v in e.items()}) for e in data["largest"])
     values["groups"] = {name: _estimate(group) for name, group in data["groups"].items()}

@@ -78,6 +78,11 @@ class RandomState:
         return all(torch.equal(a, b) for a, b in pairs)
 
 
+def mixed(*parts: int) -> int:
+    """Make one seed of several numbers. It has 32 bits: torch's generator on the host heeds no more."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 @contextmanager
 def seeded(seed: int) -> Generator[RandomState]:
     """Run with torch's generators seeded, and put them back; gives the state that the seed makes."""

@@ -37,6 +37,11 @@ class Weights:
         """Whether entries are weighed."""
         return self.metric.weighs
 
+    @property
+    def roots(self) -> Mapping[str, Tensor]:
+        """R of each parameter, while a step is under way; empty where nothing is weighed."""
+        return self._roots
+
     def owned_by(self, optimizer: Any) -> None:
         """Note an optimizer that steps measured parameters, and which tensors these are when it does."""
         if self.weighs:
@@ -66,8 +71,10 @@ class Weights:
             return []
         roots = [self._roots.get(e.name) for e in self._entries]
         found = of_gradients(gradients, roots)
-        zeros = (e.sites[0][0].leaf.detach().new_zeros(()) for e in self._entries)
-        return [zero if norm is None else norm for norm, zero in zip(found, zeros, strict=True)]
+        return [
+            e.sites[0][0].leaf.detach().new_zeros(()) if norm is None else norm
+            for norm, e in zip(found, self._entries, strict=True)
+        ]
 
     def missing(self, placed: set[int]) -> dict[str, str]:
         """Say which parameters have no metric in this step, and why.

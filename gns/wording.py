@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gns.capacity import Capacity, StepCost
     from gns.epoch import EpochPlan
 
+BATCH_SIZE, LEARNING_RATE = "Batch size", "Learning rate"  # titles of sections that tables belong to
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
 LAWS_CAVEAT = (
     "B_simple stands in for the noise scales of the laws, which are other quantities (that of the surge law "
@@ -83,15 +84,15 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
     if advice.soonest is not None:
         speed = phrases.soonest(advice.soonest, advice.goodput, batch)
     if advice.plan is not None:
-        epoch = phrases.epoch(advice.plan, target, ends)
+        epoch = phrases.one_epoch(advice.plan, target, ends)
     if rate is not None and target != batch:
         transfer = [_transfer(rate, batch, target, ends)]
     found = [
-        ("Batch size", [*_worth_it(near, ends), _only_examples_cost(advice.ranges)]),
+        (BATCH_SIZE, [*_worth_it(near, ends), _only_examples_cost(advice.ranges)]),
         ("The batch in use", [_batch_in_use(batch, ends, near)]),
         ("Wall-clock time", speed),
         ("One epoch", epoch),
-        ("Learning rate", transfer),
+        (LEARNING_RATE, transfer),
     ]
     told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
     more = phrases.know_more(estimate, sure=near.sure is not None or near.high <= 1)
@@ -100,7 +101,7 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
 
 def beside(capacity: Capacity | None, cost: StepCost | None) -> tuple[Section, ...]:
     """Say what does not depend on the noise scale: what the adapters hold, and what a step costs."""
-    lines = [phrases.capacity(capacity)] if capacity is not None else []
+    lines = [phrases.room(capacity)] if capacity is not None else []
     lines += [phrases.step_cost(cost)] if cost is not None else []
     return (Section("Capacity and cost of LoRA", tuple(lines)),) if lines else ()
 
@@ -247,7 +248,6 @@ def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]
             f"the batch of {batch} in use is above the whole interval: readings taken so far above the "
             "critical batch size calibrate badly. Measure again with a smaller batch."
         )
-    found += [warning.rstrip(".") + "." for warning in estimate.warnings]
     if estimate.coverage is not None and estimate.coverage < 1:
         found.append(f"only {100 * estimate.coverage:.3g} % of the trainable numbers are in the sums.")
     return found

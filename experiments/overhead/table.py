@@ -73,16 +73,15 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draw every arm's ratio with its quartiles; grey, the untouched step beside itself."""
-    settings = by_setting(rows)
-    heights = [sum(r["status"] == "ok" for r in arms) for arms in settings.values()]
+    """Draw the ratio of every arm that ran, with its quartiles; grey, the untouched step beside itself."""
+    settings = by_setting([r for r in rows if r["status"] == "ok"])
+    heights = [len(arms) for arms in settings.values()]
     made = Figure(figsize=(7.4, 0.9 + sum(0.34 * h + 0.62 for h in heights)), dpi=160, layout="constrained")
     axes = made.subplots(
         len(settings), 1, sharex=True, height_ratios=[h + 0.6 for h in heights], squeeze=False
     )
     for ax, ((device, name), arms) in zip(axes[:, 0], settings.items(), strict=True):
-        drawn = [r for r in arms if r["status"] == "ok"]
-        for y, row in enumerate(drawn):
+        for y, row in enumerate(arms):
             middle, low, high = ratio(row)
             ours = row["arm"].startswith("monitor")
             colour = GREY if row["arm"] == AA else BLUE if ours else ORANGE
@@ -90,8 +89,8 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
             ax.plot([middle], [y], "o" if ours else "s", color=colour, markersize=6)
             ax.annotate(f"{middle:.3f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center")
         ax.axvline(1, color=INK, linewidth=0.8)
-        ax.set_yticks(range(len(drawn)), [r["arm"] for r in drawn])
-        ax.set_ylim(len(drawn) - 0.4, -0.6)
+        ax.set_yticks(range(len(arms)), [r["arm"] for r in arms])
+        ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.set_title(f"{name}, {device}", loc="left", fontsize=10)
         ax.set_xscale("log")
         ax.grid(axis="x", color="#E4E4E4", which="both")

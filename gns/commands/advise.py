@@ -69,7 +69,8 @@ def advise(
         known = known_of(run, estimate, given)
         change = drift(estimate.history, level=estimate.level)
         advice = advice_on(estimate, change=change, **known.arguments)
-        advice = replace(advice, warnings=(*advice.warnings, *known.remarks))
+        said = (*advice.estimate_warnings, *advice.warnings, *known.remarks)
+        advice = replace(advice, warnings=said, estimate_warnings=())
         parts = "batches" if POOLED in estimate.view else "steps"
         measured = f"{estimate.n_steps} {parts} × {estimate.examples_per_step:.4g} {estimate.unit}"
         measured += f", {estimate.view}"
@@ -79,15 +80,18 @@ def advise(
 def _show(advice: Advice, known: Known, source: tuple[str, str]) -> None:
     """Print the verdict first, then the table and the other subjects, then what all of it rests on."""
     from gns.commands.tables import print_title
+    from gns.wording import BATCH_SIZE, LEARNING_RATE
 
     typer.echo(advice.headline)
     if advice.moved:
         typer.echo(advice.moved)
-    for i, section in enumerate(advice.sections):
+    for section in advice.sections:
         print_title(section.title)
         typer.echo("\n".join(section.sentences))
-        if i == 0 and advice.table:
+        if section.title == BATCH_SIZE:
             _print_trade_off(advice)
+        if section.title == LEARNING_RATE:
+            _print_rates(advice)
     if advice.warnings:
         print_title("Careful")
         typer.echo("\n".join(f"Warning: {line}" for line in advice.warnings))
@@ -105,19 +109,30 @@ def _print_trade_off(advice: Advice) -> None:
     speeds = {timed.batch_size: timed for timed in advice.goodput}
     titles = ["batch", "steps", "examples"]
     titles += ["steps an epoch"] if advice.plan else []
-    titles += list(advice.table[0].learning_rates)
     titles += ["examples/s", "useful/s"] if speeds else []
     table = Table(*titles, "")
     for row in advice.table:
         cells = [str(row.batch_size), f"× {_pair(row.steps)}", f"× {_pair(row.examples)}"]
         cells += [f"{row.steps_per_epoch:,}"] if row.steps_per_epoch is not None else []
-        cells += [_pair(rates) for rates in row.learning_rates.values()]
         if speeds:
             timed = speeds.get(row.batch_size)
             cells += [f"{timed.examples_per_second:.3g}", _pair(sorted(timed.useful))] if timed else ["", ""]
         table.add_row(*cells, _mark(row, advice))
     print_table(table)
     typer.echo("Steps and examples to the same loss, as multiples of the fewest possible.")
+
+
+def _print_rates(advice: Advice) -> None:
+    """Print the learning rate of each law at each batch size."""
+    from rich.table import Table
+
+    from gns.commands.tables import print_table
+
+    table = Table("batch", *advice.table[0].learning_rates, "")
+    for row in advice.table:
+        rates = [_pair(rates) for rates in row.learning_rates.values()]
+        table.add_row(str(row.batch_size), *rates, _mark(row, advice))
+    print_table(table)
 
 
 def _pair(band) -> str:

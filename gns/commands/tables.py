@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +13,7 @@ def print_table(table: Table) -> None:
     """Print a table on standard output, ruled in a terminal and plain elsewhere."""
     console = Console(highlight=False)
     if console.is_terminal:
+        table.box = box.SIMPLE_HEAD
         console.print(table)
         return
     table.box = None

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gns.coverage import Coverage
+from gns.frozenestimate import FrozenEstimate
+from gns.probefile import PROBE, read_probe
 from gns.records import (
     STEPS,
     RecordsError,
@@ -102,7 +104,8 @@ def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Pat
     runs: dict[str, Findings] = {}
     for folder in folders:
         steps, notes = _read(Path(folder))
-        runs[str(folder)] = findings(Path(folder).resolve().name, steps, read_summary(folder), notes)
+        known, name = read_summary(folder), Path(folder).resolve().name
+        runs[str(folder)] = findings(name, steps, known, notes, frozen=_frozen(Path(folder)))
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is named twice; different ones are needed to compare")
     if out is None and folders:
@@ -127,9 +130,14 @@ def _read(folder: Path) -> tuple[list[StepSums], list[str]]:
         return error.steps, [str(error)]
 
 
+def _frozen(folder: Path) -> FrozenEstimate | None:
+    """Read the result of a probe; None in the folder of a training."""
+    return read_probe(folder) if (folder / PROBE).is_file() else None
+
+
 def _write(folder: Path, steps: list[StepSums], known: Summary, notes: Sequence[str] = ()) -> Path:
     """Write figures, summary and page; the page last, so that one that is there is whole."""
-    found = findings(folder.resolve().name, steps, known, notes)
+    found = findings(folder.resolve().name, steps, known, notes, frozen=_frozen(folder))
     images = drawn(found)
     for drawing in DRAWINGS:
         (folder / f"{drawing.name}.png").unlink(missing_ok=True)  # none from an earlier report may stay

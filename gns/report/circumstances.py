@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from gns.estimate import Estimate, format_count
-from gns.moments import BETWEEN, SUCCESSIVE
 from gns.sums import StepSums
 
 MISSING = "not recorded"
@@ -26,7 +25,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "seed": ("seed",),
     "commit": ("commit", "git_commit", "git_sha"),
 }
-_SPREAD = {BETWEEN: "the differences between steps", SUCCESSIVE: "successive differences, as the steps drift"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def circumstances(
     found = [Setting(name, value()) for name, value in told.items()]
     about = [
         Setting("average", result.target),
-        Setting("interval", f"{100 * result.level:g} %; spread from {_SPREAD[result.variance]}"),
+        Setting("interval", f"{100 * result.level:g} %; variance: {result.variance}"),
         Setting("metric", result.metric),
     ]
     return [*found, *about] if result.n_steps else found

@@ -21,12 +21,14 @@ class Drawing:
         caption: what it shows, and how to read it.
         draw: from findings and course.
         place: "evidence" or "places", the part of the page it belongs to.
+        training: whether it is about optimizer steps, which a frozen probe has none of.
     """
 
     name: str
     caption: str
     draw: Callable[[Findings, Course, Theme], Figure | None]
     place: str = "evidence"
+    training: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ DRAWINGS = (
         "under arrows it has no upper end. A drift of the orange line: the noise scale itself moves. Above "
         "the detection limit the steps so far can show no more than a lower bound.",
         lambda f, run, theme: figures.noise_scale(run, f.result, f.batch_size, theme=theme),
+        training=True,
     ),
     Drawing(
         "trade_off",
@@ -69,6 +72,7 @@ DRAWINGS = (
         "The two parts of the ratio. One step alone says little, and |G|² may fall below zero by chance; "
         "only the averages count.",
         lambda f, run, theme: figures.signal_and_noise(f.steps, run, theme=theme),
+        training=True,
     ),
     Drawing(
         "modules",
@@ -96,9 +100,11 @@ DRAWINGS = (
 
 def drawn(found: Findings) -> list[Image]:
     """Draw every figure there is enough data for, in both themes."""
-    run = figures.course(found.steps, found.result.level)
+    run = figures.course([] if found.frozen else found.steps, found.result.level)
     images = []
     for drawing in DRAWINGS:
+        if drawing.training and found.frozen:
+            continue
         light, dark = (_png(drawing, found, run, theme) for theme in (LIGHT, DARK))
         if light is not None and dark is not None:
             images.append(Image(drawing, light, dark))

@@ -12,6 +12,7 @@ from gns.advice import Advice, advise
 from gns.coverage import Coverage
 from gns.drift import Drift, drift
 from gns.estimate import Estimate, estimate
+from gns.frozenestimate import FrozenEstimate
 from gns.geometry import by_layer, by_module
 from gns.records import Summary
 from gns.sums import StepSums
@@ -44,9 +45,16 @@ class Findings:
     settings: Mapping[str, Any]
     notes: Sequence[str] = ()
 
+    @property
+    def frozen(self) -> bool:
+        """Whether this is a probe at frozen weights, not a training."""
+        return isinstance(self.result, FrozenEstimate)
+
     @cached_property
     def progress(self) -> Estimate | None:
         """Progress-weighted mean over the run, to set beside a critical batch; None where not resolved."""
+        if self.frozen:
+            return None
         try:
             return progress_weighted(self.steps, batch_size=self.batch_size, level=self.result.level)
         except ValueError:  # |G|² is not resolved well enough for weights at this batch
@@ -63,7 +71,14 @@ class Findings:
         return by_layer(self.steps, level=self.result.level)
 
 
-def findings(name: str, steps: Sequence[StepSums], known: Summary, notes: Sequence[str] = ()) -> Findings:
+def findings(
+    name: str,
+    steps: Sequence[StepSums],
+    known: Summary,
+    notes: Sequence[str] = (),
+    *,
+    frozen: FrozenEstimate | None = None,
+) -> Findings:
     """Work out everything that the report of a run shows.
 
     Args:
@@ -71,11 +86,12 @@ def findings(name: str, steps: Sequence[StepSums], known: Summary, notes: Sequen
         steps: all its records.
         known: level, coverage, settings and batch size.
         notes: what the reader must know of the records.
+        frozen: the result of a probe, whose batches the steps then are; it has nothing to move.
     """
     share = known.coverage.share if known.coverage else None
-    result = replace(estimate(steps, level=known.level), coverage=share)
+    result = replace(frozen or estimate(steps, level=known.level), coverage=share)
     batch_size = known.batch_size or _usual_batch(steps)
-    change = drift(steps, level=known.level)
+    change = None if frozen else drift(steps, level=known.level)
     return Findings(
         name=name,
         steps=steps,

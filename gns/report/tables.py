@@ -72,7 +72,7 @@ def value_of(result: Estimate) -> str:
     """Write B_simple, or the bound where that is all there is."""
     if math.isfinite(result.high) and math.isfinite(result.b_simple):
         return format_count(result.b_simple)
-    return "?" if math.isnan(result.low) else f"≥ {format_count(result.low)}"
+    return f"≥ {format_count(result.low)}" if result.low > 0 else "?"
 
 
 def span_of(result: Estimate) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from gns.advice import Advice
 from gns.drift import Drift
 from gns.estimate import MIN_STEPS, Estimate, format_count
+from gns.frozenestimate import FrozenEstimate
 from gns.wording import movement
 
 __all__ = ["Verdict", "basis", "label_of", "movement", "outlook", "render", "signal", "verdict"]
@@ -80,7 +81,7 @@ def _still(result: Estimate) -> Verdict:
         )
         return Verdict(
             f"Noise scale {about}",
-            f"{percent} sure that its average over these steps lies between {low} and "
+            f"{percent} sure that {_which(result)} lies between {low} and "
             f"{format_count(result.high)} examples.",
             "A batch far smaller than this makes good use of every example, but needs many optimizer steps. "
             "A batch far larger needs many more examples, and saves hardly any steps.",
@@ -103,6 +104,11 @@ def _still(result: Estimate) -> Verdict:
             "open",
         )
     raise ValueError(f"status is {result.status!r}; one of gns.estimate.STATUSES is needed")
+
+
+def _which(result: Estimate) -> str:
+    """Name what the interval is of."""
+    return "it, at these weights," if isinstance(result, FrozenEstimate) else "its average over these steps"
 
 
 def _nothing(result: Estimate) -> Verdict:
@@ -128,7 +134,8 @@ def basis(result: Estimate) -> str:
     each = format_count(result.examples_per_step)
     left = f", {result.n_skipped} left out" if result.n_skipped else ""
     span = f" (steps {result.steps[0]}–{result.steps[1]}{left})" if result.steps else ""
-    return f"{result.n_steps:,} optimizer steps × {each} {result.unit}{span}"
+    what = "batches at frozen weights" if isinstance(result, FrozenEstimate) else "optimizer steps"
+    return f"{result.n_steps:,} {what} × {each} {result.unit}{span}"
 
 
 def outlook(result: Estimate, change: Drift | None) -> str:
@@ -172,7 +179,8 @@ def render(
     lines += [f"  {label_of(name)}: {group}" for name, group in result.groups.items()]
     if result.n_steps > 1:
         lines.append(f"Any signal at all: {signal(result.p_value)}. {outlook(result, change)}")
-    lines += [f"  ! {w}" for w in result.warnings]
+    repeated = advice.warnings if advice is not None and advice.table else ()
+    lines += [f"  ! {w}" for w in result.warnings if w not in repeated]
     if advice is not None and advice.table:
         span = f", for {advice.span}" if advice.span else ""
         lines += ["", f"What batch size pays{span}:", *(f"  - {s}" for s in advice.sentences)]

@@ -384,7 +384,8 @@ def test_a_probes_bound_asks_for_more_examples_not_for_a_probe():
 
 def test_warnings_of_the_estimate_are_passed_on():
     advice = advise(replace(MEASURED, warnings=("heavy tails", "another.")), batch_size=16)
-    assert advice.warnings == ("heavy tails.", "another.")
+    assert advice.estimate_warnings == ("heavy tails", "another.") and advice.warnings == ()
+    assert "Warning: heavy tails\nWarning: another.\n" in str(advice)
 
 
 @given(

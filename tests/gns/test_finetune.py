@@ -83,6 +83,13 @@ def test_a_run_learns_measures_and_leaves_everything(whole):
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["batch_size"], summary["settings"]["dataset_size"]) == (4, 45)
     assert summary["settings"]["learning_rate"] == 1e-2
+    known = {"max_grad_norm": 1.0, "dropout": 0.0, "precision": "float32 base, float32 adapters"}
+    known |= {"steps_planned": STEPS, "seed": 0}
+    assert summary["settings"].items() >= known.items()
+    assert summary["settings"]["optimizer"].startswith("adamw")
+    assert {"python", "torch", "transformers", "peft"} <= set(summary["settings"]["versions"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "gradient norm to 1; measured before it" in page
 
 
 def settings(folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import random
 import signal
 import warnings
@@ -20,7 +19,6 @@ from gns.calling import ProbeError
 from gns.estimate import estimate
 from gns.frozen import probe
 from gns.frozenestimate import FrozenEstimate
-from gns.gradrows import GradientRows
 from gns.looks import declared
 from gns.monitor import GNSMonitor, GNSWarning
 from gns.still import set_modes
@@ -485,6 +483,10 @@ def test_two_probes_are_equal_bit_for_bit():
     batches = [tokens(4, seed=k) for k in range(4)]
     one, other = (probe(model, batches, split_dropout=True, seed=5) for _ in range(2))
     assert one == other and one.history == other.history
+    another = probe(
+        model, batches, split_dropout=True, seed=5 + 2**20
+    )  # of more bits than a mask's own number
+    assert another.trace_sigma != one.trace_sigma
 
 
 # --- modes and dropout
@@ -572,15 +574,56 @@ def wide(seed=0):
     return model, data, lambda m, x: (m(x) - x[:, :30]).square().mean()
 
 
-def test_a_sketch_leaves_the_estimate_where_it_is(monkeypatch):
+def test_a_sketch_leaves_the_estimate_where_it_is():
     model, data, loss = wide()
     whole = probe(model, data, loss=loss)
-    monkeypatch.setattr("gns.frozen.GradientRows", functools.partial(GradientRows, size=700))
-    found = probe(model, data, loss=loss, max_bytes=200_000)
+    found = probe(model, data, loss=loss, max_bytes=200_000, sketch=700)
     assert whole.gradients == "whole" and "sketched" in found.gradients
     close([found.trace_sigma, found.grad_sq_norm], [whole.trace_sigma, whole.grad_sq_norm], rtol=1e-5)
     assert found.low <= whole.b_simple <= found.high
     assert found.status == whole.status == "measured"
+
+
+# --- metrics
+
+
+def test_adams_metric_is_that_of_the_optimizer():
+    model, batches = plain(), rows(3, 4, 5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    mean_loss(model, batches[0]).backward()
+    optimizer.step()
+    before = state(model, optimizer)
+    found = probe(model, batches, loss=mean_loss, metric="adam", optimizer=optimizer)
+    same(state(model, optimizer), before)
+    roots = []
+    for p in model.parameters():  # R = (√v̂ + ε)^(−½) after one step: v̂ = g²
+        v = optimizer.state[p]["exp_avg_sq"] / (1 - 0.999)
+        roots.append((v.sqrt() + 1e-8).rsqrt().flatten())
+    scale = torch.cat(roots).numpy()
+    c, a, mass = of_each_example(model, batches)
+    twin = all_pairs.trace_and_grad(*all_pairs.joined([rows * scale for rows in c], a, mass))
+    close([found.trace_sigma, found.grad_sq_norm], twin)
+    assert found.metric == "adam"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"metric": "adamw"}, "metric is 'adamw'; known: 'euclidean', 'adam', 'sign'"),
+        ({"metric": "adam"}, "metric='adam' needs an optimizer= to read"),
+        ({"optimizer": 3}, "metric='euclidean' needs no optimizer"),
+        ({"metric": "sign", "largest": 2}, "largest goes with metric='euclidean'"),
+    ],
+)
+def test_metrics_that_cannot_be_had_are_refused(options, says):
+    with pytest.raises(ProbeError, match=says):
+        probe(plain(), rows(3, 4), loss=mean_loss, **options)
+
+
+def test_an_optimizer_without_second_moments_is_refused():
+    model = plain()
+    with pytest.raises(ProbeError, match=r"`0.weight`: "):
+        probe(model, rows(3), loss=mean_loss, metric="adam", optimizer=torch.optim.Adam(model.parameters()))
 
 
 # --- looks

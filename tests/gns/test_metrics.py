@@ -13,7 +13,7 @@ from torch import nn
 
 from gns.estimate import estimate
 from gns.geometry import by_module
-from gns.metrics import METRICS, adam_roots, of_blocks, of_gradients
+from gns.metrics import METRICS, _inverse_roots, adam_roots, of_blocks, of_gradients
 from gns.monitor import PATIENCE, GNSMonitor, GNSWarning
 from gns.reasons import COMPILED_METRIC, NO_STATE
 from gns.segments import stacked
@@ -395,3 +395,11 @@ def test_a_state_that_is_not_understood_is_named(state):
     optimizer = torch.optim.Adam([p])
     optimizer.state[p] = state
     assert "Adam keeps no second moment" in adam_roots([optimizer], {"p": p}).missing["p"]
+
+
+def test_a_step_count_on_a_device_gives_the_same_roots():
+    v = torch.tensor([0.0, 1e-6, 4.0], dtype=torch.float64)
+    correction = (1 - 0.9 ** torch.tensor(3.0, dtype=torch.float64)).sqrt()
+    (on_host,), (on_device,) = (_inverse_roots([(v, c, 1e-3)]) for c in (float(correction), correction))
+    close(on_device, on_host)
+    close(on_host, [0.0, *(1 / ((v[1:] / correction**2).sqrt() + 1e-3)).sqrt().tolist()])

@@ -24,14 +24,14 @@ def test_of_a_bare_monitor_only_what_the_steps_hold():
     for name in ("clipping", "dropout", "precision", "optimizer", "seed", "versions", "commit"):
         assert known[name] == MISSING, name
     assert known["average"].startswith("ratio of averages over steps 0–29")
-    assert known["interval"] == "95 %; spread from the differences between steps"
+    assert known["interval"] == "95 %; variance: between steps"
     assert known["metric"] == "euclidean"
 
 
 def test_how_the_interval_was_made_and_the_metric_are_told():
     result = replace(estimate(draw(30, 16, 0.1), level=0.9), variance=SUCCESSIVE, metric="adam")
     known = {s.name: s.value for s in circumstances(result, [], {}, 16)}
-    assert known["interval"] == "90 %; spread from successive differences, as the steps drift"
+    assert known["interval"] == "90 %; variance: successive differences"
     assert known["metric"] == "adam"
 
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
-from gns import load
+from gns import load, probe
 from gns.advice import advise
 from gns.drift import drift
 from gns.estimate import estimate, format_count
+from gns.probefile import write_probe
 from gns.records import RecordsError, StepsWriter, read_steps, read_summary
 from gns.report import redraw, write_report
 from gns.report.text import signal, verdict
@@ -111,9 +113,27 @@ def test_warnings_signal_and_outlook_stand_at_the_top(tmp_path, runs):
     assert result.warnings, "these steps are meant to have heavy tails"
     page = page_of(write_report(tmp_path, steps).parent)
     top = page.text[: page.text.index("Settings of the run")]
-    assert f"Careful: {result.warnings[0]}" in top and signal(result.p_value) in top
+    assert top.count(f"Careful: {result.warnings[0]}") == 1 and signal(result.p_value) in top
     assert result.outlook() in top and "Any signal at all?" in top and "For ±20 %" in top
     assert "learning rate0.0002" in top and "clippingnot recorded" in top
+
+
+def test_a_frozen_probe_is_reported_as_what_it_is(tmp_path):
+    model = torch.nn.Linear(4, 1)
+    batches = torch.randn(30, 8, 4, generator=torch.Generator().manual_seed(0))
+    found = probe(model, batches, loss=lambda model, x: (model(x) - 1).square().mean())
+    write_probe(tmp_path, found)
+    page = page_of(redraw(tmp_path).parent)
+    assert found.status == "measured" and verdict(found).title in page.text
+    for part in (
+        "95 % sure that it, at these weights, lies between",
+        "30 batches at frozen weights × 8 examples",
+        "all pairs of examples at one parameter point",
+    ):
+        assert part in page.text, part
+    assert "Two averages" not in page.text and "optimizer steps × " not in page.text
+    assert not (tmp_path / "noise_scale.png").exists() and (tmp_path / "trade_off.png").exists()
+    assert load(tmp_path).b_simple == found.b_simple  # the probe stays the probe
 
 
 @pytest.mark.usefixtures("undrawn")
