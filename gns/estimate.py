@@ -28,7 +28,7 @@ from gns.sets import (
 from gns.sums import StepSums
 
 if TYPE_CHECKING:
-    from gns.curvature.watching import CurvatureReading
+    from gns.curvature.result import CurvatureReading
 
 __all__ = [
     "LOCAL",

@@ -14,7 +14,8 @@ from torch import nn
 from gns.collect import Collector
 from gns.coverage import Coverage
 from gns.curvature.readingsfile import append_reading, write_readings
-from gns.curvature.watching import CurvatureReading, CurvatureWatch
+from gns.curvature.result import CurvatureReading
+from gns.curvature.watching import CurvatureWatch
 from gns.examples import WEIGHTS
 from gns.metrics import METRICS
 from gns.openstep import Closed, OpenStep

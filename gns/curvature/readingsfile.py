@@ -8,8 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from gns.curvature.result import Block, Contribution, Cost, CurvatureEstimate
-from gns.curvature.watching import CurvatureReading
+from gns.curvature.result import Block, Contribution, Cost, CurvatureEstimate, CurvatureReading
 from gns.stepsfile import RecordsError, number, write_atomically
 
 CURVATURE = "curvature.jsonl"

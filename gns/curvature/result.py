@@ -160,3 +160,18 @@ class CurvatureEstimate:
         value = "not resolved" if math.isnan(self.b_noise) else f"= {format_count(self.b_noise)} examples"
         bounds = f"{format_count(self.low)} … {format_count(self.high)}"
         return f"{name} {value} ({percent}: {bounds}), {of}; {simple}; {self.status}"
+
+
+@dataclass(frozen=True)
+class CurvatureReading:
+    """One reading during a training.
+
+    Args:
+        step: number of the optimizer step before which the weights were these.
+        learning_rate: of the optimizer at that step, or None.
+        estimate: what was read.
+    """
+
+    step: int
+    learning_rate: float | None
+    estimate: CurvatureEstimate

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gns.arguments import call_shape
 from gns.calling import value_of
-from gns.curvature.result import CurvatureEstimate
+from gns.curvature.result import CurvatureEstimate, CurvatureReading
 from gns.guard import in_backward
 from gns.segments import SegmentsOf
 from gns.taps import hooks_of, is_ours
@@ -27,21 +27,6 @@ FAILED = (
     "no B_noise at optimizer step {step} (training goes on, later failures are not told): {error}. "
     "curvature_every needs a model that is given `labels` and returns `loss`"
 )
-
-
-@dataclass(frozen=True)
-class CurvatureReading:
-    """One reading during a training.
-
-    Args:
-        step: number of the optimizer step before which the weights were these.
-        learning_rate: of the optimizer at that step, or None.
-        estimate: what was read.
-    """
-
-    step: int
-    learning_rate: float | None
-    estimate: CurvatureEstimate
 
 
 @dataclass(frozen=True)
