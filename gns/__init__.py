@@ -14,9 +14,11 @@ from gns._version import __version__
 if TYPE_CHECKING:
     from gns.advice import Advice, advise
     from gns.coverage import Coverage
+    from gns.curvature.result import CurvatureEstimate
     from gns.estimate import Estimate
     from gns.frozen import probe
     from gns.frozenestimate import FrozenEstimate
+    from gns.hessian import b_noise
     from gns.integrations.transformers import GNSCallback
     from gns.monitor import GNSMonitor
     from gns.records import load
@@ -28,10 +30,12 @@ _HOME = {
     "GNSCallback": "gns.integrations.transformers",
     "Coverage": "gns.coverage",
     "probe": "gns.frozen",
+    "b_noise": "gns.hessian",
     # what was measured
     "StepSums": "gns.sums",
     "Estimate": "gns.estimate",
     "FrozenEstimate": "gns.frozenestimate",
+    "CurvatureEstimate": "gns.curvature.result",
     "load": "gns.records",
     # what to do about it
     "advise": "gns.advice",
@@ -41,6 +45,7 @@ _HOME = {
 __all__ = [
     "Advice",
     "Coverage",
+    "CurvatureEstimate",
     "Estimate",
     "FrozenEstimate",
     "GNSCallback",
@@ -48,6 +53,7 @@ __all__ = [
     "StepSums",
     "__version__",
     "advise",
+    "b_noise",
     "load",
     "probe",
 ]

@@ -29,7 +29,7 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     Raises:
         ProbeError: there is no loss, or it is no differentiable scalar.
     """
-    value = loss(model, batch) if loss is not None else _own_loss(_call(model, batch))
+    value = value_of(model, batch, loss)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         seen = f"a {type(value).__name__}"
         if isinstance(value, Tensor):
@@ -37,6 +37,15 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
             seen = f"a tensor of shape {tuple(value.shape)}{graph}"
         raise ProbeError(f"the loss is {seen}; a differentiable scalar is needed")
     return value.reshape(())
+
+
+def value_of(model: nn.Module, batch: Any, loss: Loss | None) -> Any:
+    """Give the loss of a batch as it comes, which may be without a graph.
+
+    Raises:
+        ProbeError: there is none.
+    """
+    return loss(model, batch) if loss is not None else _own_loss(_call(model, batch))
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ class Call:
 
     Args:
         rows: its examples, or None where they cannot be read off its arguments.
+        weights: [K, n], of weighted sums of its examples' gradients, or None where none are collected.
     """
 
-    def __init__(self, rows: RowMap | None):
-        self.rows = rows
+    def __init__(self, rows: RowMap | None, weights: Tensor | None = None):
+        self.rows, self.weights = rows, weights
         self.uses: dict[int, int] = {}  # tap → how often it fired
         self.task: int | None = None  # graph task that ran it backward
         self._each: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -56,7 +57,7 @@ class Call:
         off = rule.mode is not None and tap.module.training != rule.mode
         if not off and known in self._placed:
             return self._placed[known]
-        found = _placement(tap, x, self.rows, self.each(device, dtype))
+        found = _placement(tap, x, self.rows, self.each(device, dtype), self.weights)
         if not off:
             self._placed[known] = found
         return found
@@ -78,13 +79,15 @@ class Calls:
 
     def __init__(self, model: nn.Module, weights: str, segments: SegmentsOf | str | None):
         self.model, self.weights, self.segments = model, weights, segments
+        self.weigh: Callable[[RowMap], Tensor] | None = None  # gives a call the weights of its weighted sums
         self.under_way: Call | None = None
         self._recent: deque[RowMap] = deque(maxlen=REMEMBERED)
 
     def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> RowMap | None:
         """Read the examples of a call that begins."""
         rows = row_map(self.model, args, kwargs, self.weights, self.segments)
-        self.under_way = Call(rows)
+        weights = None if rows is None or self.weigh is None else self.weigh(rows)
+        self.under_way = Call(rows, weights)
         if rows is not None:
             self._recent.append(rows)
         return rows
@@ -129,7 +132,8 @@ class Calls:
         if where is None:
             return None
         unknown = any(each.segments is not None for each in fitting)
-        return dataclasses.replace(where, each=None, ambiguous=unknown)  # nobody knows whose examples
+        # nobody knows whose examples
+        return dataclasses.replace(where, each=None, contraction=None, ambiguous=unknown)
 
     def used_again(self, tap: Tap) -> bool:
         """Count a use of a layer in the call under way; whether it is not the first."""
@@ -139,10 +143,13 @@ class Calls:
         return uses > 1
 
 
-def _placement(tap: Tap, x: Tensor, rows: RowMap, each: Tensor | None = None) -> Placement:
+def _placement(
+    tap: Tap, x: Tensor, rows: RowMap, each: Tensor | None = None, weights: Tensor | None = None
+) -> Placement:
     if tap.rule.mode is not None and tap.module.training != tap.rule.mode:
         return Placement(rows.n, misfit=OTHER_MODE)
-    return place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable, each=each)
+    where = place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable, each=each)
+    return where if weights is None else dataclasses.replace(where, contraction=weights)
 
 
 def outputs(out: Any) -> list[Tensor]:

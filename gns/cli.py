@@ -112,6 +112,9 @@ def measure(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of adapters and data order (default 0).")] = None,
     every: Annotated[int | None, typer.Option(help="Measure one step in so many (default 1).")] = None,
+    curvature_every: Annotated[
+        int | None, typer.Option(help="Read B_noise too, once in so many steps (default: never).")
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (default 50).")] = None,
     out: Out = None,
     resume: Annotated[

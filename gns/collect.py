@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ from gns.selfcheck import SelfCheck
 from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
 from gns.underway import StepUnderWay
 from gns.weights import Weights
+
+if TYPE_CHECKING:
+    from gns.curvature.watching import CurvatureWatch
 
 LOCAL_BYTES = 2 * 2**30  # of Σcᵢ kept alive where `.grad` is hidden
 FOREIGN = 5  # steps of such optimizers before something is said; a critic's may come in between
@@ -108,6 +111,8 @@ class Collector:
         self.hidden = False  # the engine hides `.grad`: each rank's own batch stands for a step
         self._closed: Stamp | None = None  # of the gradients when the last step closed
         self._closer: int | None = None  # the optimizer that closed it
+        self.watch: CurvatureWatch | None = None  # makes readings of B_noise
+        self._ended: tuple[int, float | None] | None = None  # step that closed, for the watch
         self.weights = Weights(metric, plan.entries)
         self.pool: Pool | None = None  # of the data-parallel ranks, where there are more than one
 
@@ -172,6 +177,8 @@ class Collector:
             return
         self._queued = False  # a backward pass that raised never came to its end
         self._end(self.boundary.forward())
+        if self.watch is not None:
+            self.watch.call(self.step, args, kwargs)
         if not self.active:
             return
         for name in (name for name, norm in self._norms if norm.training):
@@ -352,6 +359,7 @@ class Collector:
         close = self.boundary.optimizer_pre(id(optimizer), closure=closure, in_backward=in_backward())
         self._closer = id(optimizer) if close is not None or idle else self._closer
         self._end(Close(UNSEEN) if blind else Close(IDLE_RANK) if idle else close)
+        self._read_curvature()
 
     def _foreign_steps(self) -> None:
         """Count steps of an optimizer that owns none of our parameters; after a few, do without `.grad`."""
@@ -378,6 +386,13 @@ class Collector:
         blind = awaited and self._blind()
         close = self.boundary.optimizer_post(id(optimizer), in_backward=in_backward())
         self._end(Close(UNSEEN) if blind else close)
+        self._read_curvature()
+
+    def _read_curvature(self) -> None:
+        """Let the watch read where a step has just closed: outside any call or backward pass."""
+        ended, self._ended = self._ended, None
+        if self.watch is not None and ended is not None:
+            self.watch.step_ends(*ended)
 
     def _refuse_what_broke_off(self) -> None:
         """Refuse the step if its last backward pass began and never ended: the leaves hold a part of it."""
@@ -421,6 +436,7 @@ class Collector:
             pool = self.pool if reason != JOINED else None
             told = self.step, reason, self.taps, self.entries, names
             self.on_step(self.now.hand_on(*told, pool, self.weights))
+        self._ended = self.step, self.now.learning_rate
         self.step += 1
         self.weights.end()
         for tap in self.taps:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from gns.sets import (
     times_more,
 )
 from gns.sums import StepSums
+
+if TYPE_CHECKING:
+    from gns.curvature.result import CurvatureReading
 
 __all__ = [
     "LOCAL",
@@ -65,6 +69,7 @@ class Estimate:
         loss_scaled: tr Σ and |G|² still carry an unknown loss scale; B_simple does not.
         steps: first and last step number in the averages, or None.
         history: the steps themselves, where the estimate was loaded from a run.
+        curvature: the readings of B_noise, where the estimate was loaded from a run.
         coverage: share of the trainable parameters that is in the sums, or None where unknown.
         p_value: of "no signal at all", |G|² = 0: one-sided, studentised, of a single look; NaN without steps.
         tail_share: share of Σ‖gᵢ‖² that the top 1 % of the examples hold, at least; None where unknown.
@@ -100,6 +105,7 @@ class Estimate:
     metric: str = "euclidean"
     variance: str = BETWEEN
     moments: Moments | None = field(default=None, repr=False, compare=False)
+    curvature: tuple[CurvatureReading, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def examples_per_step(self) -> float:

@@ -31,6 +31,7 @@ class RowMap:
         n_tokens: [], tokens with a label (or, without labels, tokens of the input), on their device; or None.
         weight_sum: [], Σwᵢ of unnormalised weights in the loss; None means equal weights.
         weight_sq_sum: [], Σwᵢ²; None means equal weights.
+        weights: [n], the wᵢ; None means equal weights.
         notice: what the user should know of this call, or None.
     """
 
@@ -41,6 +42,7 @@ class RowMap:
     weight_sum: Tensor | None = None
     weight_sq_sum: Tensor | None = None
     notice: str | None = None
+    weights: Tensor | None = None
 
 
 _SHIFT = ("CausalLM", "LMHead", "ConditionalGeneration", "DoubleHeads")
@@ -65,7 +67,7 @@ def _loss_model(model: nn.Module) -> nn.Module:
     return next(known, base)
 
 
-def _shifts_labels(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
     """Whether the model predicts token t + 1 at t, so that the first label of a row is never used."""
     base, adapter = _loss_model(model), getattr(model, "active_peft_config", None)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
@@ -85,7 +87,7 @@ def _labelled(model: nn.Module, kwargs: Mapping[str, Any], shape: Shape) -> Tens
     """
     if "ForCTC" in type(_loss_model(model)).__name__:
         return None
-    for name, shifted in (("shift_labels", False), ("labels", _shifts_labels(model))):
+    for name, shifted in (("shift_labels", False), ("labels", shifts_labels(model))):
         labels = kwargs.get(name)
         if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
             if len(labels) != shape.rows:
@@ -165,7 +167,7 @@ def row_map(
     counts = labelled.sum(1) if found is None else _per_example(found, labelled)
     total = counts.sum()
     w = counts if whole_step else counts / total.clamp(min=1)
-    return RowMap(n, shape, found, total, w.sum(), w.square().sum(), notice)
+    return RowMap(n, shape, found, total, w.sum(), w.square().sum(), notice, w)
 
 
 def _per_example(segments: Segments, labelled: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Everything that bad input can break happens first, in `gns.preparation`; then a 
 
     run.json            the configuration
     steps.jsonl         one record an optimizer step, as it happens
+    curvature.jsonl     one record a reading of B_noise, if asked for
     checkpoints/        the last checkpoint, to resume from
     adapter/            the trained adapter (safetensors) and its tokenizer
     report.html, summary.json, *.png
@@ -32,6 +33,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from gns import records, runfolder
 from gns.capacity import AdaptedLayer
+from gns.curvature.readingsfile import cut_readings
 from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
 from gns.integrations.transformers import GNSCallback, next_step
@@ -123,10 +125,14 @@ class _Run:
         self.config, self.prepared, self.out, self.checkpoint = config, prepared, out, checkpoint
         steps = out / records.STEPS
         if steps.exists():  # steps after the checkpoint will be made again
-            records.cut_after(steps, (next_step(checkpoint) or 0) - 1 if checkpoint else -1)
+            last = (next_step(checkpoint) or 0) - 1 if checkpoint else -1
+            records.cut_after(steps, last)
+            cut_readings(out, last)
         runfolder.write_config(out, config)
         self.collator = Collator(pad_id(prepared.tokenizer))
-        self.monitor = GNSMonitor(prepared.model, every=config.every, sink=steps)
+        self.monitor = GNSMonitor(
+            prepared.model, every=config.every, sink=steps, curvature_every=config.curvature_every
+        )
         self.trainer = Trainer(
             prepared.model,
             _arguments(config, prepared.n_steps, out / runfolder.CHECKPOINTS),

@@ -13,6 +13,9 @@ from torch import nn
 
 from gns.collect import Collector
 from gns.coverage import Coverage
+from gns.curvature.readingsfile import append_reading, write_readings
+from gns.curvature.result import CurvatureReading
+from gns.curvature.watching import CurvatureWatch
 from gns.examples import WEIGHTS
 from gns.metrics import METRICS
 from gns.openstep import Closed, OpenStep
@@ -54,7 +57,8 @@ class GNSMonitor(Summaries):
         metric: in which norms are taken: "euclidean", or "adam", that of the optimizer's own preconditioner
             (see `gns.metrics`); a step without second moments is recorded as not usable.
         scaler: the `torch.amp.GradScaler` of the loop, so that its loss scale can be undone.
-        curvature_every: reserved for B_noise; only None is known to this version.
+        curvature_every: read B_noise once in so many optimizer steps, see `gns.curvature.watching`; the model
+            must be given `labels` and return `loss`. Readings are in `curvature`.
         sink: receives each `StepSums` as it is measured: a callable, or a path that records are appended to.
         on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or
             "raise".
@@ -87,7 +91,7 @@ class GNSMonitor(Summaries):
         weights: str = "auto",
         metric: str = "euclidean",
         scaler: Any = None,
-        curvature_every: None = None,
+        curvature_every: int | None = None,
         sink: Callable[[StepSums], None] | str | Path | None = None,
         on_error: str = "warn",
         max_bytes: int = MAX_BYTES,
@@ -98,6 +102,7 @@ class GNSMonitor(Summaries):
             ("every", every, "steps"),
             ("history", history, "steps"),
             ("max_bytes", max_bytes, "bytes"),
+            ("curvature_every", 1 if curvature_every is None else curvature_every, "steps"),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; a whole number of {unit}, 1 or more, is needed")
@@ -108,8 +113,6 @@ class GNSMonitor(Summaries):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
-        if curvature_every is not None:
-            raise ValueError(f"curvature_every is {curvature_every!r}; this version only knows None")
         if not (segments is None or isinstance(segments, str) or callable(segments)):
             raise TypeError(
                 f"segments is a {type(segments).__name__}; a function of (args, kwargs), the name of a "
@@ -124,7 +127,11 @@ class GNSMonitor(Summaries):
             scaler,
             on_error,
         )
-        self._sink = _as_sink(sink)
+        self._sink, self._folder = (
+            _as_sink(sink),
+            None if callable(sink) or sink is None else Path(sink).parent,
+        )
+        self.curvature_every, self._curvature = curvature_every, deque[CurvatureReading](maxlen=history)
         self._history: deque[StepSums] = deque(maxlen=history)
         self._arriving: deque[OpenStep] = deque()
         self._collector: Collector | None = None
@@ -172,6 +179,15 @@ class GNSMonitor(Summaries):
             first_step=self._next_step,
             metric=metric,
         )
+        if self.curvature_every is not None:
+            self._collector.watch = CurvatureWatch(
+                self.model,
+                self.curvature_every,
+                weights=self.weights,
+                segments=self.segments,
+                on_reading=self._read,
+                on_notice=self._notice,
+            )
         self._collector.attach()
         if self._plan.reasons:
             self._warn_unmeasured(self._plan.reasons)
@@ -210,6 +226,11 @@ class GNSMonitor(Summaries):
         """The measured optimizer steps, oldest first."""
         self.flush()
         return list(self._history)
+
+    @property
+    def curvature(self) -> list[CurvatureReading]:
+        """The readings of B_noise, oldest first."""
+        return list(self._curvature)
 
     def _share(self) -> float | None:
         return self.coverage().share if self._plan else None
@@ -258,6 +279,8 @@ class GNSMonitor(Summaries):
         from gns.report import write_report
 
         coverage = self.coverage() if self._plan else None
+        if self._curvature and (self._folder is None or self._folder.resolve() != Path(folder).resolve()):
+            write_readings(Path(folder), self.curvature)  # where steps are appended, readings were too
         return write_report(folder, self.history, coverage=coverage, settings=settings, batch_size=batch_size)
 
     # continuing
@@ -324,6 +347,11 @@ class GNSMonitor(Summaries):
         self._tell(closed.sums)
         if self._sink is not None:
             self._sink(closed.sums)
+
+    def _read(self, reading: CurvatureReading) -> None:
+        self._curvature.append(reading)
+        if self._folder is not None:
+            append_reading(self._folder, reading)
 
     def _tell(self, sums: StepSums) -> None:
         """Warn, once each, of what is wrong with a step."""

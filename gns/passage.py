@@ -45,7 +45,7 @@ class TapFunction(torch.autograd.Function):
             ctx.save_for_backward(x)
         ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
         ctx.gathered, ctx.checked, ctx.alone = (), tuple(tap.checks), out.shape
-        ctx.weighs = weighed is not None
+        ctx.weighs, ctx.contracted = weighed is not None, tuple(tap.contracted)
         if tap.gathers:
             ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
         if tap.checks:
@@ -78,7 +78,7 @@ class TapFunction(torch.autograd.Function):
 
 
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a tap's leaves: those of `_sums`, then carriers, then check sums."""
+    """Gradients of a tap's leaves: those of `_sums`, then carriers, check sums, signed sums."""
     tap, where = ctx.tap, ctx.where
     if where is None:
         where = Placement(dy.shape[0])
@@ -93,7 +93,8 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
             carried += gather.contribute(rule, layer, x, dy, p, where, noted)
         sums = _sums(ctx, x, dy, where, [p for p in ctx.live if p not in gathered])
         totals = _checked(ctx, x, dy, where) if ctx.checked else ()
-        return *sums, *carried, *totals
+        contracted = [_contracted(tap, x, dy, p, where) for p in ctx.contracted]
+        return *sums, *carried, *totals, *contracted
 
 
 def _sums(
@@ -140,6 +141,17 @@ def _plainly(device: str) -> contextlib.AbstractContextManager[Any]:
     off.enter_context(torch.no_grad())
     off.enter_context(torch.autocast(device, enabled=False))
     return off
+
+
+def _contracted(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor | None:
+    """Σᵢ wₖᵢ cᵢ over the examples, [K, *shape]; None where the call has no weights for them."""
+    if where.contraction is None or where.misfit:
+        return None
+    parts = []
+    for a, b, examples in where.parts(tap.rule, x, dy):
+        weights = where.contraction if examples is None else where.contraction[:, examples]
+        parts.append(reducers.weighted_sums(tap.rule, tap.module, a, b, parameter, weights, tap.limit))
+    return added(parts) if parts else None
 
 
 def _total(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor:

@@ -81,6 +81,7 @@ class Placement:
         misfit: why the rows are no examples, if they are not.
         ambiguous: it is not known which call this is.
         each: leaf of that call, [n], whose gradient collects ‖cᵢ‖² over all layers; None where there is none.
+        contraction: [K, n], weights of the sums that the tap's `contracted` leaves collect; None where none.
     """
 
     n: int
@@ -91,6 +92,7 @@ class Placement:
     misfit: str | None = None
     ambiguous: bool = False
     each: Tensor | None = None
+    contraction: Tensor | None = None
 
     @property
     def plain(self) -> bool:

@@ -54,6 +54,7 @@ class FinetuneConfig:
             that has it, else float32. The adapters stay float32.
         seed: of the adapters' initial values and of the order of the data, 0 … 2³² − 1.
         every: measure one optimizer step in `every`.
+        curvature_every: read B_noise once in so many optimizer steps; None: never.
         held_out: examples kept out of training to tell the loss before and after; at most a tenth.
         save_every: optimizer steps between two checkpoints.
         trust_remote_code: run code that comes with the model.
@@ -76,6 +77,7 @@ class FinetuneConfig:
     every: int = 1
     held_out: int = 64
     save_every: int = 50
+    curvature_every: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -96,6 +98,8 @@ class FinetuneConfig:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; 1 or more is needed")
+        if self.curvature_every is not None and self.curvature_every < 1:
+            raise ConfigError(f"curvature_every is {self.curvature_every}; 1 or more is needed, or None")
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed is {self.seed}; a number from 0 to {MAX_SEED} is needed")
         if not self.target_modules:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gns._version import __version__
 from gns.coverage import Coverage
+from gns.curvature.readingsfile import read_readings
 from gns.estimate import Estimate, estimate
 from gns.probefile import PROBE, read_probe
 from gns.stepsfile import (
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 SUMMARY = "summary.json"
+LEFT_OUT = ("history", "groups", "moments", "curvature")  # of an estimate, in the summary: they are elsewhere
 
 
 def _plain(x: Any) -> Any:
@@ -73,11 +75,7 @@ class Summary:
 
 
 def _estimate_data(result: Estimate) -> dict[str, Any]:
-    data = {
-        f.name: getattr(result, f.name)
-        for f in fields(result)
-        if f.name not in ("history", "groups", "moments")
-    }
+    data = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in LEFT_OUT}
     data["groups"] = {name: _estimate_data(group) for name, group in result.groups.items()}
     return {"in_words": str(result), **_plain(data)}
 
@@ -160,7 +158,7 @@ def load(folder: str | Path) -> Estimate:
         folder: of the run.
 
     Returns:
-        The estimate with `history`, `coverage` and groups.
+        The estimate with `history`, `curvature`, `coverage` and groups.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no steps.
@@ -178,4 +176,6 @@ def load(folder: str | Path) -> Estimate:
     except RecordsError as error:
         raise RecordsError(str(error), steps) from error
     share = summary.coverage.share if summary.coverage else None
-    return replace(estimate(steps, level=summary.level), history=tuple(steps), coverage=share)
+    readings = read_readings(folder)
+    found = estimate(steps, level=summary.level)
+    return replace(found, history=tuple(steps), coverage=share, curvature=readings)

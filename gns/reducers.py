@@ -1,4 +1,4 @@
-"""What is kept of per-example gradient blocks: their squared norms in a metric, or their sum.
+"""What is kept of per-example gradient blocks: squared norms in a metric, their sum, or weighted sums.
 
 Each reducer takes a rule with its arguments, so that the examples of a large layer can be worked off in
 chunks, and so that a rule's cheaper form can stand in for the blocks.
@@ -79,6 +79,40 @@ def sum_of_blocks(
     size = _chunk(rule, layer, x, dy, parameter, limit)
     chunks = zip(x.split(size), dy.split(size), strict=True)
     return added([rule.blocks(layer, a, b, parameter).sum(0) for a, b in chunks])
+
+
+def weighted_sums(
+    rule: Rule,
+    layer: nn.Module,
+    x: Tensor,
+    dy: Tensor,
+    parameter: str,
+    weights: Tensor,
+    limit: int = MAX_BYTES,
+) -> Tensor:
+    """Weighted sums of the examples' gradients, Σ_b w_kb c_b: random signs, or 0 and 1 for parts of a batch.
+
+    Args:
+        rule: of the layer.
+        layer: the layer.
+        x: [B, ..., I], what the rule captured of its input.
+        dy: [B, ..., O], gradient of the loss at its output.
+        parameter: the parameter's name in the layer.
+        weights: [K, B].
+        limit: bytes of blocks alive at once; one example may pass it.
+
+    Returns:
+        [K, *parameter.shape], float32 or float64, in loss / parameter.
+
+    Memory: K·|parameter| for the result, beside the blocks; cost: one block's product and K·B·|parameter|.
+    Slow twin: tests/reference/dense_curvature.py
+    """
+    dy = _scaled(rule, dy)
+    size, parts = _chunk(rule, layer, x, dy, parameter, limit), []
+    for a, b, w in zip(x.split(size), dy.split(size), weights.split(size, 1), strict=True):
+        blocks = rule.blocks(layer, a, b, parameter)
+        parts.append((w.to(blocks) @ blocks.flatten(1)).reshape(len(w), *blocks.shape[1:]))
+    return added(parts)
 
 
 def _scaled(rule: Rule, dy: Tensor) -> Tensor:

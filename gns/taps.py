@@ -54,6 +54,9 @@ class Tap:
         self.limit, self.shareable = limit, shareable
         self.needing = frozenset(p for p in parameters if rule.keeps_input_for(p))  # blocks depend on x
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
+        self.contracted: dict[
+            str, Tensor
+        ] = {}  # parameter → leaf [K, *shape] of signed sums
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
         self.roots: dict[
             str, Tensor
@@ -195,8 +198,8 @@ class Tap:
             self.weighed.grad = None
         for gather in self.gathers.values():
             gather.leaf.grad = None
-        for check in self.checks.values():
-            check.grad = None
+        for leaf in (*self.checks.values(), *self.contracted.values()):
+            leaf.grad = None
 
 
 class _Hook:
@@ -264,7 +267,8 @@ class OutputHook(_Hook):
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
         each = None if where is None else where.each
         leaves = each, None if compiling else tap.weighed, tap.leaf
-        return TapFunction.apply(out, x, tap, live, where, *leaves, *sites, *tap.checks.values())
+        sums = (*tap.checks.values(), *tap.contracted.values())
+        return TapFunction.apply(out, x, tap, live, where, *leaves, *sites, *sums)
 
 
 class RootInput(_Hook):
@@ -312,5 +316,15 @@ def _autocasts(x: Tensor) -> bool:
 
 def hooked(model: nn.Module) -> bool:
     """Whether a live hook of a monitor is on any module of the model."""
-    hooks = (h for m in model.modules() for h in m._forward_hooks.values())
-    return any(isinstance(h, _Hook) for h in hooks)
+    return any(is_ours(h) for m in model.modules() for h in m._forward_hooks.values())
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is a live one of a monitor."""
+    return isinstance(hook, _Hook)
+
+
+def hooks_of(model: nn.Module) -> list[dict[int, Any]]:
+    """Give the dictionaries of a model's forward hooks and pre-hooks that hold a live one of a monitor."""
+    every = (hooks for m in model.modules() for hooks in (m._forward_pre_hooks, m._forward_hooks))
+    return [hooks for hooks in every if any(is_ours(h) for h in hooks.values())]

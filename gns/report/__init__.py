@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gns.coverage import Coverage
+from gns.curvature.readingsfile import read_readings
 from gns.frozenestimate import FrozenEstimate
 from gns.probefile import PROBE, read_probe
 from gns.records import (
@@ -138,6 +140,7 @@ def _frozen(folder: Path) -> FrozenEstimate | None:
 def _write(folder: Path, steps: list[StepSums], known: Summary, notes: Sequence[str] = ()) -> Path:
     """Write figures, summary and page; the page last, so that one that is there is whole."""
     found = findings(folder.resolve().name, steps, known, notes, frozen=_frozen(folder))
+    found = replace(found, curvature=read_readings(folder))
     images = drawn(found)
     for drawing in DRAWINGS:
         (folder / f"{drawing.name}.png").unlink(missing_ok=True)  # none from an earlier report may stay

@@ -56,6 +56,14 @@ DRAWINGS = (
         training=True,
     ),
     Drawing(
+        "curvature",
+        "B_noise, which weighs gradient noise by the curvature of the loss, beside B_simple, which does "
+        "not. The batch size law is B_noise's; B_simple stands in for it as far as their ratio stays put. "
+        "Each band is a confidence set of its point alone; under arrows it has no upper end.",
+        lambda f, run, theme: figures.curvature(f.curvature, run, f.result.level, theme=theme),
+        training=True,
+    ),
+    Drawing(
         "trade_off",
         "What a batch size costs: every doubling saves optimizer steps and spends examples. Inside the green "
         "span neither is wasted much.",

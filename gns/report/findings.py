@@ -10,6 +10,7 @@ from typing import Any
 
 from gns.advice import Advice, advise
 from gns.coverage import Coverage
+from gns.curvature.result import CurvatureReading
 from gns.drift import Drift, drift
 from gns.estimate import Estimate, estimate
 from gns.frozenestimate import FrozenEstimate
@@ -33,6 +34,7 @@ class Findings:
         coverage: which parameters are in the sums.
         settings: of the run.
         notes: what the reader must know of the records, e.g. that they were damaged.
+        curvature: readings of B_noise.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Findings:
     coverage: Coverage | None
     settings: Mapping[str, Any]
     notes: Sequence[str] = ()
+    curvature: Sequence[CurvatureReading] = ()
 
     @property
     def frozen(self) -> bool:

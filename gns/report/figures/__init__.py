@@ -4,6 +4,7 @@ Each says its units on its axes and shows intervals, not points alone; each is d
 """
 
 from gns.report.figures.costs import learning_rates, trade_off
+from gns.report.figures.curvature import curvature
 from gns.report.figures.look import DARK, LIGHT, Theme, png
 from gns.report.figures.parts import depth, factors, heat_map
 from gns.report.figures.runs import compared
@@ -18,6 +19,7 @@ __all__ = [
     "Theme",
     "compared",
     "course",
+    "curvature",
     "depth",
     "factors",
     "heat_map",

@@ -1,0 +1,186 @@
+"""What is kept of all products: inner products, by part of the examples for H, by probe, by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gns.curvature.errors import CurvatureError
+from gns.curvature.gathering import Sums
+from gns.curvature.ggn import GaussNewton
+from gns.curvature.parts import Point, dots, norm
+from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, Part, Steps
+
+OPERATORS = ("hessian", "ggn")
+# Between an exact product and a difference, relative: more is another derivative, not rounding.
+AGREE = {"double": 0.02, "single": 0.1, "half": 0.7}
+
+
+@dataclass(frozen=True)
+class Contractions:
+    """Inner products with an operator H, taken on M parts of its examples.
+
+    Args:
+        probes: [M, S, P], uₛᵀHuₛ by parameter; P = 1 where only the whole is known.
+        groups: [M, S, P], ḡₛᵀHḡ with ḡₛ = Σ c̃ᵢ over the probe's examples: over the probes they sum to ḡᵀHḡ.
+        weighted: [M, P], (Σ ãᵢ c̃ᵢ)ᵀHḡ.
+        mass: [M], weight of each part, Σ = 1.
+        method: how products were made.
+        products: how many vectors were multiplied, over the examples of all parts.
+        notes: what to know of them.
+    """
+
+    probes: np.ndarray
+    groups: np.ndarray
+    weighted: np.ndarray
+    mass: np.ndarray
+    method: str
+    products: float
+    notes: tuple[str, ...] = ()
+
+    def scaled(self, times: float) -> Contractions:
+        """Give the same of an operator so many times larger."""
+        probes, groups, weighted = self.probes * times, self.groups * times, self.weighted * times
+        return replace(self, probes=probes, groups=groups, weighted=weighted)
+
+    def total(self) -> Contractions:
+        """Give the same summed over parameters."""
+        probes, groups, weighted = (
+            x.sum(-1, keepdims=True) for x in (self.probes, self.groups, self.weighted)
+        )
+        return replace(self, probes=probes, groups=groups, weighted=weighted)
+
+
+def identity(sums: Sums, times: float = 1.0) -> Contractions:
+    """The contractions with a multiple of the identity, by parameter: those of B_simple."""
+    s = sums.probes
+    probes = np.array([dots(u, u) for u in (sums.probe(i) for i in range(s))])
+    groups = np.array([dots({n: p[i] for n, p in sums.parts.items()}, sums.mean) for i in range(s)])
+    weighted = np.array(dots(sums.weighted, sums.mean))
+    return Contractions(
+        times * probes[None], times * groups[None], times * weighted[None], np.ones(1), "identity", 0
+    )
+
+
+class Builder:
+    """Makes parts of the method asked for, or of the one that works.
+
+    Args:
+        point: the model.
+        operator: "hessian" or "ggn".
+        method: "auto", "exact", "difference" or "forward".
+    """
+
+    def __init__(self, point: Point, operator: str, method: str):
+        self.point, self.operator = point, operator
+        self.auto = method == "auto"
+        self.method = ("difference" if point.coarse else "exact") if self.auto else method
+        self.notes: list[str] = []
+        self.steps = Steps(point)
+        if operator == "ggn" and method in ("difference", "forward"):
+            raise CurvatureError(f'operator="ggn" has exact products only; method is {method!r}: take "auto"')
+        if operator == "ggn":
+            self.method = "exact"
+
+    def __call__(self, batch: Any) -> Part:
+        """Make the part of a batch."""
+        if self.operator == "ggn":
+            return GaussNewton(self.point, batch)
+        if self.method == "forward":
+            return Forward(self.point, batch, self.steps)
+        if self.method == "difference":
+            return Difference(self.point, batch, self.steps)
+        try:
+            return Exact(self.point, batch)
+        except NoSecondDerivative as error:
+            return self.fall_back(error, batch)
+
+    def fall_back(self, error: Exception, batch: Any) -> Part:
+        """Go over to differences, if the choice was left to us."""
+        if not self.auto:
+            raise error
+        self.method = "difference"
+        self.notes.append(f"products by differencing: {error}")
+        return Difference(self.point, batch, self.steps)
+
+
+def contract(point: Point, pieces: Sequence[Any], sums: Sums, *, operator: str, method: str) -> Contractions:
+    """Multiply every vector with the operator of every part.
+
+    Args:
+        point: the model at its weights.
+        pieces: parts of the examples for H, one at a time in memory.
+        sums: of the gradients.
+        operator: "hessian" or "ggn".
+        method: "auto", "exact", "difference" or "forward".
+
+    Returns:
+        The contractions.
+
+    Raises:
+        CurvatureError: a product is not finite, no part has a label, or the method does not work here.
+    """
+    build = Builder(point, operator, method)
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = []
+    for number, piece in enumerate(pieces):
+        part = build(piece)
+        if not part.mass > 0:
+            continue  # no label in it
+        try:
+            if not rows and isinstance(part, Exact):
+                part = _checked(build, part, piece, sums)
+            found = _of_part(part, sums)
+        except NoSecondDerivative as error:
+            part = build.fall_back(error, piece)
+            found = _of_part(part, sums)
+        if not all(np.isfinite(x).all() for x in found):
+            raise CurvatureError(
+                f"part {number} of the examples for H: a product ({build.method}) is not finite; overflow "
+                'of a low precision? Use float32 or bfloat16, or method="exact"'
+            )
+        rows.append((*found, part.mass))
+    if not rows:
+        raise CurvatureError("the examples for H have no label; give batches with some")
+    mass = np.array([r[3] for r in rows])
+    stacked = [np.stack([r[i] for r in rows]) for i in range(3)]
+    probes, groups, weighted = stacked
+    if build.method == "forward":  # probes are known as a whole only
+        groups, weighted = groups.sum(-1, keepdims=True), weighted.sum(-1, keepdims=True)
+    return Contractions(
+        probes=probes,
+        groups=groups,
+        weighted=weighted,
+        mass=mass / mass.sum(),
+        method=build.method,
+        products=sums.probes + 1,
+        notes=tuple(dict.fromkeys(build.notes)),
+    )
+
+
+def _of_part(part: Part, sums: Sums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    probes = np.array([part.quadratic(sums.probe(s)) for s in range(sums.probes)])
+    curved = part.product(sums.mean)
+    groups = [dots({name: g[s] for name, g in sums.parts.items()}, curved) for s in range(sums.probes)]
+    return probes, np.array(groups), np.array(dots(sums.weighted, curved))
+
+
+def _checked(build: Builder, part: Exact, piece: Any, sums: Sums) -> Part:
+    """Compare one exact product with a difference: an operation may pass none on, in silence."""
+    mean = sums.mean
+    if not norm(mean) > 0:
+        return part
+    exact = part.product(mean)
+    if not np.isfinite(norm(exact)):
+        return part  # it is said when all products are there
+    product = Difference(build.point, piece, build.steps).product(mean)
+    differs = norm({n: v.double() - product[n].double() for n, v in exact.items()}) / (norm(product) or 1.0)
+    if differs <= AGREE[build.point.precision]:
+        return part
+    error = NoSecondDerivative(
+        f"the exact product is {100 * differs:.0f} % off the difference of two gradients: an operation of "
+        "the model passes no second derivative on; take method='difference', which needs none"
+    )
+    return build.fall_back(error, piece)

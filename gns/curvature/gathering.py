@@ -1,0 +1,263 @@
+"""The gradients' side of a curvature: all probes' signed sums out of one tapped backward pass a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gns.calling import Loss, loss_of
+from gns.collect import Collector
+from gns.curvature.errors import CurvatureError
+from gns.curvature.signs import Weights
+from gns.gather import sum_dtype
+from gns.openstep import OpenStep
+from gns.plan import Plan, plan
+from gns.segments import SegmentsOf
+from gns.still import seeded
+from gns.sums import Layout, StepSums
+from gns.taps import hooked
+
+Vector = dict[str, Tensor]  # parameter → a tensor of its shape
+EACH_RTOL = 1e-3  # between Σ‖cᵢ‖² over examples and over layers; float32 sums in two orders are at 1e-5
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Weighted sums of the contributions c̃ᵢ = mₖcᵢ/Σm of N examples, whose weights ãᵢ sum to 1.
+
+    Args:
+        signed: parameter → [S, *shape], Σ εᵢ c̃ᵢ over each probe's examples.
+        parts: parameter → [S, *shape], Σ c̃ᵢ over the same.
+        weighted: parameter → [*shape], Σ ãᵢ c̃ᵢ over all.
+        sq: parameter → Σ ‖c̃ᵢ‖².
+        by_probe: [S], Σ ‖c̃ᵢ‖² over each probe's examples and all parameters; None where not known.
+        share: [S], αₛ = Σ ãᵢ over each probe's examples.
+        sign_share: [S], eₛ = Σ εᵢãᵢ.
+        sum_sq_weights: Σ ãᵢ².
+        n: N.
+        n_tokens: labelled tokens, or None where unknown.
+        left_out: trainable parameter → why it is not measured.
+    """
+
+    signed: dict[str, Tensor]
+    parts: dict[str, Tensor]
+    weighted: Vector
+    sq: dict[str, float]
+    by_probe: np.ndarray | None
+    share: np.ndarray
+    sign_share: np.ndarray
+    sum_sq_weights: float
+    n: int
+    n_tokens: int | None
+    left_out: dict[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The measured parameters."""
+        return tuple(self.sq)
+
+    @property
+    def probes(self) -> int:
+        """How many signed sums there are, S."""
+        return len(self.share)
+
+    @cached_property
+    def mean(self) -> Vector:
+        """ḡ = Σ c̃ᵢ, the gradient over all examples."""
+        return {name: part.sum(0) for name, part in self.parts.items()}
+
+    def of(self, names: Sequence[str]) -> Sums:
+        """Give the sums of some parameters alone."""
+        return replace(
+            self,
+            signed={n: self.signed[n] for n in names},
+            parts={n: self.parts[n] for n in names},
+            weighted={n: self.weighted[n] for n in names},
+            sq={n: self.sq[n] for n in names},
+            by_probe=None,
+        )
+
+    def probe(self, s: int) -> Vector:
+        """uₛ = Σ εᵢ (c̃ᵢ − ãᵢ ḡ) over the examples of probe s."""
+        e = float(self.sign_share[s])
+        return {name: signed[s] - e * self.mean[name] for name, signed in self.signed.items()}
+
+    def centred_sq(self) -> np.ndarray:
+        """[P], Σᵢ ‖c̃ᵢ − ãᵢ ḡ‖² of each parameter, exact: what Σₛ ‖uₛ‖² estimates."""
+        found = []
+        for name in self.names:
+            mean, weighted = self.mean[name].double(), self.weighted[name].double()
+            cross, square = float((weighted * mean).sum()), float(mean.square().sum())
+            found.append(self.sq[name] - 2 * cross + self.sum_sq_weights * square)
+        return np.array(found)
+
+
+class _Steps:
+    """A collector whose steps are ended by hand, one a batch, and what they gave."""
+
+    def __init__(self, model: nn.Module, weights: str, segments: SegmentsOf | str | None):
+        self.plan = plan(model)
+        self.done: list[StepSums] = []
+        self.left_out = dict(self.plan.reasons)
+        self._layout = functools.cache(Layout)
+        self._excluded: dict[str, str] = {}
+        self.collector = Collector(
+            model,
+            self.plan,
+            every=1,
+            weights=weights,
+            segments=segments,
+            scaler=None,
+            on_step=self._close,
+            on_error=_raise,
+            on_notice=lambda text: None,
+        )
+
+    def _close(self, step: OpenStep) -> None:
+        closed = step.close(self._excluded.keys(), self._layout)
+        self.collector.check.conclude(step.checked, closed.verified, usable=closed.sums.usable)
+        self._excluded |= closed.excluded
+        self.left_out |= closed.excluded
+        self.done.append(closed.sums)
+
+    def __enter__(self) -> _Steps:
+        self.collector.attach()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.collector.detach()
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def gather(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss | None,
+    *,
+    probes: int,
+    seed: int,
+    weights: str = "auto",
+    segments: SegmentsOf | str | None = None,
+    signs: np.ndarray | None = None,
+) -> Sums:
+    """Run each batch forward and backward once, and collect the weighted sums of its examples' gradients.
+
+    Args:
+        model: held still by the caller.
+        batches: for g.
+        loss: (model, batch) → scalar; None: the model's own.
+        probes: S.
+        seed: of the signs and of what the model draws.
+        weights: of the examples in the loss, see `GNSMonitor`.
+        segments: which rows or positions are which example, see `GNSMonitor`.
+        signs: [S, N], instead of random ones.
+
+    Returns:
+        The sums, on the parameters' device, in float32 or float64.
+
+    Raises:
+        CurvatureError: too few examples, gradients that are not finite, or a loss the taps cannot follow.
+        RuntimeError: a monitor is attached.
+
+    Memory: 2S + 1 times the trainable parameters, twice.
+    """
+    if hooked(model):
+        raise RuntimeError("a GNSMonitor is attached to this model; call its detach() first")
+    weigh = Weights(probes, len(batches), seed, signs)
+    each: list[np.ndarray] = []
+    with _Steps(model, weights, segments) as steps:
+        leaves = _leaves(steps.plan, 2 * probes + 1)
+        steps.collector.calls.weigh = weigh
+        totals = {name: torch.zeros_like(leaf).detach() for name, leaf in leaves.items()}
+        for k, batch in enumerate(batches):
+            with seeded((seed << 24) + k):
+                loss_of(model, batch, loss).backward()
+            weigh.next_batch()
+            for name, leaf in leaves.items():
+                if leaf.grad is not None:
+                    totals[name] += leaf.grad
+            each.append(_sq_norms(steps.collector))
+            for p in model.parameters():
+                p.grad = None
+            steps.collector.end_step()
+            _refuse(steps.done, k)
+    return _concluded(weigh, totals, steps.done, each, steps.left_out)
+
+
+def _leaves(plan: Plan, k: int) -> dict[str, Tensor]:
+    """Open the leaves that collect k weighted sums of each measured parameter."""
+    leaves = {}
+    for entry in plan.entries:
+        p = entry.parameter
+        leaf = torch.zeros((k, *p.shape), dtype=sum_dtype(p.dtype), device=p.device, requires_grad=True)
+        leaves[entry.name] = leaf
+        for tap, local in entry.sites:
+            tap.contracted[local] = leaf
+    return leaves
+
+
+def _sq_norms(collector: Collector) -> np.ndarray:
+    """‖cᵢ‖² of the examples of the step under way."""
+    rows = [(c, c.rows.n) for c in collector.now.calls if c.rows is not None]
+    found = [call.sq_norms(n).double().cpu().numpy() for call, n in rows]
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def _refuse(history: Sequence[StepSums], k: int) -> None:
+    """Let pass only a batch whose sums are what they should be; one example alone will do."""
+    if len(history) != k + 1:
+        raise CurvatureError(f"batch {k}: no gradient reached a measured parameter")
+    step = history[-1]
+    alone = step.n_examples == 1 or not (step.sum_sq_weights or 0) < 1
+    if not step.finite or not (step.usable or (alone and step.rows is not None)):
+        raise CurvatureError(f"batch {k} cannot be used: {step.reason}")
+
+
+def _concluded(
+    weigh: Weights,
+    totals: dict[str, Tensor],
+    steps: Sequence[StepSums],
+    each: list[np.ndarray],
+    left_out: dict[str, str],
+) -> Sums:
+    share, sign_share, sum_sq_weights = weigh.concluded()
+    layout = steps[-1].layout
+    if layout is None or not layout.names:
+        why = next(iter(left_out.values()), "no parameter has a gradient")
+        raise CurvatureError(f"no trainable parameter can be measured: {why}")
+    mass, s = sum(weigh.masses), weigh.probes
+    sq = dict.fromkeys(layout.names, 0.0)
+    for step, m in zip(steps, weigh.masses, strict=True):
+        assert step.rows is not None and step.layout is not None
+        for name, (mean_sq_norm, _) in zip(step.layout.names, step.rows, strict=True):
+            if name in sq:
+                sq[name] += (m / mass) ** 2 * float(mean_sq_norm) / step.n_examples
+    sums = {name: totals[name] / mass for name in layout.names}
+    by_probe = None
+    if all(len(e) == step.n_examples for e, step in zip(each, steps, strict=True)):
+        found = weigh.by_probe(each)
+        if abs(found.sum() - sum(sq.values())) <= EACH_RTOL * sum(sq.values()):
+            by_probe = found
+    return Sums(
+        signed={name: t[:s] for name, t in sums.items()},
+        parts={name: t[s : 2 * s] for name, t in sums.items()},
+        weighted={name: t[2 * s] / mass for name, t in sums.items()},
+        sq=sq,
+        by_probe=by_probe,
+        share=share,
+        sign_share=sign_share,
+        sum_sq_weights=sum_sq_weights,
+        n=weigh.n,
+        n_tokens=weigh.n_tokens,
+        left_out=left_out,
+    )

@@ -1,0 +1,195 @@
+"""The examples that the Hessian is taken on: split into parts, called, weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gns.arguments import tensors_in
+from gns.calling import Loss, loss_of, value_of
+from gns.curvature.errors import CurvatureError
+from gns.examples import IGNORED, row_map, shifts_labels
+from gns.segments import SegmentsOf
+from gns.still import seeded, uninterrupted
+
+HALF = (torch.bfloat16, torch.float16)
+OWN_RTOL = 1e-4  # between a model's own loss and our token mean: more is another loss
+WHOLE = ("num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # keywords of calls not to be cut
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """Cut a batch into parts of its rows, or leave it whole where its rows do not show.
+
+    Args:
+        batch: a mapping, a tensor, a tuple or list of tensors, or (args, kwargs).
+        parts: how many, at the most.
+    """
+    tensors = list(tensors_in(batch))
+    keys = set(batch) if isinstance(batch, Mapping) else set()
+    rows = {len(t) if t.ndim else -1 for t in tensors}
+    if parts < 2 or len(rows) != 1 or min(rows) < 2 or keys & set(WHOLE):
+        return [batch]
+    n = rows.pop()
+    ends = [round(n * i / min(parts, n)) for i in range(min(parts, n) + 1)]
+    return [_sliced(batch, slice(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _sliced(value: Any, rows: slice) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, Mapping):
+        return {key: _sliced(item, rows) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        cut = [_sliced(item, rows) for item in value]
+        return tuple(cut) if isinstance(value, tuple) else cut
+    return value
+
+
+@dataclass
+class Point:
+    """A model at one parameter point, and how its loss is asked for.
+
+    Args:
+        model: held still by the caller.
+        parameters: name → parameter, those that are measured.
+        loss: (model, batch) → scalar; None: the model's own.
+        weights: of the examples in the loss, see `GNSMonitor`.
+        segments: which rows or positions are which example, see there.
+        seed: of what the model draws; the same at every point, so that differences are those of weights.
+    """
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter | Tensor]
+    loss: Loss | None = None
+    weights: str = "auto"
+    segments: SegmentsOf | str | None = None
+    seed: int = 0
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _half: bool = field(default=False, repr=False)
+    _called: tuple[tuple, Mapping[str, Any], Any] | None = field(default=None, repr=False)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether trainable weights are kept in 16 bits, which round small shifts away."""
+        return any(p.dtype in HALF for p in self.parameters.values())
+
+    @property
+    def precision(self) -> str:
+        """Lowest precision that was seen on the way to the loss: "double", "single" or "half"."""
+        if self._half or any(p.dtype in HALF for p in self.model.parameters()):
+            return "half"
+        return "double" if all(p.dtype is torch.float64 for p in self.parameters.values()) else "single"
+
+    def value(self, batch: Any) -> Tensor:
+        """The loss of a batch here; what the model was called with is remembered until the next."""
+        self._called = None
+        handle = self.model.register_forward_hook(self._see, with_kwargs=True)
+        try:
+            with seeded(self.seed):
+                return loss_of(self.model, batch, self.loss)
+        finally:
+            handle.remove()
+
+    def _see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
+        self._called = args, kwargs, out
+        kinds = {p.device.type for p in self.parameters.values()}
+        self._half |= any(torch.is_autocast_enabled(kind) for kind in kinds)  # in the loss's own context
+
+    def forward_value(self, batch: Any) -> float:
+        """The loss of a batch here, without a graph; a model's own token mean is added up in float64."""
+        self._called = None
+        handle = self.model.register_forward_hook(self._see, with_kwargs=True)
+        try:
+            with torch.no_grad(), seeded(self.seed):
+                found = value_of(self.model, batch, self.loss)
+        finally:
+            handle.remove()
+        rounded, called = float(found.double()), self._last()
+        wide = None if self.loss is not None or called is None else self._token_mean(*called[1:])
+        return wide if wide is not None and abs(wide - rounded) <= OWN_RTOL * abs(rounded) else rounded
+
+    def _token_mean(self, kwargs: Mapping[str, Any], out: Any) -> float | None:
+        """Cross-entropy of a call over its labelled tokens; None where it has none."""
+        labels, logits = kwargs.get("labels"), getattr(out, "logits", None)
+        if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.ndim != labels.ndim + 1:
+            return None
+        if labels.shape != logits.shape[:-1] or labels.is_floating_point():
+            return None
+        if shifts_labels(self.model):
+            labels, logits = labels[..., 1:], logits[..., :-1, :]
+        labels = labels.reshape(-1).to(logits.device)
+        each = nn.functional.cross_entropy(
+            logits.reshape(len(labels), -1).float(), labels, ignore_index=IGNORED, reduction="none"
+        )
+        count = int((labels != IGNORED).sum())
+        return float(each.double().sum()) / count if count else None
+
+    def _last(self) -> tuple[tuple, Mapping[str, Any], Any] | None:
+        return self._called  # by a hook, which no type checker follows
+
+    def output(self) -> Any:
+        """What the model gave in the last call of `value`.
+
+        Raises:
+            CurvatureError: the loss did not call the model.
+        """
+        if self._called is None:
+            raise CurvatureError("the loss does not call the model that it is given; let it")
+        return self._called[2]
+
+    def mass(self) -> float:
+        """Weight of the last called batch: its labelled tokens, or its examples; 1 if unknown."""
+        if self._called is None:
+            return 1.0
+        rows = row_map(self.model, *self._called[:2], self.weights, self.segments)
+        if rows is None:
+            return 1.0
+        return float(rows.n) if rows.weights is None or rows.n_tokens is None else float(rows.n_tokens)
+
+    def gradient(self, batch: Any) -> dict[str, Tensor]:
+        """The gradient of a batch's loss here; zero where none arrives. `.grad` is None before and after."""
+        try:
+            self.value(batch).backward()
+            found = {name: p.grad for name, p in self.parameters.items()}
+        finally:
+            for p in self.model.parameters():
+                p.grad = None
+        return {
+            name: torch.zeros_like(self.parameters[name]) if g is None else g.detach()
+            for name, g in found.items()
+        }
+
+    @contextmanager
+    def shifted(self, vector: Mapping[str, Tensor], h: float) -> Generator[None]:
+        """Be at w + h·vector inside; the weights' bits are put back, also after an exception or Ctrl-C."""
+        if not self._kept:
+            self._kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            for name, p in self.parameters.items():
+                p.data.copy_(self._kept[name].to(vector[name]) + h * vector[name])
+            yield
+        finally:
+            with uninterrupted():
+                for name, p in self.parameters.items():
+                    p.data.copy_(self._kept[name])
+
+
+def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[float]:
+    """Inner product of each parameter's part of two vectors, summed in float64."""
+    return [float((x.double() * b[name].double()).sum()) for name, x in a.items()]
+
+
+def norm(vector: Mapping[str, Tensor]) -> float:
+    """Euclidean norm of a vector over all its parameters."""
+    return sum(dots(vector, vector)) ** 0.5
+
+
+def pieces(batches: Sequence[Any], parts: int) -> list[Any]:
+    """Cut the batches for H into about so many parts in all."""
+    each = -(-parts // max(1, len(batches)))
+    return [piece for batch in batches for piece in split(batch, each)]

@@ -1,0 +1,150 @@
+"""Readings of B_noise during a training: on the calls of the model that the training itself made.
+
+Every k-th optimizer step, when its gradients are complete and before the weights move, the calls of the step
+before give g and those of this step give H: other examples, not yet trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gns.arguments import call_shape
+from gns.calling import value_of
+from gns.curvature.result import CurvatureEstimate, CurvatureReading
+from gns.guard import in_backward
+from gns.segments import SegmentsOf
+from gns.taps import hooks_of, is_ours
+
+CALLS = 8  # of one step that are kept; the rest of a step with more micro-batches is not used
+PROBES = 8
+FAILED = (
+    "no B_noise at optimizer step {step} (training goes on, later failures are not told): {error}. "
+    "curvature_every needs a model that is given `labels` and returns `loss`"
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of a call of the model, and the autocast it was made under."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    autocast: tuple[str, torch.dtype, bool]
+
+
+class CurvatureWatch:
+    """Keeps the last calls and makes readings of them.
+
+    Args:
+        model: whose calls are kept.
+        every: optimizer steps from one reading to the next.
+        weights: of the examples in the loss, see `GNSMonitor`.
+        segments: which rows or positions are which example, see there.
+        on_reading: receives each reading.
+        on_notice: receives what the user should know, once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int,
+        *,
+        weights: str,
+        segments: SegmentsOf | str | None,
+        on_reading: Callable[[CurvatureReading], None],
+        on_notice: Callable[[str], None],
+    ):
+        self.model, self.every, self.weights, self.segments = model, every, weights, segments
+        self.on_reading, self.on_notice = on_reading, on_notice
+        self._before: list[_Call] = []  # calls of the step before
+        self._now: list[_Call] = []
+        self._failed = False
+
+    def call(self, step: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Keep a call made in a step, if a reading will want it."""
+        wanted = self._due(step) or self._due(step + 1)
+        if not wanted or len(self._now) >= CALLS or not self.model.training:
+            return
+        device = next((t.device.type for t in self.model.parameters()), "cpu")
+        kept = {
+            k: v for k, v in kwargs.items() if k != "num_items_in_batch"
+        }  # of the whole step, not of a call
+        cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self._now.append(_Call(_detached(args), _detached(kept), cast))
+
+    def _due(self, step: int) -> bool:
+        return step > 0 and (step + 1) % self.every == 0
+
+    def step_ends(self, step: int, learning_rate: float | None) -> None:
+        """Read, if it is time; nothing may be under way. Errors are told once, and training goes on."""
+        before, now = self._before, self._now
+        self._before, self._now = now, []
+        if not self._due(step) or in_backward() or not before or not now:
+            return
+        try:
+            self.on_reading(CurvatureReading(step, learning_rate, self._read(step, before, now)))
+        except Exception as error:
+            if not self._failed:
+                self._failed = True
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                self.on_notice(FAILED.format(step=step, error=text))
+
+    def _read(self, step: int, before: list[_Call], now: list[_Call]) -> CurvatureEstimate:
+        from gns.hessian import b_noise
+
+        def loss(model: Any, batch: Any) -> Tensor:
+            kind, dtype, enabled = before[0].autocast
+            with torch.autocast(kind, dtype, enabled=enabled):
+                return value_of(model, batch, None)
+
+        cast = before[0].autocast[2]
+        rows = sum(_rows(call) for call in before)
+        with unhooked(self.model):
+            return b_noise(
+                self.model,
+                [(call.args, call.kwargs) for call in before],
+                hessian_batches=[(call.args, call.kwargs) for call in now],
+                probes=max(2, min(PROBES, rows)),
+                loss=loss if cast else None,
+                weights=self.weights,
+                segments=self.segments,
+                seed=step,
+            )
+
+
+def _rows(call: _Call) -> int:
+    shape = call_shape(call.args, call.kwargs)
+    return 0 if shape is None else shape.rows
+
+
+def _detached(value: Any) -> Any:
+    """Arguments without a graph; the tensors are the caller's own, not copied."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return type(value)(_detached(item) for item in value)
+    return value
+
+
+@contextmanager
+def unhooked(model: nn.Module) -> Generator[None]:
+    """Take a monitor's own hooks off a model for a while; order and identity are put back."""
+    kept = [(hooks, dict(hooks)) for hooks in hooks_of(model)]
+    try:
+        for hooks, before in kept:
+            for key, hook in before.items():
+                if is_ours(hook):
+                    del hooks[key]
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)

@@ -1,0 +1,386 @@
+"""`b_noise`: the Hessian-weighted noise scale B_noise = tr(HΣ) / GᵀHG at the model's weights as they are.
+
+One tapped backward pass a batch gives the signed sums uₛ = Σ εᵢ(gᵢ − ḡ) of all probes, a product with H each
+gives tr(HΣ), one with ḡ gives GᵀHG; `gns.curvature.conclude` has the formulas. H is always taken on examples
+that are not among those of g: on the same ones tr(HΣ) is biased by r_eff/n.
+
+The "surge" B_noise of Li et al. 2024 (arXiv:2405.14578) for Adam is not offered. It is made of the
+off-diagonal of H weighted with signs of gradient entries, under independent Gaussian entries of known mean
+μ and deviation σ, for B ≪ πσ²/2μ². A batch with fewer examples than parameters gives neither μ/σ entry by
+entry nor those sums without bias; the authors themselves fit it from (S, E) pairs. It is another quantity: do
+not set its peak against this B_noise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gns.calling import Loss, moved
+from gns.curvature.conclude import STATUSES, Known, Set, point_values, set_of
+from gns.curvature.contractions import OPERATORS, Builder, Contractions, contract, identity
+from gns.curvature.errors import CurvatureError
+from gns.curvature.gathering import Sums, gather
+from gns.curvature.lanczos import lanczos
+from gns.curvature.parts import Point, pieces
+from gns.curvature.products import METHODS
+from gns.curvature.result import Block, Contribution, Cost, CurvatureEstimate
+from gns.estimate import format_count
+from gns.ranks import world_size
+from gns.segments import SegmentsOf
+from gns.still import still
+from gns.sums import factor_of
+
+__all__ = ["METHODS", "OPERATORS", "STATUSES", "CurvatureError", "CurvatureEstimate", "b_noise"]
+
+PARTS = 4  # of the examples for H: their spread is that of H
+ONE_PART = "All examples for H were taken as one: what H itself owes to them is not in the interval."
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How a reading is to be made."""
+
+    probes: int
+    operator: str
+    method: str
+    level: float
+    seed: int
+    weights: str
+    segments: SegmentsOf | str | None
+    parts: int
+    blocks: bool
+    spectrum: int
+
+
+def b_noise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    probes: int = 8,
+    operator: str = "hessian",
+    method: str = "auto",
+    loss: Loss | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    weights: str = "auto",
+    segments: SegmentsOf | str | None = None,
+    hessian_batches: int | Sequence[Any] = 1,
+    parts: int = PARTS,
+    blocks: bool = False,
+    spectrum: int = 0,
+) -> CurvatureEstimate:
+    """Measure B_noise; nothing is trained.
+
+    Weights, `.grad`, buffers, training modes and random states are bit by bit the same afterwards, also after
+    an exception or Ctrl-C. Optimizers are never touched. Dropout is off.
+
+    Args:
+        model: the module to call, e.g. a `peft` model; its trainable parameters are measured.
+        batches: what to call it with, as for `probe`. The last `hessian_batches` are for H, all others for g.
+        probes: random sign vectors. Each has its own examples: whole batches, if there are as many.
+        operator: "hessian", or "ggn": Gauss-Newton, never indefinite, for cross-entropy and squared error.
+        method: of the products: "exact" (second derivatives), "difference" (of gradients; with fused kernels,
+            checkpointing and 16-bit weights), "forward" (losses alone, cheapest), or "auto": exact, and
+            differences where that fails or would be rounded away.
+        loss: (model, batch) → scalar, a mean over its examples or tokens; None: `model(**batch).loss`.
+        level: nominal coverage of the confidence sets.
+        seed: of the signs.
+        weights: of the examples in the loss, see `GNSMonitor`.
+        segments: which rows or positions are which example, see `GNSMonitor`.
+        hessian_batches: how many of the batches, the last ones, are for H; or other batches for it. Never
+            examples that are also among those for g.
+        parts: how many parts the rows for H are cut into, worked off one at a time; their spread is H's.
+        blocks: measure each LoRA factor's own block of H too, at the price of as many more readings.
+        spectrum: products to spend on λ_max and tr H; 0: none.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        CurvatureError: an argument does not fit, there are too few examples, no second derivative exists and
+            differencing was refused, a product is not finite, or the operator does not fit the loss.
+        RuntimeError: a monitor is attached to the model.
+        TypeError: `model` is no module.
+        ValueError: nothing trainable can be measured.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> batches = torch.randn(9, 16, 4)
+        >>> found = b_noise(model, batches, loss=lambda model, x: (model(x) - 1).square().mean())
+        >>> found.method, found.n_examples, found.probes
+        ('exact', 128, 8)
+    """
+    asked = _Asked(probes, operator, method, level, seed, weights, segments, parts, blocks, spectrum)
+    _check(model, asked)
+    for_g, for_h = _divided(model, list(batches), hessian_batches)
+    with still(model, dropout=False):
+        return read(model, for_g, for_h, asked, loss)
+
+
+def _check(model: nn.Module, asked: _Asked) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
+    for name, value, least in (
+        ("probes", asked.probes, 2),
+        ("parts", asked.parts, 1),
+        ("spectrum", asked.spectrum, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise CurvatureError(f"{name} is {value!r}; a whole number, {least} or more, is needed")
+    for name, value, known in (
+        ("operator", asked.operator, OPERATORS),
+        ("method", asked.method, ("auto", *METHODS)),
+    ):
+        if value not in known:
+            raise CurvatureError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
+    if not 0 < asked.level < 1:
+        raise CurvatureError(f"level is {asked.level}; a coverage in (0, 1) is needed, e.g. 0.95")
+    if world_size() > 1:
+        raise CurvatureError(
+            f"{world_size()} processes are under way; B_noise is measured in one: call it in a process of "
+            "its own"
+        )
+    for name, p in model.named_parameters():
+        if p.requires_grad and getattr(p, "_post_accumulate_grad_hooks", None):
+            raise CurvatureError(
+                f"`{name}` has a hook that runs when its gradient is complete (an optimizer inside backward?)"
+                " and would act on the gradients measured here; remove it first"
+            )
+
+
+def _divided(
+    model: nn.Module, batches: list[Any], hessian_batches: int | Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Tell the batches for g from those for H, on the model's device.
+
+    Raises:
+        CurvatureError: one of the two has none.
+    """
+    if isinstance(hessian_batches, int):
+        k = hessian_batches
+        if isinstance(k, bool) or k < 1:
+            raise CurvatureError(
+                f"hessian_batches is {k!r}; 1 or more are needed: H needs examples of its own"
+            )
+        if len(batches) <= k:
+            raise CurvatureError(
+                f"{len(batches)} batch(es), {k} of them for H; at least {k + 1} are needed, since H must not "
+                "be taken on the examples of g. Cut your batch in two"
+            )
+        for_g, for_h = batches[:-k], batches[-k:]
+    else:
+        for_g, for_h = batches, list(hessian_batches)
+    if not for_g or not for_h:
+        raise CurvatureError("no batch for g, or none for H; at least one of each is needed")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) == 1:
+        device = devices.pop()
+        return [moved(b, device) for b in for_g], [moved(b, device) for b in for_h]
+    return for_g, for_h
+
+
+def read(
+    model: nn.Module,
+    for_g: Sequence[Any],
+    for_h: Sequence[Any],
+    asked: _Asked,
+    loss: Loss | None,
+    *,
+    signs: np.ndarray | None = None,
+) -> CurvatureEstimate:
+    """Make one reading of a model that is held still.
+
+    Args:
+        model: the model.
+        for_g: batches for gradients.
+        for_h: batches for H.
+        asked: how.
+        loss: as in `b_noise`.
+        signs: [S, N], instead of random ones.
+    """
+    start = time.perf_counter()
+    how = {"weights": asked.weights, "segments": asked.segments}
+    sums = gather(model, for_g, loss, probes=asked.probes, seed=asked.seed, signs=signs, **how)
+    gathered = time.perf_counter()
+    every = dict(model.named_parameters(remove_duplicate=False))
+    point = Point(model, {n: every[n] for n in sums.names}, loss, seed=asked.seed, **how)
+    cut = pieces(for_h, asked.parts)
+    found = contract(point, cut, sums, operator=asked.operator, method=asked.method)
+    result = concluded(sums, found, asked)
+    if asked.blocks:
+        result = replace(result, blocks=_blocks(point, cut, sums, asked))
+    if asked.spectrum:
+        trace, largest = _spectrum(point, cut, sums, asked, found.method)
+        result = replace(result, trace_h=trace, largest_eigenvalue=largest)
+    end = time.perf_counter()
+    return replace(result, cost=Cost(end - start, gathered - start, len(for_g), found.products))
+
+
+def known_of(sums: Sums, rows: np.ndarray | None = None) -> Known:
+    """Give what is known without products, of some parameters or of all.
+
+    Args:
+        sums: of the gradients.
+        rows: numbers of the parameters.
+    """
+    chosen = np.arange(len(sums.names)) if rows is None else rows
+    eye = identity(sums)
+    return Known(
+        centred=float(sums.centred_sq()[chosen].sum()),
+        probe_sq=eye.probes[0][:, chosen].sum(1),
+        by_probe=sums.by_probe if rows is None else None,
+        share=sums.share,
+        sum_sq_weights=sums.sum_sq_weights,
+        n=sums.n,
+    )
+
+
+def concluded(sums: Sums, found: Contractions, asked: _Asked) -> CurvatureEstimate:
+    """Conclude from the contractions.
+
+    Args:
+        sums: of the gradients.
+        found: with the operator.
+        asked: how.
+    """
+    known, eye = known_of(sums), identity(sums)
+    noise, simple = set_of(found, known, asked.level), set_of(eye, known, asked.level)
+    contributions = _contributions(sums, found, eye, known)
+    groups = _joined(contributions, lambda name: factor_of(name) or "other")
+    silent = [g for g, c in groups.items() if not c.trace_sigma and not c.grad_sq_norm]
+    block = next((g for g in groups if g not in silent), None) if silent and len(groups) > 1 else None
+    notes = list(found.notes)
+    if len(found.mass) < 2:
+        notes.append(ONE_PART)
+    if sums.left_out:
+        notes.append(
+            f"{len(sums.left_out)} trainable parameter(s) are not in it, e.g. {_first(sums.left_out)}"
+        )
+    if block == "B":
+        notes.append("Factor A has no gradient here (B = 0): all numbers are those of factor B's block of H.")
+    return CurvatureEstimate(
+        b_noise=noise.ratio,
+        low=noise.low,
+        high=noise.high,
+        level=asked.level,
+        status=noise.status,
+        trace_h_sigma=noise.x,
+        g_h_g=noise.y,
+        detection_limit=noise.detection_limit,
+        method=found.method,
+        operator=asked.operator,
+        b_simple=simple.ratio,
+        b_simple_low=simple.low,
+        b_simple_high=simple.high,
+        b_simple_status=simple.status,
+        trace_sigma=simple.x,
+        grad_sq_norm=simple.y,
+        n_examples=sums.n,
+        n_hessian=len(found.mass),
+        probes=asked.probes,
+        groups={} if set(groups) == {"other"} else groups,
+        modules=_joined(contributions, _module_of),
+        block=block,
+        unit=_unit(sums),
+        warnings=tuple(notes),
+        seed=asked.seed,
+    )
+
+
+def _contributions(
+    sums: Sums, found: Contractions, eye: Contractions, known: Known
+) -> dict[str, Contribution]:
+    """What each parameter adds; empty where products are known as a whole only."""
+    x, y = point_values(found, known)
+    if len(x) != len(sums.names):
+        return {}
+    a, centred = sums.sum_sq_weights, sums.centred_sq()
+    q, t = eye.groups[0].sum(0), eye.weighted[0]
+    s = centred + 2 * t - a * q
+    grad = (q - s) / (1 - a)
+    trace = sums.n * (s - a * grad)
+    rows = zip(sums.names, x, y, trace, grad, strict=True)
+    return {name: Contribution(*(float(v) for v in values)) for name, *values in rows}
+
+
+def _joined(parts: dict[str, Contribution], key: Any) -> dict[str, Contribution]:
+    out: dict[str, Contribution] = {}
+    for name, c in parts.items():
+        k, before = key(name), out.get(key(name), Contribution(0.0, 0.0, 0.0, 0.0))
+        out[k] = Contribution(
+            before.trace_h_sigma + c.trace_h_sigma,
+            before.g_h_g + c.g_h_g,
+            before.trace_sigma + c.trace_sigma,
+            before.grad_sq_norm + c.grad_sq_norm,
+        )
+    return out
+
+
+def _module_of(parameter: str) -> str:
+    """Module path of a parameter, without LoRA's own part: model.layers.0.self_attn.q_proj."""
+    parts = parameter.split(".")
+    at = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts) - 1)
+    return ".".join(parts[:at])
+
+
+def _first(reasons: dict[str, str]) -> str:
+    name, why = next(iter(reasons.items()))
+    return f"{name}: {why}"
+
+
+def _unit(sums: Sums) -> str:
+    if sums.n_tokens is None:
+        return "examples"
+    return f"examples (mean {format_count(sums.n_tokens / sums.n)} tokens)"
+
+
+def _blocks(point: Point, cut: Sequence[Any], sums: Sums, asked: _Asked) -> dict[str, Block]:
+    """Each factor as if it alone trained."""
+    out = {}
+    factors = dict.fromkeys(factor_of(name) or "other" for name in sums.names)
+    for factor in factors:
+        names = [n for n in sums.names if (factor_of(n) or "other") == factor]
+        if not any(sums.sq[n] > 0 for n in names):
+            continue
+        part = sums.of(names)
+        alone = replace(point, parameters={n: point.parameters[n] for n in names}, _kept={})
+        found = contract(alone, cut, part, operator=asked.operator, method=asked.method)
+        s: Set = set_of(found, known_of(part), asked.level)
+        out[factor] = Block(s.ratio, s.low, s.high, s.status, s.x, s.y)
+    return out
+
+
+def _spectrum(
+    point: Point, cut: Sequence[Any], sums: Sums, asked: _Asked, method: str
+) -> tuple[float, float]:
+    """Give tr H (one random vector) and λ_max, over all parts."""
+    build = Builder(point, asked.operator, "auto" if asked.operator == "ggn" else _gradients(method))
+
+    def product(vector: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        total: dict[str, torch.Tensor] = {}
+        mass = 0.0
+        for piece in cut:
+            part = build(piece)
+            if part.mass > 0:
+                mass += part.mass
+                for name, v in part.product(vector).items():
+                    total[name] = total.get(name, 0) + part.mass * v
+        return {name: v / mass for name, v in total.items()}
+
+    trace, largest = lanczos(product, sums.mean, asked.spectrum, asked.seed)
+    if not math.isfinite(trace):
+        raise CurvatureError("tr H is not finite; take method='exact'")
+    return trace, largest
+
+
+def _gradients(method: str) -> str:
+    """The method for products that are needed as vectors."""
+    return "difference" if method == "forward" else method

@@ -1,0 +1,74 @@
+"""Readings of B_noise over a training: averaged first, then divided."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gns.curvature.course import over_readings, so_far
+from gns.curvature.result import Cost, CurvatureEstimate, CurvatureReading
+from tests.reference.tolerances import close
+
+NAN = math.nan
+
+
+def reading(step, x, y, cost=10.0):
+    estimate = CurvatureEstimate(
+        b_noise=NAN,
+        low=0.0,
+        high=math.inf,
+        level=0.95,
+        status="lower bound",
+        trace_h_sigma=x,
+        g_h_g=y,
+        detection_limit=NAN,
+        method="exact",
+        operator="hessian",
+        b_simple=NAN,
+        b_simple_low=0.0,
+        b_simple_high=math.inf,
+        b_simple_status="lower bound",
+        trace_sigma=1.0,
+        grad_sq_norm=1.0,
+        n_examples=16,
+        n_hessian=4,
+        probes=8,
+        cost=Cost(cost, 1.0, 1, 9),
+    )
+    return CurvatureReading(step, 1e-3, estimate)
+
+
+def readings(n, b=20.0, sign=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        reading(50 * k, sign * (b + rng.normal()), sign * (1 + 0.5 * rng.normal()), 9 + k % 3)
+        for k in range(n)
+    ]
+
+
+def test_the_ratio_is_that_of_the_averages():
+    found = over_readings(readings(40))
+    x, y = np.array([(r.estimate.trace_h_sigma, r.estimate.g_h_g) for r in readings(40)]).mean(0).T
+    close(found.b_noise, x / y, rtol=1e-12)
+    assert found.low < 20 < found.high and found.status == "measured"
+    assert found.steps_each == 10 and "40 readings, each about 10 training steps" in str(found)
+
+
+def test_few_readings_are_collected_and_negative_curvature_is_said():
+    assert over_readings(readings(1)) is None
+    assert over_readings(readings(5)).status == "collecting"
+    assert over_readings(readings(40, sign=-1.0)).status == "indefinite"
+
+
+def test_the_course_ends_with_all_readings():
+    course = so_far(readings(10))
+    assert [c.readings for c in course] == list(range(3, 11))
+    assert course[-1] == over_readings(readings(10))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_scale_of_the_loss_does_not_matter(scale):
+    every = readings(30)
+    scaled = [reading(r.step, scale * r.estimate.trace_h_sigma, scale * r.estimate.g_h_g) for r in every]
+    a, b = over_readings(every), over_readings(scaled)
+    close([a.b_noise, a.low, a.high], [b.b_noise, b.low, b.high], rtol=1e-9)

@@ -1,0 +1,73 @@
+"""How often the confidence set of B_noise holds the truth, by simulation of Gaussian examples."""
+
+import numpy as np
+import pytest
+
+from gns.curvature.conclude import Known, set_of
+from gns.curvature.contractions import Contractions
+
+
+def simulate(rng, *, d, n, m, probes, parts, b_noise, spectrum, noise_of_h, level=0.95):
+    """One reading: g ~ N(G, Σ) with Σ = diag(λ), H = diag(h) seen through m noisy examples; and the truth."""
+    lam = np.arange(1, d + 1) ** -float(spectrum)
+    h = lam + 0.01
+    direction = np.sqrt(lam)
+    trace = (h * lam).sum()
+    g = direction * np.sqrt(trace / b_noise / (h * direction**2).sum())
+    c = (g + np.sqrt(lam) * rng.standard_normal((n, d))) / n
+    mean = c.sum(0)
+    probe = np.arange(n) % probes
+    member = (np.arange(probes)[:, None] == probe).astype(float)
+    signs = member * rng.choice([-1.0, 1.0], n)
+    u = signs @ (c - mean / n)
+    part = member @ c
+    h_parts = h * (1 + noise_of_h * rng.standard_normal((parts, d)) / np.sqrt(m / parts))
+    contractions = Contractions(
+        probes=np.einsum("sd,md,sd->ms", u, h_parts, u)[..., None],
+        groups=np.einsum("sd,md,d->ms", part, h_parts, mean)[..., None],
+        weighted=(h_parts @ (mean * mean) / n)[:, None],
+        mass=np.full(parts, 1 / parts),
+        method="exact",
+        products=probes + 1,
+    )
+    known = Known(
+        centred=float(((c - mean / n) ** 2).sum()),
+        probe_sq=(u**2).sum(1),
+        by_probe=member @ (c**2).sum(1),
+        share=member.sum(1) / n,
+        sum_sq_weights=1 / n,
+        n=n,
+    )
+    return set_of(contractions, known, level), trace / (h * g * g).sum()
+
+
+def coverage(repeats, seed=0, **cell):
+    rng = np.random.default_rng(seed)
+    hits, bounded = 0, 0
+    for _ in range(repeats):
+        found, truth = simulate(rng, **cell)
+        hits += found.low <= truth <= found.high
+        bounded += np.isfinite(found.high)
+    return hits / repeats, bounded / repeats
+
+
+CELL = dict(d=64, n=256, m=32, probes=8, parts=4, b_noise=40.0, spectrum=1, noise_of_h=1.0)
+
+
+@pytest.mark.parametrize("change", [{}, {"b_noise": 400.0}, {"probes": 16, "n": 512}], ids=str)
+def test_the_set_covers(change):
+    found, _ = coverage(400, **{**CELL, **change})
+    assert found > 0.90  # 2.6 standard errors below 93 %
+
+
+def test_a_set_of_too_low_a_level_is_caught():
+    assert coverage(400, **{**CELL, "b_noise": 10.0, "n": 512}, level=0.6)[0] < 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("b_noise", [10.0, 40.0, 400.0])
+@pytest.mark.parametrize("spectrum", [0, 1, 2])
+@pytest.mark.parametrize(("probes", "n"), [(8, 16), (8, 128), (16, 512)])
+def test_the_set_covers_in_every_cell(b_noise, spectrum, probes, n):
+    cell = {**CELL, "b_noise": b_noise, "spectrum": spectrum, "probes": probes, "n": n}
+    assert coverage(2000, **cell)[0] > 0.89

@@ -1,0 +1,119 @@
+"""Readings of B_noise during a training: taken where they should be, written, and never in the loop's way."""
+
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+
+from gns import GNSMonitor, b_noise, load
+from gns.curvature.readingsfile import CURVATURE, cut_readings, read_readings
+from gns.monitor import GNSWarning
+from gns.records import RecordsError
+from tests.gns.small_models import lora, tokens, train
+from tests.reference.tolerances import close
+
+
+def loop(model, steps, *, monitor=None, batch=8, external_loss=False):
+    """Train; each step's batch is `tokens(batch, seed=step)`."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        given = tokens(batch, seed=step)
+        if external_loss:
+            labels = given.pop("labels")
+            logits = model(**given).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        else:
+            model(**given).loss.backward()
+        yield step
+        optimizer.step()
+
+
+def test_a_reading_is_that_of_b_noise_on_the_last_two_steps_batches():
+    model = lora("llama").train()
+    with GNSMonitor(model, curvature_every=3) as monitor:
+        expected = []
+        for step in loop(model, 7):
+            if step in (2, 5):
+                monitor_off = [dict(m._forward_hooks) for m in model.modules()]
+                from gns.curvature.watching import unhooked
+
+                with unhooked(model):
+                    expected.append(
+                        b_noise(
+                            model,
+                            [tokens(8, seed=step - 1)],
+                            hessian_batches=[tokens(8, seed=step)],
+                            seed=step,
+                        )
+                    )
+                assert monitor_off == [dict(m._forward_hooks) for m in model.modules()]
+        found = monitor.curvature
+    assert [r.step for r in found] == [2, 5] and found[0].learning_rate == 1e-2
+    for reading, e in zip(found, expected, strict=True):
+        close(
+            [reading.estimate.trace_h_sigma, reading.estimate.g_h_g], [e.trace_h_sigma, e.g_h_g], rtol=1e-12
+        )
+    assert len(monitor.history) == 7 and all(s.usable for s in monitor.history)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    "setup", [{}, {"autocast": torch.bfloat16}, {"accumulate": 1}], ids=["plain", "autocast", "one call"]
+)
+def test_training_and_its_other_readings_are_bit_identical(setup, every):
+    plain = lora("llama", dropout=0.1).train()
+    with GNSMonitor(plain, every=every) as alone:
+        weights = train(plain, steps=6, **setup)
+    watched = lora("llama", dropout=0.1).train()
+    with GNSMonitor(watched, every=every, curvature_every=2) as monitor:
+        found = train(watched, steps=6, **setup)
+    assert all(torch.equal(a, b) for a, b in zip(weights, found, strict=True))
+    assert len(monitor.curvature) == 3
+    assert [s.mean_sq_norm for s in monitor.history] == [s.mean_sq_norm for s in alone.history]
+    assert [s.sq_norm_of_mean for s in monitor.history] == [s.sq_norm_of_mean for s in alone.history]
+
+
+def test_what_goes_wrong_is_told_once_and_training_goes_on():
+    model = lora("llama").train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with GNSMonitor(model, curvature_every=2) as monitor:
+            list(loop(model, 8, external_loss=True))
+    told = [str(w.message) for w in caught if issubclass(w.category, GNSWarning)]
+    assert len([t for t in told if "no B_noise at optimizer step 1" in t]) == 1
+    assert "given `labels` and returns `loss`" in told[-1]
+    assert not monitor.curvature and len([s for s in monitor.history if s.usable]) == 8
+
+
+def test_readings_are_written_and_read_back(tmp_path):
+    model = lora("llama").train()
+    with GNSMonitor(model, curvature_every=2, sink=tmp_path / "run" / "steps.jsonl") as monitor:
+        list(loop(model, 6))
+        monitor.report(tmp_path / "run")
+        monitor.report(tmp_path / "other")
+    for folder in ("run", "other"):
+        found = load(tmp_path / folder).curvature
+        assert [r.step for r in found] == [1, 3, 5]
+        for read, there in zip(found, monitor.curvature, strict=True):
+            a, b = (dataclasses.asdict(r.estimate) for r in (read, there))
+            assert repr(a) == repr(b)  # NaN and infinities too
+    cut_readings(tmp_path / "run", 3)
+    assert [r.step for r in read_readings(tmp_path / "run")] == [1, 3]
+    path = tmp_path / "run" / CURVATURE
+    path.write_bytes(path.read_bytes()[:-5])
+    assert [r.step for r in read_readings(tmp_path / "run")] == [1]  # a last line cut short
+    path.write_bytes(b"{}\n" + path.read_bytes())
+    with pytest.raises(RecordsError, match="line 1: malformed or foreign"):
+        read_readings(tmp_path / "run")
+
+
+def test_few_rows_make_few_probes_and_say_so():
+    model = lora("llama").train()
+    with GNSMonitor(model, curvature_every=2) as monitor:
+        list(loop(model, 2, batch=4))
+    (reading,) = monitor.curvature
+    assert reading.estimate.probes == 4 and reading.estimate.status == "collecting"
+    assert math.isfinite(reading.estimate.trace_h_sigma)
