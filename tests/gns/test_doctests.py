@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-WITH_EXAMPLES = ["gns.monitor", "gns.display", "gns.report.text", "gns.sources"]
+WITH_EXAMPLES = ["gns.monitor", "gns.display", "gns.report.text", "gns.sources", "gns.hessian"]
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

@@ -87,3 +87,13 @@ def test_nothing_adds_nothing(shape, parameter):
     x, dy = torch.ones(shape), torch.ones(shape)
     assert reducers.sq_norms(LINEAR, nn.Linear(4, 4), x, dy, parameter).tolist() == [0] * shape[0]
     assert not reducers.sum_of_blocks(LINEAR, nn.Linear(4, 4), x, dy, parameter).any()
+
+
+@pytest.mark.parametrize("limit", [1, 4 * 16 * 12 * 2, 2**28], ids="{} bytes".format)
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_weighted_sums_are_those_of_the_blocks(activations, limit, parameter):
+    x, dy, _ = activations
+    weights = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rule = replace(LINEAR, scale=3.0)
+    expected = 3 * torch.einsum("kb,b...->k...", weights, LINEAR.blocks(LAYER, x, dy, parameter))
+    close(reducers.weighted_sums(rule, LAYER, x, dy, parameter, weights, limit), expected, what="Σwc")
