@@ -54,9 +54,7 @@ class Tap:
         self.limit, self.shareable = limit, shareable
         self.needing = frozenset(p for p in parameters if rule.keeps_input_for(p))  # blocks depend on x
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
-        self.contracted: dict[
-            str, Tensor
-        ] = {}  # parameter → leaf [K, *shape] of signed sums
+        self.contracted: dict[str, Tensor] = {}  # parameter → leaf [K, *shape] of signed sums
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
         self.roots: dict[
             str, Tensor
