@@ -162,7 +162,7 @@ def _divided(
     """Tell the batches for g from those for H, on the model's device.
 
     Raises:
-        CurvatureError: one of the two has none, or both have one batch in common.
+        CurvatureError: one of the two has none, or the same examples come twice.
     """
     if isinstance(hessian_batches, int):
         k = hessian_batches
@@ -180,7 +180,12 @@ def _divided(
         for_g, for_h = batches, list(hessian_batches)
     if not for_g or not for_h:
         raise CurvatureError("no batch for g, or none for H; at least one of each is needed")
-    known = {fingerprint(b) for b in for_g} - {None}
+    prints = [p for p in map(fingerprint, for_g) if p is not None]
+    known = set(prints)
+    if len(known) < len(prints):
+        raise CurvatureError(
+            "two batches for g have the same examples; GᵀHG comes from pairs of two examples: give others"
+        )
     for number, batch in enumerate(for_h):
         if fingerprint(batch) in known:
             raise CurvatureError(
@@ -283,8 +288,11 @@ def concluded(sums: Sums, found: Contractions, asked: _Asked) -> CurvatureEstima
     noise, simple = set_of(found, known, asked.level), set_of(eye, known, asked.level)
     contributions = _contributions(sums, found, eye, known)
     groups = _joined(contributions, lambda name: factor_of(name) or "other")
-    silent = [g for g, c in groups.items() if not c.trace_sigma and not c.grad_sq_norm]
-    block = next((g for g in groups if g not in silent), None) if silent and len(groups) > 1 else None
+    heard: dict[str, float] = {}
+    for name, sq in sums.sq.items():
+        heard[factor_of(name) or "other"] = heard.get(factor_of(name) or "other", 0.0) + sq
+    loud = [factor for factor, sq in heard.items() if sq > 0]
+    block = loud[0] if len(loud) == 1 < len(heard) else None
     notes = list(found.notes)
     if len(found.mass) < 2:
         notes.append(ONE_PART)

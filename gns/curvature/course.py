@@ -30,7 +30,7 @@ class OverReadings:
         status: as of an `Estimate`, or "indefinite" where an average is significantly below 0.
         detection_limit: largest B_noise that these readings could tell from infinity.
         readings: how many.
-        steps_each: what one cost, in training steps of its batch: the median; NaN where unknown.
+        steps_each: what one cost, in training steps (all calls of one): the median; NaN where unknown.
     """
 
     step: int
@@ -71,7 +71,8 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
     low, high, empty = honest_set(m, level)
     t, se_x = float(stats.t.ppf((1 + level) / 2, m.df)), math.sqrt(m.second[0] * m.k / m.df)
     negative = m.y < -t * m.se_y() or m.x < -t * se_x
-    costs = [r.estimate.cost.steps for r in readings if r.estimate.cost is not None]
+    spent = [r.estimate.cost for r in readings if r.estimate.cost is not None]
+    costs = [c.steps / c.batches for c in spent]  # the batches for g are the calls of one step
     return OverReadings(
         step=readings[-1].step,
         b_noise=m.x / m.y if m.y > 0 else math.nan,

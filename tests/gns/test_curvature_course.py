@@ -12,7 +12,7 @@ from tests.reference.tolerances import close
 NAN = math.nan
 
 
-def reading(step, x, y, cost=10.0):
+def reading(step, x, y, cost=10.0, calls=1):
     estimate = CurvatureEstimate(
         b_noise=NAN,
         low=0.0,
@@ -33,7 +33,7 @@ def reading(step, x, y, cost=10.0):
         n_examples=16,
         n_hessian=4,
         probes=8,
-        cost=Cost(cost, 1.0, 1, 9),
+        cost=Cost(cost, 1.0, calls, 9),
     )
     return CurvatureReading(step, 1e-3, estimate)
 
@@ -52,6 +52,10 @@ def test_the_ratio_is_that_of_the_averages():
     close(found.b_noise, x / y, rtol=1e-12)
     assert found.low < 20 < found.high and found.status == "measured"
     assert found.steps_each == 10 and "40 readings, each about 10 training steps" in str(found)
+
+
+def test_the_cost_is_in_steps_of_the_training_not_in_calls():
+    assert over_readings([reading(50 * k, 20.0, 1.0, cost=12.0, calls=4) for k in range(3)]).steps_each == 12
 
 
 def test_few_readings_are_collected_and_negative_curvature_is_said():

@@ -1,13 +1,21 @@
 """How often the confidence set of B_noise holds the truth, by simulation of Gaussian examples."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from gns.curvature.conclude import Known, set_of
+from gns.curvature.conclude import Known, _joined, set_of
 from gns.curvature.contractions import Contractions
 
 
-def simulate(rng, *, d, n, m, probes, parts, b_noise, spectrum, noise_of_h, level=0.95):
+def simulate(rng, *, level=0.95, **cell):
+    """The set of a simulated reading, and the truth."""
+    contractions, known, truth = simulated(rng, **cell)
+    return set_of(contractions, known, level), truth
+
+
+def simulated(rng, *, d, n, m, probes, parts, b_noise, spectrum, noise_of_h):
     """One reading: g ~ N(G, Σ) with Σ = diag(λ), H = diag(h) seen through m noisy examples; and the truth."""
     lam = np.arange(1, d + 1) ** -float(spectrum)
     h = lam + 0.01
@@ -39,7 +47,7 @@ def simulate(rng, *, d, n, m, probes, parts, b_noise, spectrum, noise_of_h, leve
         sum_sq_weights=1 / n,
         n=n,
     )
-    return set_of(contractions, known, level), trace / (h * g * g).sum()
+    return contractions, known, trace / (h * g * g).sum()
 
 
 def coverage(repeats, seed=0, **cell):
@@ -63,6 +71,23 @@ def test_the_set_covers(change):
 
 def test_a_set_of_too_low_a_level_is_caught():
     assert coverage(400, **{**CELL, "b_noise": 10.0, "n": 512}, level=0.6)[0] < 0.75
+
+
+def test_what_h_owes_to_its_examples_is_in_the_set():
+    found, known, _ = simulated(np.random.default_rng(3), **{**CELL, "b_noise": 2.0, "n": 512})
+    tilt = np.linspace(0.5, 1.5, len(found.mass))[:, None, None]  # one mean, very different parts
+    same = replace(found, probes=0 * tilt + found.probes.mean(0))
+    a, b = (set_of(each, known, 0.95) for each in (same, replace(same, probes=same.probes * tilt)))
+    assert abs(a.x / b.x - 1) < 1e-9 and a.status == b.status == "measured"
+    assert b.high - b.low > 1.3 * (a.high - a.low)
+
+
+def test_spread_is_that_of_independent_sources_added():
+    rng = np.random.default_rng(0)
+    (a, b), (c, d) = rng.standard_normal((2, 8)), rng.standard_normal((2, 4))
+    found = _joined(5.0, 2.0, [(a, b), (c, d)])
+    assert abs(found.se_y() ** 2 - (b @ b * 8 / 7 + d @ d * 4 / 3)) < 1e-12
+    assert 3 < found.df < 10
 
 
 @pytest.mark.slow

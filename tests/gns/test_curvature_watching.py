@@ -108,6 +108,32 @@ def test_a_loop_may_write_its_batches_into_the_same_tensors():
     assert len(numbers[0]) == 2 and numbers[0] == numbers[1]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_of_a_step_of_many_calls_eight_are_kept_and_evaluation_is_none(whole):
+    model = lora("llama").train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with GNSMonitor(model, curvature_every=2) as monitor:
+        for step in range(2):
+            model.eval()
+            model(**tokens(5, seed=1000 + step))
+            model.train()
+            for call in range(10):
+                n = {"num_items_in_batch": 480} if whole else {}
+                model(**tokens(3, seed=20 * step + call), **n).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (reading,) = monitor.curvature
+    expected = b_noise(
+        model,
+        [tokens(3, seed=20 + call) for call in range(8)],
+        hessian_batches=[tokens(3, seed=call) for call in range(8)],
+        seed=1,
+    )
+    assert reading.estimate.n_examples == 24 and reading.estimate.n_hessian == 8
+    assert reading.estimate.unit == expected.unit and expected.trace_h_sigma != 0
+    assert 0.3 < reading.estimate.trace_sigma / expected.trace_sigma < 3  # one small step later
+
+
 def test_pairs_and_the_same_batch_again():
     model = lora("llama").train()
     with GNSMonitor(model, curvature_every=2, segments=stacked(2)) as monitor:

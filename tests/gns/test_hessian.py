@@ -407,6 +407,8 @@ def test_h_on_the_examples_of_g_is_refused():
         with pytest.raises(CurvatureError, match="batch 1 for H has the same examples"):
             b_noise(linear(), [batch], loss=half_squares, hessian_batches=[other, again])
     b_noise(linear(), [batch], loss=half_squares, hessian_batches=[other])
+    with pytest.raises(CurvatureError, match="two batches for g have the same examples"):
+        b_noise(linear(), [batch, turned], loss=half_squares, hessian_batches=[other])
 
 
 def test_sixteen_bit_weights_are_differenced():
@@ -528,6 +530,8 @@ def test_at_initialisation_the_b_block_is_reported():
     model = lora("llama", warm=False)
     found = b_noise(model, [tokens(8, seed=k) for k in range(9)])
     assert found.block == "B" and "of factor B" in str(found)
+    forward = b_noise(model, [tokens(8, seed=k) for k in range(9)], method="forward")
+    assert forward.block == "B" and "factor B's block" in forward.warnings[-1]
     assert found.groups["A"].trace_h_sigma == found.groups["A"].trace_sigma == 0
     warm = b_noise(lora("llama"), [tokens(8, seed=k) for k in range(9)], blocks=True)
     assert warm.block is None and set(warm.blocks) == {"A", "B"}
