@@ -64,6 +64,11 @@ def test_few_readings_are_collected_and_negative_curvature_is_said():
     assert over_readings(readings(40, sign=-1.0)).status == "indefinite"
 
 
+def test_a_trace_significantly_below_zero_is_said_too():
+    found = over_readings([reading(50 * k, -20.0 - k % 3, 1.0 + 0.1 * (k % 2)) for k in range(40)])
+    assert found.status == "indefinite" and found.b_noise < 0
+
+
 def test_the_course_ends_with_all_readings():
     course = so_far(readings(10))
     assert [c.readings for c in course] == list(range(3, 11))

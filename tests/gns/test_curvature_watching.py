@@ -108,6 +108,14 @@ def test_a_loop_may_write_its_batches_into_the_same_tensors():
     assert len(numbers[0]) == 2 and numbers[0] == numbers[1]
 
 
+def test_a_reading_is_made_under_the_autocast_of_the_training():
+    model, seen = lora("llama").train(), []
+    model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with GNSMonitor(model, curvature_every=2) as monitor:
+        train(model, steps=2, accumulate=1, autocast=torch.bfloat16)
+    assert len(monitor.curvature) == 1 and len(seen) > 4 and all(seen)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_of_a_step_of_many_calls_eight_are_kept_and_evaluation_is_none(whole):
     model = lora("llama").train()
