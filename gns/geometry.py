@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gns.estimate import Estimate, estimate
+from gns.estimate import Estimate, summarise, usable_of
 from gns.moments import BETWEEN, Moments
 from gns.sets import detection_limit, honest_set, p_value, status_of
 from gns.sums import FACTORS, Layout, StepSums, factor_of
@@ -108,11 +108,9 @@ class _Sums(NamedTuple):
 def _by_part(steps: Iterable[StepSums], level: float, part_of: Callable[[str], str]) -> dict[str, Estimate]:
     steps = list(steps)
     known = [s for s in steps if not isinstance(s, StepSums) or s.rows is not None]
-    whole = estimate(
-        known, level=level
-    )  # what is said of the steps holds of every part; of the tails, of none
-    whole = replace(whole, groups={}, tail_share=None, warnings=())
-    usable = [s for s in known if s.usable]
+    usable, _ = usable_of(known, level)
+    # what is said of the steps holds of every part; of the tails, of none
+    whole = replace(summarise(usable, level=level), tail_share=None, warnings=())
     n = np.array([s.n_examples for s in usable], dtype=np.float64)
     squares = np.array([s.sum_sq_weights for s in usable], dtype=np.float64)
     numbers = [s.step for s in usable]
