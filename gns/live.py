@@ -131,9 +131,9 @@ def live(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
     view = f"{RATIO}, as of the look at {made[-1]} steps"
 
     def of_look(part: list[StepSums]) -> Estimate:
-        return replace(summarise(part[: made[-1]], level=at, view=view), level=level)
+        return replace(summarise(part, level=at, view=view), level=level, set_level=at)
 
-    return with_groups(usable, skipped, of_look)
+    return with_groups(usable[: made[-1]], skipped, of_look)
 
 
 def _waiting(early: Estimate) -> Estimate:

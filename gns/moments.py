@@ -84,13 +84,18 @@ class Moments:
 
     @property
     def df(self) -> float:
-        """Degrees of freedom of the variance."""
+        """Degrees of freedom of the variance; 0 where one step has all the weight."""
         k = self.k
-        return k - 1 if self.variance == BETWEEN else 2 * (k - 1) ** 2 / (3 * k - 4)
+        return k - 1 if self.variance == BETWEEN or k < 2 else 2 * (k - 1) ** 2 / (3 * k - 4)
+
+    @property
+    def _correction(self) -> float:
+        """K/(K − 1); `inf` where one step has all the weight, so that no spread is seen."""
+        return self.k / (self.k - 1) if self.k > 1 else math.inf
 
     def se_y(self) -> float:
-        """Standard error of Y."""
-        return math.sqrt(self.second[2] * self.k / (self.k - 1))
+        """Standard error of Y; `inf` where one step has all the weight."""
+        return math.sqrt(self.second[2] * self._correction) if self.k > 1 else math.inf
 
     def scaled(self, times: float) -> Moments:
         """Give the moments to be expected of so many times the steps, with the same averages and spread."""
@@ -113,7 +118,7 @@ class Moments:
         aaa, aab, abb, bbb = self.third
         cubes = kappa**3 * aaa - 3 * kappa**2 * theta * aab + 3 * kappa * theta**2 * abb - theta**3 * bbb
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            t = d / np.sqrt(sum_sq * self.k / (self.k - 1))
+            t = d / np.sqrt(sum_sq * self._correction)
             gamma = math.sqrt(self.k) * cubes / sum_sq**1.5
             if not np.isfinite(gamma).all():
                 gamma = np.nan_to_num(gamma)

@@ -42,6 +42,8 @@ def confidence_set(moments: Moments, level: float) -> tuple[float, float, bool]:
     Source: Fieller 1954; Hall 1992; the simulations behind the choice are in the project's facts.
     """
     t_level = _quantile(moments, level)
+    if not math.isfinite(t_level):  # one step has about all the weight
+        return 0.0, math.inf, False
     scale = _scale(moments)
 
     def margins(phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +132,7 @@ def p_value(moments: Moments) -> float:
     (noiseless steps): such a set has no upper end, whatever p.
 
     Returns:
-        In [0, 1].
+        In [0, 1]; NaN where one step has all the weight.
     """
     t, h = moments.statistics(np.array(1.0), np.array(0.0))
     return float(special.stdtr(moments.df, max(float(t), float(h))))

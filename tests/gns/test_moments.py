@@ -80,6 +80,12 @@ def test_an_unknown_variance_is_refused():
         Moments.of(np.ones(3), np.ones(3), np.ones(3), np.ones(3), variance="blocks")
 
 
+@pytest.mark.parametrize("k", [1, 1.2, 4 / 3, 2, 3, 50])
+def test_degrees_of_freedom_do_not_pass_those_between_steps(k):
+    moments = Moments(1.0, 1.0, (1.0, 0.0, 1.0), (0.0, 0.0, 0.0, 0.0), k, SUCCESSIVE)
+    assert 0.66 * (k - 1) <= moments.df <= k - 1
+
+
 # the test for drift
 
 

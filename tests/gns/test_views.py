@@ -114,6 +114,17 @@ def test_coverage_with_an_effective_number_of_steps():
     assert control < 263, "the control got through"
 
 
+def test_all_the_weight_on_one_step_gives_no_set_and_no_error():
+    steps = steps_at([20] * 50)
+    for half_life in (0.001, 0.03, 0.3):
+        e = exponential(steps, half_life)
+        assert (e.status, e.low, e.high) == ("collecting", 0.0, math.inf), half_life
+        assert e.outlook().startswith("More examples")
+    assert math.isnan(exponential(steps, 0.001).p_value)
+    alone = [*steps[:2], replace(steps[2], n_examples=10**9, sum_sq_weights=1e-9)]
+    assert (estimate(alone).low, estimate(alone).high) == (0.0, math.inf)
+
+
 # progress
 
 
