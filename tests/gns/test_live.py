@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from gns.estimate import estimate
 from gns.live import BEFORE, HORIZON, bounds, level_at, live, looks, spending
@@ -62,6 +62,14 @@ def test_bounds_do_not_depend_on_how_many_are_asked_for():
     assert bounds(0.95, 1)[0] == pytest.approx(stats.norm.isf(0.05 * BEFORE / 28 / 2))
     assert len(bounds(0.95, 31)) == 31 and min(bounds(0.95, 31)[28:]) > bounds(0.95, 31)[27]
     close(level_at(2, 0.95), 2 * stats.norm.cdf(bounds(0.95, 3)[2]) - 1, rtol=1e-12)
+
+
+def test_bounds_are_worked_out_once(monkeypatch):
+    """A training asks for one more at each look, in the user's loop."""
+    asked, true = [], optimize.brentq
+    monkeypatch.setattr(optimize, "brentq", lambda *a, **k: asked.append(1) or true(*a, **k))
+    assert [len(bounds(0.8125, number)) for number in (1, 2, 5, 3, 12)] == [1, 2, 5, 3, 12]
+    assert len(asked) == 12
 
 
 def test_between_looks_the_last_set_stands():
