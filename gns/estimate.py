@@ -262,11 +262,17 @@ def with_groups(
     Returns:
         The summary of the steps with those of the groups in it.
     """
-    of_step = [s.groups for s in usable]
-    names = dict.fromkeys(name for groups in of_step for name in groups)
-    by_name = {name: [groups[name] for groups in of_step if name in groups] for name in names}
-    groups = {name: summary(of_group) for name, of_group in by_name.items()}
+    groups = {name: summary(of_group) for name, of_group in groups_of(usable).items()}
     return replace(summary(usable), groups=groups, n_skipped=skipped)
+
+
+def groups_of(usable: list[StepSums]) -> dict[str, list[StepSums]]:
+    """Group name → its records, of the steps that have it."""
+    found: dict[str, list[StepSums]] = {}
+    for step in usable:
+        for name, group in step.groups.items():
+            found.setdefault(name, []).append(group)
+    return found
 
 
 def summarise(
