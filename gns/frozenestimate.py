@@ -148,6 +148,7 @@ def from_batches(
         signal=signal,
         dependence=apart,
         moments=moments,
+        set_level=each if looks > 1 else None,
         **fixed,
     )
 

@@ -260,6 +260,8 @@ def test_looks_share_the_level():
     assert many.low < one.low < one.b_simple < one.high < many.high
     assert many.level == one.level == 0.95
     close(from_batches(b, level=1 - 0.05 / 4).high, many.high)
+    shown, once = ((e.high - e.low) / 2 / e.b_simple for e in (many, one))
+    assert once < shown and many.more_examples((shown + once) / 2) > 0, "the outlook is on the set shown"
 
 
 # --- dependence inside a batch
