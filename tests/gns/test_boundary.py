@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gns.boundary import IN_BACKWARD, Boundary
+from gns.boundary import IN_BACKWARD, Boundary, Close
 from gns.monitor import GNSMonitor, GNSWarning
 from tests.reference.per_example import contributions, joint, trainable
 from tests.reference.tolerances import close
@@ -594,3 +594,11 @@ def test_the_loss_scale_is_undone(model, data, fused):
         scales.append(s)
     assert len(scales) == 3
     assert scaler.get_scale() == 64.0
+
+
+def test_a_step_is_ended_by_hand_only_after_a_backward_pass():
+    boundary = Boundary()
+    assert boundary.close() is None
+    boundary.backward_begins(grads_empty=True)
+    boundary.backward_ends()
+    assert boundary.close() == Close() and boundary.close() is None
