@@ -39,7 +39,8 @@ class DropoutNoise:
 class FrozenEstimate(Estimate):
     """A noise scale measured at frozen weights. A "step" of `Estimate` is a batch here.
 
-    Its `p_value` is that of the sign-flip test, which needs no estimate of a spread.
+    Its `p_value` is that of the sign-flip test, which needs no estimate of a spread. The set has an upper end
+    only where that test, too, sees a gradient at the set's own level, see `SignFlip.upper_end`.
 
     Args:
         view: what average this is.
@@ -134,6 +135,7 @@ def from_batches(
     each = 1 - (1 - level) / looks
     low, high, empty = honest_set(moments, each)
     signal = sign_flip(batches, seed=seed)
+    high = signal.upper_end(high, each)
     apart = dependence(batches)
     fixed["warnings"] = (*fixed.get("warnings", ()), *sentences(apart))
     return FrozenEstimate(

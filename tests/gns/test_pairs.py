@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gns.frozenestimate import from_batches
-from gns.pairs import Batches, dependence, jackknife, pooled, sign_flip
+from gns.pairs import Batches, SignFlip, dependence, jackknife, pooled, sign_flip
 from gns.pairspread import score
 from gns.sets import honest_set
 from gns.sums import unbiased
@@ -260,6 +260,33 @@ def test_looks_share_the_level():
     assert many.low < one.low < one.b_simple < one.high < many.high
     assert many.level == one.level == 0.95
     close(from_batches(b, level=1 - 0.05 / 4).high, many.high)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.9875])
+def test_without_a_gradient_an_upper_end_is_as_rare_as_the_level_says(level):
+    """Alone, the score set has one in 3.8 % of these probes at 98.75 %, six times too many."""
+    repeats, steep = 300, 1 / np.arange(1, 33) ** 2.0
+    found = [from_batches(simulated(r, 1e12, 20, 16, steep), level=level) for r in range(repeats)]
+    bounded = sum(np.isfinite(e.high) for e in found)
+    assert stats.binom.sf(bounded - 1, repeats, (1 - level) / 2) > 1e-3, bounded
+    alone = sum(np.isfinite(honest_set(e.moments, level)[1]) for e in found)
+    assert alone > 2 * bounded, "the control"
+    assert all(e.status == "lower bound" for e in found if np.isinf(e.high) and np.isfinite(e.low))
+
+
+@pytest.mark.parametrize(
+    ("p", "exact", "patterns", "level", "kept"),
+    [
+        (0.025, False, 9_999, 0.95, True),
+        (0.0251, False, 9_999, 0.95, False),
+        (1e-4, False, 9_999, 0.999999, True),  # no smaller p can be had
+        (2e-4, False, 9_999, 0.999999, False),
+        (1 / 8, True, 8, 0.95, True),
+        (2 / 8, True, 8, 0.95, False),
+    ],
+)
+def test_an_upper_end_needs_a_gradient(p, exact, patterns, level, kept):
+    assert SignFlip(p, exact, patterns).upper_end(7.0, level) == (7.0 if kept else np.inf)
 
 
 # --- dependence inside a batch
