@@ -26,6 +26,7 @@ from gns.moments import Moments
 
 EXACT_FLIPS = 13  # batches: 2¹² distinct patterns; with more, patterns are drawn
 DRAWS = 9_999  # patterns drawn
+ROUNDING = 1e-5  # of pairs inside batches against pairs across: what float32 norms leave of equal ones
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,9 @@ class Dependence:
 def dependence(batches: Batches) -> Dependence | None:
     """Compare pairs inside batches with pairs across, by the jackknife over batches.
 
-    The p-value is the larger of Student's and of Hall's, whose skewness correction the squares need.
+    The p-value is the larger of Student's and of Hall's, whose skewness correction the squares need. Below 20
+    batches that is too little on a steep spectrum: with 8 batches of 16, p < 1 % in 4 % of probes
+    (simulated), practically all of them with a difference below zero.
 
     Returns:
         The comparison; None with fewer than three batches, or without a batch of two examples.
@@ -291,6 +294,8 @@ def dependence(batches: Batches) -> Dependence | None:
     pseudo = difference / p - (1 / p - 1) * (left_within - left_across)
     moments = replace(Moments.of(np.zeros(k), pseudo, p, p), y=float(difference))
     t, h = (float(v) for v in moments.statistics(np.array(1.0), np.array(0.0)))
+    rounding = abs(difference) <= ROUNDING * max(abs(within), abs(across))
     p_value = 2 * max(float(stats.t.sf(abs(v), moments.df)) for v in (t, h)) if t * h > 0 else 1.0
+    p_value = 1.0 if rounding else p_value
     x = pooled(batches)[0]
     return Dependence(float(within), float(across), float(difference), moments.se_y(), p_value, x)

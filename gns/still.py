@@ -126,7 +126,7 @@ class _Kept:
                 module._buffers[name] = buffer
                 if copy is None and _version(buffer) != version:
                     lost.append(name)
-                elif copy is not None and not _same_bits(buffer, copy):
+                elif copy is not None and buffer is not None and not _same_bits(buffer, copy):
                     buffer.copy_(copy)
         if lost:
             raise StillError(

@@ -349,3 +349,20 @@ def test_pairs_inside_batches_are_needed_for_a_comparison():
     rng = np.random.default_rng(0)
     assert dependence(equal([rng.standard_normal((1, 3)) for _ in range(10)])) is None
     assert dependence(equal([rng.standard_normal((4, 3)) for _ in range(2)])) is None
+
+
+def test_few_batches_of_a_steep_spectrum_are_not_called_balanced():
+    """With 8 batches of 16, p < 1 % in 4 % of probes: a warning would come four times too often."""
+    steep = 1 / np.arange(1, 33) ** 2.0
+    found = [from_batches(simulated(r, 1e9, 8, 16, steep)) for r in range(200)]
+    low = sum(e.dependence.p_value < 0.01 for e in found)
+    assert low >= 3, "the control"
+    assert sum(bool(e.warnings) for e in found) <= 2 < low
+
+
+def test_what_rounding_leaves_is_no_dependence():
+    same = equal([np.ones((4, 2)) for _ in range(25)])
+    rounded = replace(same, sum_sq_norms=same.sum_sq_norms * (1 - 1e-7))
+    assert dependence(rounded).p_value == 1 and not from_batches(rounded).warnings
+    apart = replace(same, sum_sq_norms=same.sum_sq_norms * 0.9)
+    assert dependence(apart).p_value < 0.01, "the control"
