@@ -109,6 +109,21 @@ def test_exactly_unbiased_over_all_ordered_draws():
     close(np.mean(found, axis=0), [trace, grad], rtol=EXACT)
 
 
+def test_exactly_unbiased_with_weights_too():
+    """Tokens 1, 7 | 3 | 2, 30: |G|² as it is; tr Σ is NA times that of equal weights."""
+    data = np.array([[1.0, 0.0], [3.0, 1.0], [2.0, -1.0]])
+    tokens = [np.array([1.0, 7.0]), np.array([3.0]), np.array([2.0, 30.0])]
+    weights, mass = [t / t.sum() for t in tokens], [t.sum() for t in tokens]
+    found = []
+    for draw in itertools.product(range(3), repeat=5):
+        rows = np.split(data[list(draw)], [2, 3])
+        c = [a[:, None] * g for a, g in zip(weights, rows, strict=True)]
+        found.append(pooled(batches_of(c, weights, mass)))
+    grad, trace = truth(data)
+    share = np.concatenate(tokens) / sum(mass)
+    close(np.mean(found, axis=0), [5 * float(share @ share) * trace, grad], rtol=EXACT)
+
+
 def test_control_an_average_of_steps_is_another_number():
     rng = np.random.default_rng(0)
     examples = [rng.standard_normal((4, 3)) for _ in range(5)]
@@ -189,6 +204,12 @@ def test_drawn_patterns_agree_with_all_of_them():
     drawn = sign_flip(Batches(np.pad(b.gram, (0, 1)), **longer), draws=19_999)
     assert exact.exact and not drawn.exact
     assert abs(drawn.p_value - exact.p_value) < 5 * np.sqrt(exact.p_value / 19_999)
+
+
+def test_no_p_value_is_below_one_over_the_patterns():
+    same = equal([np.ones((2, 1))] * 20)  # no drawn pattern comes near
+    assert sign_flip(same, draws=99).p_value == 1 / 100
+    assert sign_flip(equal([np.ones((2, 1))] * 5)).p_value == 1 / 16
 
 
 def test_patterns_are_needed():
