@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from gns.advice import Advice
+from gns.rates import spread
 from gns.report.figures.look import LIGHT, Theme, canvas, in_look, limits, log_axis
-from gns.wording import DISAGREE
+from gns.wording import DISAGREE, priced
 
 
 @in_look
@@ -51,7 +52,7 @@ def trade_off(advice: Advice | None, *, theme: Theme = LIGHT) -> Figure | None:
             color=theme.green,
             alpha=0.12,
             linewidth=0,
-            label="pays if both matter equally",
+            label=f"pays {_lower(priced(near.price))}",
         )
     ax.set_yscale("log", base=2)
     ax.set_ylim(0.9, top)
@@ -73,13 +74,13 @@ def learning_rates(advice: Advice | None, *, theme: Theme = LIGHT) -> Figure | N
     figure, (ax,) = canvas(height=4.4)
     batches = np.array(advice.rates[0].batches)
     lows, highs = np.array([c.low for c in advice.rates]), np.array([c.high for c in advice.rates])
-    apart = np.max(highs, axis=0) / np.min(lows, axis=0) > DISAGREE
+    apart = [spread(batch, advice.batch_size, (advice.low, advice.high)) > DISAGREE for batch in batches]
     bottom, top = float(lows.min()) / 1.5, float(highs.max()) * 1.5
     ax.fill_between(
         batches,
         bottom,
         top,
-        where=list(apart),
+        where=apart,
         color=theme.grey,
         alpha=0.14,
         linewidth=0,
@@ -100,6 +101,10 @@ def learning_rates(advice: Advice | None, *, theme: Theme = LIGHT) -> Figure | N
     ax.set_ylabel("learning rate")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]
 
 
 def _batch_axis(ax: Axes, ends: tuple[float, float]) -> None:

@@ -60,7 +60,7 @@ def test_everything_recorded_is_used_and_its_source_named(gns, folder):
         learning_rate=1e-3,
         throughput={16: 80.0, 64: 160.0},
         examples_needed=640,
-        capacity=Capacity(first_epoch_bits(2.0, 200_000), 10_000),
+        capacity=Capacity(first_epoch_bits(2.0, 200_000), 10_000, 0.32),
     )
     assert out[0] == expected.headline
     for line in expected.sentences:
@@ -244,3 +244,24 @@ def test_bits_without_parameters(gns, tmp_path):
 def test_a_terminal_gets_ruled_tables(gns, folder, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "──" in "\n".join(gns("advise", "a")[1])
+
+
+def test_the_path_of_a_file_may_look_like_a_pair(gns, tmp_path):
+    folder = running.recorded(tmp_path / "lr=1e-4", running.of(100))
+    throughput.write(folder / "throughput.json", CURVE)
+    code, out, _ = gns("advise", "lr=1e-4")
+    assert code == 0 and row(out, "throughput")[2] == "lr=1e-4/throughput.json"
+    assert gns("advise", "lr=1e-4", "--throughput", "lr=1e-4/throughput.json")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["advise", "report"])
+@pytest.mark.parametrize("rate", ["2e-4", -1, True, 10**400])
+def test_a_recorded_learning_rate_that_is_none_gives_way_to_that_of_the_steps(
+    gns, folder, command, rate, monkeypatch
+):
+    monkeypatch.setattr("gns.report.drawn", lambda found: [])
+    write_summary(folder, load(folder), settings={**SETTINGS, "learning_rate": rate}, batch_size=16)
+    code, out, err = gns(command, "a")
+    assert code == 0 and not err
+    if command == "advise":
+        assert row(out, "learning rate")[1] == "0.001 at batch 16"
