@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 BATCH_SIZE, LEARNING_RATE = "Batch size", "Learning rate"  # titles of sections that tables belong to
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
-START = "A place to start, to be tried with half and double: the noise scale stands in for the critical batch size."
+START = (
+    "A place to start, to be tried with half and double: the noise scale stands in for the critical batch "
+    "size."
+)
 LAWS_CAVEAT = (
     "B_simple stands in for the noise scales of the laws, which are other quantities (that of the surge law "
     "is fitted from many training runs), and the ranges show only how sure B_simple is"

@@ -13,7 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from gns.advice import Advice
 from gns.rates import spread
 from gns.report.figures.look import LIGHT, Theme, canvas, in_look, limits, log_axis
-from gns.wording import DISAGREE, priced
+from gns.tradeoff import EQUAL
+from gns.wording import DISAGREE
 
 
 @in_look
@@ -52,7 +53,9 @@ def trade_off(advice: Advice | None, *, theme: Theme = LIGHT) -> Figure | None:
             color=theme.green,
             alpha=0.12,
             linewidth=0,
-            label=f"pays {_lower(priced(near.price))}",
+            label="pays if both matter equally"
+            if near.price == EQUAL
+            else "pays at the price that is stated",
         )
     ax.set_yscale("log", base=2)
     ax.set_ylim(0.9, top)
@@ -101,10 +104,6 @@ def learning_rates(advice: Advice | None, *, theme: Theme = LIGHT) -> Figure | N
     ax.set_ylabel("learning rate")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
-
-
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]
 
 
 def _batch_axis(ax: Axes, ends: tuple[float, float]) -> None:
