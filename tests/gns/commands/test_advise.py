@@ -7,6 +7,7 @@ import pytest
 from gns import throughput
 from gns.advice import advise
 from gns.capacity import Capacity, first_epoch_bits
+from gns.coverage import Coverage
 from gns.records import load, write_summary
 from gns.sums import StepSums
 from gns.throughput import Speed, Throughput
@@ -265,3 +266,10 @@ def test_a_recorded_learning_rate_that_is_none_gives_way_to_that_of_the_steps(
     assert code == 0 and not err
     if command == "advise":
         assert row(out, "learning rate")[1] == "0.001 at batch 16"
+
+
+def test_parameters_that_were_recorded_win_over_those_of_the_coverage(gns, folder):
+    coverage = Coverage({"a": 300}, {"b": 100}, {"b": "no rule"})
+    for settings, count in ((SETTINGS, "10,000"), ({**SETTINGS, "trainable_parameters": None}, "400")):
+        write_summary(folder, load(folder), coverage=coverage, settings=settings, batch_size=16)
+        assert row(gns("advise", "a")[1], "data and adapters")[1].endswith(f"against {count} parameters")
