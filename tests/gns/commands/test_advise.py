@@ -147,8 +147,9 @@ def test_another_batch_leaves_out_what_belongs_to_the_runs_own(gns, folder):
     assert any("say how many examples that loss takes at batch 32" in line for line in out)
 
 
-def test_a_run_of_more_than_an_epoch_sets_no_aim(gns, folder):
-    write_summary(folder, load(folder), settings={**SETTINGS, "steps_made": 200}, batch_size=16)
+@pytest.mark.parametrize("steps", [125, 200])
+def test_a_run_of_an_epoch_or_more_sets_no_aim(gns, folder, steps):
+    write_summary(folder, load(folder), settings={**SETTINGS, "steps_made": steps}, batch_size=16)
     out = gns("advise", "a")[1]
     assert any("say how many examples that loss takes at batch 16" in line for line in out)
 

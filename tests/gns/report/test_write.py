@@ -285,6 +285,8 @@ def test_a_run_that_moved_is_reported_by_its_last_third(tmp_path):
         assert line in page.text
     assert json.loads((tmp_path / "summary.json").read_text())["estimate"]["b_simple"] == whole.b_simple
     assert load(tmp_path).low == whole.low
+    more = [format_count(part.more_examples(0.2)) for part in (change.last, whole)]
+    assert more[0] != more[1] and f"For ±20 %, last third{more[0]} more" in page.text
 
 
 @pytest.mark.usefixtures("undrawn")
