@@ -233,14 +233,35 @@ def known_of(sums: Sums, rows: np.ndarray | None = None) -> Known:
     """
     chosen = np.arange(len(sums.names)) if rows is None else rows
     eye = identity(sums)
+    centred = float(sums.centred_sq()[chosen].sum())
+    by_probe = sums.by_probe if rows is None else None
     return Known(
-        centred=float(sums.centred_sq()[chosen].sum()),
+        centred=centred,
         probe_sq=eye.probes[0][:, chosen].sum(1),
-        by_probe=sums.by_probe if rows is None else None,
+        traces=None if sums.overlap else _traces(sums, centred, by_probe, eye.groups[0][:, chosen].sum(1)),
+        by_probe=by_probe,
         share=sums.share,
         sum_sq_weights=sums.sum_sq_weights,
         n=sums.n,
     )
+
+
+def _traces(sums: Sums, centred: float, by_probe: np.ndarray | None, along: np.ndarray) -> np.ndarray:
+    """Tₛ = Σ ‖c̃ᵢ − ãᵢḡ‖² over each probe's examples [S]; they add up to that over all.
+
+    Exact where the examples of a probe weigh the same; else Σ ãᵢc̃ᵢ is shared out by weight.
+
+    Args:
+        sums: of the gradients.
+        centred: Σₛ Tₛ.
+        by_probe: [S], Σ ‖c̃ᵢ‖²; None: shared out by weight.
+        along: [S], ḡₛᵀḡ.
+    """
+    if by_probe is None:
+        return centred * sums.share
+    each = np.divide(sums.sq_share, sums.share, out=np.zeros_like(along), where=sums.share > 0)
+    found = by_probe - 2 * each * along + sums.sq_share * along.sum()
+    return found + sums.share * (centred - found.sum())
 
 
 def concluded(sums: Sums, found: Contractions, asked: _Asked) -> CurvatureEstimate:

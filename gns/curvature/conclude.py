@@ -2,13 +2,20 @@
 
 With all examples joined into one batch, weights ãᵢ (Σãᵢ = 1, A = Σãᵢ²), dᵢ = c̃ᵢ − ãᵢḡ and T = Σ‖dᵢ‖² known,
 
-    r = Σ dᵢᵀHdᵢ ≈ T · Σₛ uₛᵀHuₛ / Σₛ ‖uₛ‖²         random signs, rescaled by the known trace
+    r = Σ dᵢᵀHdᵢ ≈ Σₛ [uₛᵀHuₛ + β₋ₛ (Tₛ − ‖uₛ‖²)]   random signs, corrected by the known traces Tₛ, Σ Tₛ = T
+    β₋ₛ = Σₜ uₜᵀHuₜ / Σₜ ‖uₜ‖²                     over the other probes, t ≠ s, whose signs are others
     s = Σ c̃ᵢᵀHc̃ᵢ = r + 2 (Σ ãᵢc̃ᵢ)ᵀHḡ − A ḡᵀHḡ
     Y = GᵀHG   = (ḡᵀHḡ − s) / (1 − A)                all pairs of two examples
     X = tr(HΣ) = N (s − A Y)
 
-For H = cI these are c times the |G|² and tr Σ of `gns.sums.unbiased`, exactly. Spread: probe by probe (each
-has its own examples; first-order influence) and part by part of the examples for H, added.
+For H = cI these are c times the |G|² and tr Σ of `gns.sums.unbiased`, exactly. Over the signs r has no
+bias: a signed sum's error in the trace, which is known, is taken off with a slope that knows nothing of
+its signs. (Where the examples of one probe weigh differently, Tₛ is shared out by weight, and a trace of
+bias is left.) The plain ratio T · Σ uₛᵀHuₛ / Σ ‖uₛ‖² is off by about (2/S)(1/r_eff(Σ) − 1/r_eff(HΣ)),
+which no number of examples mends, and Y by B_noise/N times as much.
+
+Spread: probe by probe (each has its own examples; first-order influence) and part by part of the examples for
+H, added.
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ class Known:
     Args:
         centred: T = Σ ‖c̃ᵢ − ãᵢḡ‖² over the parameters looked at.
         probe_sq: [S], ‖uₛ‖² over them.
+        traces: [S], Tₛ, the mean of ‖uₛ‖² over the signs, Σ Tₛ = T; None where probes share examples.
         by_probe: [S], Σ ‖c̃ᵢ‖² of each probe's examples, up to a factor; None where not known.
         share: [S], αₛ, the probes' shares of the weight.
         sum_sq_weights: A.
@@ -42,6 +50,7 @@ class Known:
 
     centred: float
     probe_sq: np.ndarray
+    traces: np.ndarray | None
     by_probe: np.ndarray | None
     share: np.ndarray
     sum_sq_weights: float
@@ -68,11 +77,21 @@ def _xy(r: np.ndarray, q: np.ndarray, t: np.ndarray, known: Known) -> tuple[np.n
     return known.n * (s - a * y), y
 
 
+def _of_signs(known: Known) -> np.ndarray:
+    """[S], what each uₛᵀHuₛ weighs in r."""
+    sq, total = known.probe_sq, float(known.probe_sq.sum())
+    plain = np.full(len(sq), known.centred / total if total > 0 else 0.0)
+    others = total - sq
+    if known.traces is None or not (others > 0).all():
+        return plain
+    slopes = (known.traces - sq) / others  # of probe s, shared by all others
+    return 1 + slopes.sum() - slopes
+
+
 def point_values(found: Contractions, known: Known) -> tuple[np.ndarray, np.ndarray]:
     """X and Y by parameter, [P] each; they add up to those of the whole."""
     mass = found.mass[:, None]
-    scale = known.centred / known.probe_sq.sum() if known.probe_sq.sum() > 0 else 0.0
-    r = (mass * found.probes.sum(1)).sum(0) * scale
+    r = (mass * np.einsum("s,msp->mp", _of_signs(known), found.probes)).sum(0)
     q, t = (mass * found.groups.sum(1)).sum(0), (mass * found.weighted).sum(0)
     return _xy(r, q, t, known) if len(r) == len(q) else _xy(r.sum(), q.sum(), t.sum(), known)
 
@@ -88,7 +107,7 @@ def moments_of(found: Contractions, known: Known) -> Moments:
     probes, groups, weighted = whole.probes[..., 0], whole.groups[..., 0], whole.weighted[:, 0]
     mass = found.mass
     scale = known.centred / known.probe_sq.sum() if known.probe_sq.sum() > 0 else 0.0
-    per_part = _xy(scale * probes.sum(1), groups.sum(1), weighted, known)
+    per_part = _xy(probes @ _of_signs(known), groups.sum(1), weighted, known)
     x, y = (float(mass @ v) for v in per_part)
     of_probes = _influence(mass @ probes, mass @ groups, scale, known)
     of_parts = (mass * (per_part[0] - x), mass * (per_part[1] - y))

@@ -40,7 +40,8 @@ class Sums:
         by_probe: [S], Σ ‖c̃ᵢ‖² over each probe's examples and all parameters; None where not known.
         share: [S], αₛ = Σ ãᵢ over each probe's examples.
         sign_share: [S], eₛ = Σ εᵢãᵢ.
-        sum_sq_weights: Σ ãᵢ².
+        sq_share: [S], Aₛ = Σ ãᵢ² over each probe's examples.
+        overlap: whether signs were given, and probes share examples.
         n: N.
         n_tokens: labelled tokens, or None where unknown.
         left_out: trainable parameter → why it is not measured.
@@ -53,7 +54,8 @@ class Sums:
     by_probe: np.ndarray | None
     share: np.ndarray
     sign_share: np.ndarray
-    sum_sq_weights: float
+    sq_share: np.ndarray
+    overlap: bool
     n: int
     n_tokens: int | None
     left_out: dict[str, str]
@@ -67,6 +69,11 @@ class Sums:
     def probes(self) -> int:
         """How many signed sums there are, S."""
         return len(self.share)
+
+    @property
+    def sum_sq_weights(self) -> float:
+        """Σ ãᵢ²."""
+        return float(self.sq_share.sum())
 
     @cached_property
     def mean(self) -> Vector:
@@ -230,7 +237,7 @@ def _concluded(
     each: list[np.ndarray],
     left_out: dict[str, str],
 ) -> Sums:
-    share, sign_share, sum_sq_weights = weigh.concluded()
+    share, sign_share, sq_share = weigh.concluded()
     layout = steps[-1].layout
     if layout is None or not layout.names:
         why = next(iter(left_out.values()), "no parameter has a gradient")
@@ -256,7 +263,8 @@ def _concluded(
         by_probe=by_probe,
         share=share,
         sign_share=sign_share,
-        sum_sq_weights=sum_sq_weights,
+        sq_share=sq_share,
+        overlap=weigh.signs is not None,
         n=weigh.n,
         n_tokens=weigh.n_tokens,
         left_out=left_out,

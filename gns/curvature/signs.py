@@ -94,8 +94,10 @@ class Weights:
         known = [t for t in self.tokens if t is not None]
         return sum(known) if len(known) == len(self.tokens) else None
 
-    def concluded(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """Give αₛ [S], the probes' shares of the weight; eₛ [S] = Σ εᵢãᵢ; and Σãᵢ², with Σãᵢ = 1.
+    def concluded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Give αₛ, the probes' shares of the weight; eₛ = Σ εᵢãᵢ; and Aₛ = Σ ãᵢ² over each probe's examples.
+
+        All are [S], with Σãᵢ = 1 over all examples.
 
         Raises:
             CurvatureError: there are too few examples, or batches of two kinds.
@@ -119,8 +121,9 @@ class Weights:
             raise CurvatureError(
                 "one example has all the weight in the loss; at least 2 with a label are needed"
             )
-        share = np.bincount(np.concatenate(self.members), a, self.probes)
-        return share, np.concatenate(self.signed, 1) @ a, float(a @ a)
+        member = np.concatenate(self.members)
+        share, sq_share = (np.bincount(member, v, self.probes) for v in (a, a**2))
+        return share, np.concatenate(self.signed, 1) @ a, sq_share
 
     def by_probe(self, each: list[np.ndarray]) -> np.ndarray:
         """Add up values of the examples of each batch over the probes, times mₖ²/(Σm)², [S]."""

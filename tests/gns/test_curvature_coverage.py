@@ -33,6 +33,7 @@ def simulate(rng, *, d, n, m, probes, parts, b_noise, spectrum, noise_of_h, leve
     known = Known(
         centred=float(((c - mean / n) ** 2).sum()),
         probe_sq=(u**2).sum(1),
+        traces=member @ ((c - mean / n) ** 2).sum(1),
         by_probe=member @ (c**2).sum(1),
         share=member.sum(1) / n,
         sum_sq_weights=1 / n,

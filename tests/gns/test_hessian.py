@@ -292,6 +292,57 @@ def test_random_signs_agree_with_all_of_them_within_their_error():
         assert values.std(ddof=1) > 0
 
 
+class _Drawn:
+    """Stands for the generator of the signs."""
+
+    def __init__(self, signs):
+        self.signs = list(signs)
+
+    def choice(self, values, n):
+        taken, self.signs = self.signs[:n], self.signs[n:]
+        return np.array(taken)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens_of", "rtol"),
+    [
+        ([4], lambda n, seed: small_tokens(n, seed, equal=True), 1e-9),
+        ([2, 2], lambda n, seed: small_tokens(n, seed, t=5 + seed, equal=True), 1e-9),
+        ([4], small_tokens, 0.01),  # T of a probe is not exact there; before, 0.11
+    ],
+    ids=["equal", "equal in a probe", "unequal"],
+)
+def test_random_signs_of_two_probes_have_no_bias(monkeypatch, sizes, tokens_of, rtol):
+    model, for_h = tiny_gpt2(), [small_tokens(5, 3)]
+    batches = [tokens_of(n, 1 + k) for k, n in enumerate(sizes)]
+    truth = enumerated(model, batches, for_h, token_mean, n=sum(sizes))
+    found = []
+    for signs in all_signs(sum(sizes)):
+        monkeypatch.setattr(np.random, "default_rng", lambda seed, signs=signs: _Drawn(signs))
+        e = b_noise(model, batches, loss=token_mean, hessian_batches=for_h, probes=2, parts=1)
+        found.append((e.trace_h_sigma, e.g_h_g))
+    x, y = np.array(found).T
+    for values, expected in ((x, truth.trace_h_sigma), (y, truth.g_h_g)):
+        assert values.std() > 0.05 * abs(expected)  # signs do matter
+        assert abs(values.mean() - expected) < rtol * max(abs(expected), values.std())
+
+
+def test_over_all_batches_of_a_small_population_both_sums_are_without_bias():
+    model, population, for_h = linear(3), regression(3, d=3), regression(5, d=3, seed=1)
+    names = trainable(model)
+    x, y = population
+    losses = [lambda m, i=i: half_squares(m, (x[i : i + 1], y[i : i + 1])) for i in range(3)]
+    g = dense.gradients(model, names, losses)
+    h = dense.hessian(model, names, lambda m: half_squares(m, for_h))
+    centred = g - g.mean(0)
+    expected = [float((centred @ h * centred).sum()) / 3, float(g.mean(0) @ h @ g.mean(0))]
+    found = []
+    for drawn in itertools.product(range(3), repeat=3):
+        e = enumerated(model, [(x[list(drawn)], y[list(drawn)])], [for_h], half_squares, n=3)
+        found.append([e.trace_h_sigma, e.g_h_g])
+    close(np.mean(found, 0), expected, rtol=1e-10)
+
+
 # methods
 
 
