@@ -351,6 +351,23 @@ def test_the_optimizer_that_stepped_last_has_the_say(others):
         check(monitor.latest, found, before)
 
 
+def test_what_was_read_between_two_optimizers_is_read_again():
+    """A forward pass after the first one's step sees only half of the new state."""
+    model = mlp()
+    first, second = (torch.optim.Adam(list(part.parameters()), lr=1e-2) for part in (model[0], model[2]))
+    with GNSMonitor(model, metric="adam", on_error="raise") as monitor:
+        for i in range(3):
+            mean_of(model)(rows(6, seed=i)).backward()
+            first.step()
+            model(rows(2))
+            second.step()
+            second.zero_grad()
+            first.zero_grad()
+        model(rows(2))
+        expected = adam_roots([first, second], dict(model.named_parameters()))
+        assert torch.equal(monitor._collector.weights.roots["2.weight"], expected.there["2.weight"])
+
+
 def test_roots_are_where_the_parameter_is():
     """State that was moved away between steps; the device without memory stands for another one."""
     p, away = (nn.Parameter(torch.zeros(3, 2, device=device)) for device in ("cpu", "meta"))
