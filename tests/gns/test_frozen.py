@@ -724,6 +724,15 @@ def test_stops_at_the_first_look_that_is_narrow_enough():
     assert never.low < single.low < single.high < never.high, "looks share the level"
 
 
+def test_a_narrow_set_of_too_few_effective_batches_does_not_stop_it():
+    """20 batches of unequal size count for fewer than 20, and their set is not trusted."""
+    sizes = [2] * 10 + [8] * 12
+    found = probe(plain(), rows(*sizes), loss=mean_loss, relative_width=1e6)
+    assert found.looks == (20, 22) and found.n_steps == 22 and found.stopped is None
+    even = probe(plain(), rows(*[8] * 22), loss=mean_loss, relative_width=1e6)
+    assert even.n_steps == 20 and even.stopped is not None, "the control"
+
+
 # --- the examples with the largest gradients
 
 
