@@ -29,7 +29,7 @@ from gns.curvature.contractions import OPERATORS, Builder, Contractions, contrac
 from gns.curvature.errors import CurvatureError
 from gns.curvature.gathering import Sums, gather
 from gns.curvature.lanczos import lanczos
-from gns.curvature.parts import Point, pieces
+from gns.curvature.parts import Point, fingerprint, pieces
 from gns.curvature.products import METHODS
 from gns.curvature.result import Block, Contribution, Cost, CurvatureEstimate
 from gns.estimate import format_count
@@ -162,7 +162,7 @@ def _divided(
     """Tell the batches for g from those for H, on the model's device.
 
     Raises:
-        CurvatureError: one of the two has none.
+        CurvatureError: one of the two has none, or both have one batch in common.
     """
     if isinstance(hessian_batches, int):
         k = hessian_batches
@@ -180,6 +180,13 @@ def _divided(
         for_g, for_h = batches, list(hessian_batches)
     if not for_g or not for_h:
         raise CurvatureError("no batch for g, or none for H; at least one of each is needed")
+    known = {fingerprint(b) for b in for_g} - {None}
+    for number, batch in enumerate(for_h):
+        if fingerprint(batch) in known:
+            raise CurvatureError(
+                f"batch {number} for H has the same examples as one for g, which makes tr(HΣ) too "
+                "large; give H other examples"
+            )
     devices = {p.device for p in model.parameters()}
     if len(devices) == 1:
         device = devices.pop()
@@ -212,7 +219,7 @@ def read(
     gathered = time.perf_counter()
     every = dict(model.named_parameters(remove_duplicate=False))
     point = Point(model, {n: every[n] for n in sums.names}, loss, seed=asked.seed, **how)
-    cut = pieces(for_h, asked.parts)
+    cut = pieces(for_h, asked.parts, whole=asked.segments is not None)  # rows of one example stay together
     found = contract(point, cut, sums, operator=asked.operator, method=asked.method)
     result = concluded(sums, found, asked)
     if asked.blocks:

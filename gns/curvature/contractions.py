@@ -12,7 +12,7 @@ from gns.curvature.errors import CurvatureError
 from gns.curvature.gathering import Sums
 from gns.curvature.ggn import GaussNewton
 from gns.curvature.parts import Point, dots, norm
-from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, Part, Steps
+from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, NoStep, Part, Steps
 
 OPERATORS = ("hessian", "ggn")
 # Between an exact product and a difference, relative: more is another derivative, not rounding.
@@ -175,7 +175,10 @@ def _checked(build: Builder, part: Exact, piece: Any, sums: Sums) -> Part:
     exact = part.product(mean)
     if not np.isfinite(norm(exact)):
         return part  # it is said when all products are there
-    product = Difference(build.point, piece, build.steps).product(mean)
+    try:
+        product = Difference(build.point, piece, build.steps).product(mean)
+    except NoStep:
+        return part  # no step changes the gradient: H ḡ is about zero, and no difference says otherwise
     differs = norm({n: v.double() - product[n].double() for n, v in exact.items()}) / (norm(product) or 1.0)
     if differs <= AGREE[build.point.precision]:
         return part

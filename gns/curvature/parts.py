@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha1
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ def _sliced(value: Any, rows: slice) -> Any:
         cut = [_sliced(item, rows) for item in value]
         return tuple(cut) if isinstance(value, tuple) else cut
     return value
+
+
+def fingerprint(batch: Any) -> tuple[bytes, ...] | None:
+    """Tell batches of the same rows, in whatever order; None where a batch has no rows to be read."""
+    tensors = [t.detach() for t in tensors_in(batch) if t.ndim]
+    if not tensors or any(t.layout is not torch.strided or t.is_meta for t in tensors):
+        return None
+    n = len(tensors[0])
+    bits = [t.cpu().contiguous().view(torch.uint8).numpy() for t in tensors if len(t) == n and t.numel()]
+    return tuple(sorted(sha1(b"".join(b[i].tobytes() for b in bits)).digest() for i in range(n)))
 
 
 @dataclass
@@ -172,11 +183,13 @@ class Point:
         try:
             for name, p in self.parameters.items():
                 p.data.copy_(self._kept[name].to(vector[name]) + h * vector[name])
+            torch.clear_autocast_cache()  # an autocast around us holds low-precision copies of the weights
             yield
         finally:
             with uninterrupted():
                 for name, p in self.parameters.items():
                     p.data.copy_(self._kept[name])
+                torch.clear_autocast_cache()
 
 
 def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[float]:
@@ -189,7 +202,7 @@ def norm(vector: Mapping[str, Tensor]) -> float:
     return sum(dots(vector, vector)) ** 0.5
 
 
-def pieces(batches: Sequence[Any], parts: int) -> list[Any]:
-    """Cut the batches for H into about so many parts in all."""
-    each = -(-parts // max(1, len(batches)))
+def pieces(batches: Sequence[Any], parts: int, *, whole: bool = False) -> list[Any]:
+    """Cut the batches for H into about so many parts in all; `whole`: no batch is cut."""
+    each = 1 if whole else -(-parts // max(1, len(batches)))
     return [piece for batch in batches for piece in split(batch, each)]

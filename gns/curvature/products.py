@@ -35,6 +35,10 @@ class NoSecondDerivative(CurvatureError):
     """The model has an operation without a second derivative."""
 
 
+class NoStep(CurvatureError):
+    """No step along a vector changes the gradient by a measurable amount."""
+
+
 class Part(Protocol):
     """One part of the examples for H."""
 
@@ -81,7 +85,7 @@ class Steps:
             target: the change that is wanted.
 
         Raises:
-            CurvatureError: no step changes anything, or every one breaks the loss.
+            NoStep: no step changes anything, or every one breaks the loss.
         """
         size = norm(vector)
         if kind not in self._length:
@@ -101,7 +105,7 @@ class Steps:
             length = min(length * min(30.0, max(1 / 30, factor)), largest / 3)
             if seen >= target / 300 and 1 / 30 < factor < 30:  # close enough to trust the power law
                 return length
-        raise CurvatureError(
+        raise NoStep(
             f"no step along a {kind} vector changes the gradient by a measurable amount: the Hessian looks "
             'like zero there; take method="exact"'
         )

@@ -1,7 +1,9 @@
 """Readings of B_noise during a training: on the calls of the model that the training itself made.
 
-Every k-th optimizer step, when its gradients are complete and before the weights move, the calls of the step
-before give g and those of this step give H: other examples, not yet trained on.
+Every k-th optimizer step, when its gradients are complete and before the weights move, the calls of this
+step give g and those of the step before give H: other examples. Not the other way round: the weights have
+just moved against the gradients of the step before, which so say too little of GᵀHG, by about
+2·rate·tr(H²Σ)/n.
 """
 
 from __future__ import annotations
@@ -14,19 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gns.arguments import call_shape
-from gns.calling import value_of
+from gns.calling import ProbeError, value_of
 from gns.curvature.result import CurvatureEstimate, CurvatureReading
+from gns.examples import row_map
 from gns.guard import in_backward
 from gns.segments import SegmentsOf
 from gns.taps import hooks_of, is_ours
 
 CALLS = 8  # of one step that are kept; the rest of a step with more micro-batches is not used
 PROBES = 8
-FAILED = (
-    "no B_noise at optimizer step {step} (training goes on, later failures are not told): {error}. "
-    "curvature_every needs a model that is given `labels` and returns `loss`"
-)
+FAILED = "no B_noise at optimizer step {step} (training goes on, later failures are not told): {error}"
+NO_LOSS = ". curvature_every needs a model that is given `labels` and returns `loss`"
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class CurvatureWatch:
         if not wanted or len(self._now) >= CALLS or not self.model.training:
             return
         device = next((t.device.type for t in self.model.parameters()), "cpu")
-        kept = {
+        named = {
             k: v for k, v in kwargs.items() if k != "num_items_in_batch"
         }  # of the whole step, not of a call
         cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        self._now.append(_Call(_detached(args), _detached(kept), cast))
+        self._now.append(_Call(_kept(args), _kept(named), cast))
 
     def _due(self, step: int) -> bool:
         return step > 0 and (step + 1) % self.every == 0
@@ -93,44 +93,44 @@ class CurvatureWatch:
             if not self._failed:
                 self._failed = True
                 text = " ".join(f"{type(error).__name__}: {error}".split())
-                self.on_notice(FAILED.format(step=step, error=text))
+                why = NO_LOSS if isinstance(error, ProbeError) else ""
+                self.on_notice(FAILED.format(step=step, error=text + why))
 
     def _read(self, step: int, before: list[_Call], now: list[_Call]) -> CurvatureEstimate:
         from gns.hessian import b_noise
 
         def loss(model: Any, batch: Any) -> Tensor:
-            kind, dtype, enabled = before[0].autocast
+            kind, dtype, enabled = now[0].autocast
             with torch.autocast(kind, dtype, enabled=enabled):
                 return value_of(model, batch, None)
 
-        cast = before[0].autocast[2]
-        rows = sum(_rows(call) for call in before)
+        cast = now[0].autocast[2]
+        n = sum(self._examples(call) for call in now)
         with unhooked(self.model):
             return b_noise(
                 self.model,
-                [(call.args, call.kwargs) for call in before],
-                hessian_batches=[(call.args, call.kwargs) for call in now],
-                probes=max(2, min(PROBES, rows)),
+                [(call.args, call.kwargs) for call in now],
+                hessian_batches=[(call.args, call.kwargs) for call in before],
+                probes=max(2, min(PROBES, n)),
                 loss=loss if cast else None,
                 weights=self.weights,
                 segments=self.segments,
                 seed=step,
             )
 
+    def _examples(self, call: _Call) -> int:
+        rows = row_map(self.model, call.args, call.kwargs, self.weights, self.segments)
+        return 0 if rows is None else rows.n
 
-def _rows(call: _Call) -> int:
-    shape = call_shape(call.args, call.kwargs)
-    return 0 if shape is None else shape.rows
 
-
-def _detached(value: Any) -> Any:
-    """Arguments without a graph; the tensors are the caller's own, not copied."""
+def _kept(value: Any) -> Any:
+    """Arguments without a graph, copied: a loop may write its next batch into the same tensors."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().clone()
     if isinstance(value, Mapping):
-        return {key: _detached(item) for key, item in value.items()}
+        return {key: _kept(item) for key, item in value.items()}
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
-        return type(value)(_detached(item) for item in value)
+        return type(value)(_kept(item) for item in value)
     return value
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from gns import GNSMonitor, b_noise, load
 from gns.curvature.readingsfile import CURVATURE, cut_readings, read_readings
 from gns.monitor import GNSWarning
 from gns.records import RecordsError
+from gns.segments import stacked
 from tests.gns.small_models import lora, tokens, train
 from tests.reference.tolerances import close
 
@@ -44,8 +46,8 @@ def test_a_reading_is_that_of_b_noise_on_the_last_two_steps_batches():
                     expected.append(
                         b_noise(
                             model,
-                            [tokens(8, seed=step - 1)],
-                            hessian_batches=[tokens(8, seed=step)],
+                            [tokens(8, seed=step)],
+                            hessian_batches=[tokens(8, seed=step - 1)],
                             seed=step,
                         )
                     )
@@ -57,6 +59,69 @@ def test_a_reading_is_that_of_b_noise_on_the_last_two_steps_batches():
             [reading.estimate.trace_h_sigma, reading.estimate.g_h_g], [e.trace_h_sigma, e.g_h_g], rtol=1e-12
         )
     assert len(monitor.history) == 7 and all(s.usable for s in monitor.history)
+
+
+class Regression(torch.nn.Module):
+    """Linear regression that gives its loss; at weight w, with x ~ N(0, 1), G = w − target and H = 1."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.linear = torch.nn.Linear(d, 1, bias=False).double()
+
+    def forward(self, x, labels):
+        return {"loss": 0.5 * (self.linear(x) - labels).square().mean()}
+
+
+def test_g_is_not_taken_on_examples_that_the_weights_have_just_been_moved_by():
+    torch.manual_seed(0)
+    d, found, expected = 8, [], []
+    model = Regression(d).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    with GNSMonitor(model, curvature_every=2) as monitor:
+        for _ in range(300):
+            x = torch.randn(16, d).double()
+            model(x=x, labels=x.sum(1, keepdim=True) + torch.randn(16, 1).double()).get("loss").backward()
+            expected.append(float((model.linear.weight.detach() - 1).square().sum()))
+            optimizer.step()
+            optimizer.zero_grad()
+        found = monitor.curvature
+    off = np.array([r.estimate.g_h_g - expected[r.step] for r in found[10:]])
+    assert abs(off.mean()) < 4 * off.std(ddof=1) / math.sqrt(len(off))
+
+
+def test_a_loop_may_write_its_batches_into_the_same_tensors():
+    numbers = []
+    for static in (False, True):
+        model, kept = lora("llama").train(), tokens(8)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        with GNSMonitor(model, curvature_every=2) as monitor:
+            for step in range(4):
+                given = tokens(8, seed=step)
+                if static:
+                    for name, value in given.items():
+                        kept[name].copy_(value)
+                    given = kept
+                model(**given).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        numbers.append([(r.estimate.trace_h_sigma, r.estimate.g_h_g) for r in monitor.curvature])
+    assert len(numbers[0]) == 2 and numbers[0] == numbers[1]
+
+
+def test_pairs_and_the_same_batch_again():
+    model = lora("llama").train()
+    with GNSMonitor(model, curvature_every=2, segments=stacked(2)) as monitor:
+        list(loop(model, 2))
+    assert [(r.estimate.n_examples, r.estimate.probes) for r in monitor.curvature] == [(4, 4)]
+    assert monitor.curvature[0].estimate.n_hessian == 1  # no pair is cut in two
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.warns(GNSWarning, match="same examples") as told:
+        with GNSMonitor(model, curvature_every=2) as monitor:
+            for _ in range(4):
+                optimizer.zero_grad()
+                model(**tokens(8)).loss.backward()
+                optimizer.step()
+    assert not monitor.curvature and not any("`labels`" in str(w.message) for w in told)
 
 
 @pytest.mark.parametrize("every", [1, 2])
