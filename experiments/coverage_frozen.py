@@ -27,7 +27,7 @@ from tqdm import tqdm
 from experiments.coverage import LEVELS, RESULTS, noise_seed, tally
 from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Pooled, simulate_pooled
 from experiments.rows import complete, provenance, read, row_of
-from experiments.sets import hull, hull_of, moments_of, statuses
+from experiments.sets import Sets, hull, hull_of, moments_of, statuses
 from gns.estimate import Moments
 from gns.pairspread import ScoreMoments
 
@@ -59,7 +59,7 @@ class FrozenCell:
     @property
     def hash(self) -> str:
         """The key under which a finished row is found again."""
-        fixed = {"levels": LEVELS, "d": DIMENSIONS, "flips": FLIPS, "what": "frozen, score"}
+        fixed = {"levels": LEVELS, "d": DIMENSIONS, "flips": FLIPS, "what": "frozen, score and flips"}
         return hashlib.sha256(json.dumps([asdict(self), fixed], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -129,6 +129,18 @@ class SignFlips:
         return np.mean(found >= seen - 1e-12 * np.abs(seen), axis=1)
 
 
+def seen(sets: Sets, p: np.ndarray) -> Sets:
+    """Take the upper end of sets where the sign-flip test sees no gradient, as `SignFlip.upper_end` does.
+
+    Args:
+        sets: at `LEVELS`.
+        p: [repeats], of the sign-flip test.
+    """
+    least = 1 / (FLIPS + 1)
+    size = np.maximum((1 - np.asarray(LEVELS)) / 2, least)[:, None] * (1 + 1e-9)
+    return replace(sets, high=np.where(p <= size, sets.high, np.inf))
+
+
 def measure(cell: FrozenCell, noise: Pooled, flips: SignFlips) -> dict[str, Any]:
     """Apply the probe, and the set of the same batches as training steps, to one cell.
 
@@ -138,12 +150,14 @@ def measure(cell: FrozenCell, noise: Pooled, flips: SignFlips) -> dict[str, Any]
         flips: of that noise.
 
     Returns:
-        `methods`: "score" and "jackknife", both of all pairs, and "steps" → `tally`; `statuses`: a list over
-        `LEVELS` of the score set's; `flips`: how many sign-flip tests reject |G|² = 0 at `SIZE`.
+        `methods`: "score", with the sign-flip test's say, and "jackknife", both of all pairs, and "steps" →
+        `tally`; `statuses`: a list over `LEVELS` of the score set's; `flips`: how many sign-flip tests reject
+        |G|² = 0 at `SIZE`.
     """
     plain = jackknifed(noise, cell.b_simple, cell.direction)
+    p = flips.p_values(cell.b_simple, cell.direction)
     found = {
-        "score": hull_of(scored(plain, noise), LEVELS),
+        "score": seen(hull_of(scored(plain, noise), LEVELS), p),
         "jackknife": hull_of(plain, LEVELS),
         "steps": hull(*noise.steps.unbiased(cell.b_simple, cell.direction), LEVELS),
     }
@@ -151,7 +165,7 @@ def measure(cell: FrozenCell, noise: Pooled, flips: SignFlips) -> dict[str, Any]
     return {
         "methods": {name: tally(sets, cell.b_simple) for name, sets in found.items()},
         "statuses": [dict(zip(names.tolist(), counts.tolist(), strict=True)) for names, counts in counted],
-        "flips": int((flips.p_values(cell.b_simple, cell.direction) <= SIZE).sum()),
+        "flips": int((p <= SIZE).sum()),
     }
 
 

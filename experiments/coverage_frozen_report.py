@@ -149,7 +149,8 @@ def limits(rows: Sequence[Row]) -> str:
 (for the sets: the 90 % set has an upper end), G spread evenly. Planned: √(b(b − 1)K·r_eff/2)/1.645 with
 b = 16, K = 50 for steps and b = 800, K = 1 for all pairs, a normal approximation that ignores what G itself
 adds to the spread. The jackknife's variance of a U-statistic is twice too large where |G|² is small, so its
-set gives up before the sign-flip test does; the score set does not."""
+set gives up before the sign-flip test does; the score set does not, and takes its upper end only where that
+test sees a gradient too."""
     return "\n\n".join(["## Reach", text, table(header, body)])
 
 

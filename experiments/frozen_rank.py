@@ -141,10 +141,11 @@ def _over_rank(ax: Any, rows: Sequence[dict[str, Any]], base: str) -> None:
     lora = [r for r in rows if r["rank"] is not None]
     for r in lora:
         _interval(ax, r["rank"] * 1.06 ** r["seed"], r, BLUE, marker="o", markersize=5)
-    full = max((r for r in rows if r["rank"] is None), key=lambda r: r["n_examples"])
-    if np.isfinite(full["high"]):
-        ax.axhspan(full["low"], full["high"], color=ORANGE, alpha=0.15, linewidth=0)
-    ax.axhline(full["b_simple"], color=ORANGE, label="full weights, 95 % band")
+    full = max((r for r in rows if r["rank"] is None), key=lambda r: r["n_examples"], default=None)
+    if full is not None:
+        if np.isfinite(full["high"]):
+            ax.axhspan(full["low"], full["high"], color=ORANGE, alpha=0.15, linewidth=0)
+        ax.axhline(full["b_simple"], color=ORANGE, label="full weights, 95 % band")
     middle, low, high = slope(lora, "rank")
     ax.plot([], [], "o", color=BLUE, label=f"factor B, slope {middle:.3f} ({low:.3f} … {high:.3f})")
     ax.set_xlabel("LoRA rank")
@@ -156,6 +157,8 @@ def _over_examples(ax: Any, rows: Sequence[dict[str, Any]]) -> None:
     ranks = sorted({r["rank"] for r in rows if r["rank"] is not None})
     for rank, colour in ((ranks[len(ranks) // 2], BLUE), (None, ORANGE)):
         mine = [r for r in rows if r["rank"] == rank]
+        if not mine:
+            continue
         for r in mine:
             shift = 0.97 if rank else 1.03
             _interval(
@@ -203,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.figures:
         rows = [json.loads(line) for path in given.figures for line in path.read_text().splitlines()]
-        target = given.figures[0].with_suffix(".png")
+        target = given.figures[0].parent / "frozen_rank.png"
         FigureCanvasAgg(figure(rows)).print_png(str(target))
         print(target)
         return

@@ -89,12 +89,17 @@ def _own_loss(out: Any) -> Any:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Give a batch with its tensors on a device."""
+    """Give a batch with its tensors on a device; itself where they are there already."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
+        there = {key: moved(item, device) for key, item in value.items()}
+        return value if all(there[key] is item for key, item in value.items()) else there
     if isinstance(value, tuple | list):
-        there = [moved(item, device) for item in value]
-        return tuple(there) if isinstance(value, tuple) else there
+        items = [moved(item, device) for item in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        if isinstance(value, tuple):
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return items
     return value

@@ -15,6 +15,8 @@ from typing import Any
 from gns.tradeoff import positive
 
 BITS_PER_PARAMETER = 2.0
+LARGEST = 1e100  # beyond it no recorded setting makes sense, and products of two overflow
+WHOLE = 0.995  # of an epoch and more is called all of it
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Capacity:
     Args:
         data_bits: log-loss of the data in the first epoch, summed over its tokens, bits.
         parameters: trainable numbers.
+        share: of the epoch that the log-loss was seen on, 0 … 1; the rest is taken to be like it.
 
     Raises:
         ValueError: one of them is no finite number > 0, or `parameters` no whole one.
@@ -34,10 +37,12 @@ class Capacity:
 
     data_bits: float
     parameters: int
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         positive("data_bits", self.data_bits)
         positive("parameters", self.parameters, whole=True)
+        positive("share", self.share)
 
     @property
     def adapter_bits(self) -> float:
@@ -156,14 +161,16 @@ def recorded(
 
     Args:
         settings: of the run, as `gns measure` records them: "first_epoch_loss" (nats a token), "loss_tokens",
-            "trainable_parameters", "adapted_layers". What is no number above 0 counts as missing.
+            "first_epoch_share" (of the epoch that the loss is of), "trainable_parameters", "adapted_layers".
+            What is no number above 0 counts as missing.
         parameters: trainable numbers, where they are known better.
     """
     loss, tokens = number_in(settings, "first_epoch_loss"), number_in(settings, "loss_tokens")
     count = parameters or number_in(settings, "trainable_parameters")
     capacity = None
-    if loss is not None and tokens is not None and count is not None:
-        capacity = Capacity(first_epoch_bits(loss, int(tokens)), int(count))
+    if loss is not None and tokens is not None and count is not None and min(tokens, count) >= 1:
+        share = min(1.0, number_in(settings, "first_epoch_share") or 1.0)
+        capacity = Capacity(first_epoch_bits(loss, int(tokens)), int(count), share)
     layers = read_layers(settings.get("adapted_layers"))
     return capacity, step_cost(layers) if layers else None
 
@@ -173,7 +180,7 @@ def number_in(settings: Mapping[str, Any], name: str) -> float | None:
     value = settings.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if value > 0 and math.isfinite(value) else None
+    return value if 0 < value <= LARGEST else None
 
 
 def _is_shape(row: Any) -> bool:

@@ -79,6 +79,7 @@ class Estimate:
         variance: what the spread was taken from, "between steps" or, where they drift, "successive
             differences".
         moments: what the set was made of; None for an estimate written by hand.
+        set_level: level of this set by itself, where `level` is that of all looks together; None: the same.
     """
 
     b_simple: float
@@ -106,6 +107,7 @@ class Estimate:
     variance: str = BETWEEN
     moments: Moments | None = field(default=None, repr=False, compare=False)
     curvature: tuple[CurvatureReading, ...] = field(default=(), repr=False, compare=False)
+    set_level: float | None = None
 
     @property
     def examples_per_step(self) -> float:
@@ -131,8 +133,8 @@ class Estimate:
             width: relative half-width wanted, (high − low) / 2B.
 
         Returns:
-            Examples; 0 where the set is that narrow; `inf` where |G|² averages to no positive number, so that
-            none can be named; NaN with fewer than 2 steps.
+            Examples; 0 where the set is that narrow; `inf` where |G|² or tr Σ averages to no positive number,
+            so that none can be named; NaN with fewer than 2 steps.
 
         Raises:
             ValueError: `width` is not positive.
@@ -150,7 +152,8 @@ class Estimate:
         if self.moments is None:  # written by hand: the width goes with B and with the root of the steps
             times = ((self.high - self.low) / 2 / self.b_simple * truth / self.b_simple / width) ** 2
         else:
-            times = times_more(replace(self.moments, y=self.moments.x / truth), self.level, width)
+            level = self.level if self.set_level is None else self.set_level
+            times = times_more(replace(self.moments, y=self.moments.x / truth), level, width)
         return max(0.0, (times - 1) * self.n_examples)
 
     def outlook(self, width: float = 0.2) -> str:
@@ -164,6 +167,8 @@ class Estimate:
             return f"How many examples {aim} takes cannot be said before 2 steps are measured."
         if more == 0:
             return f"The interval is no wider than {aim}."
+        if self.b_simple <= 0 and math.isfinite(self.high):
+            return f"No number of examples gives {aim}: tr Σ, and so B_simple, averages to no more than 0."
         if math.isinf(self.high) or math.isinf(more):
             least = self._more(width, self.low)
             number = f"At least {format_count(least)} more" if 0 < least < math.inf else "More"
@@ -263,11 +268,17 @@ def with_groups(
     Returns:
         The summary of the steps with those of the groups in it.
     """
-    of_step = [s.groups for s in usable]
-    names = of_step[0] if of_step else ()
-    by_name = {name: [groups[name] for groups in of_step if name in groups] for name in names}
-    groups = {name: summary(of_group) for name, of_group in by_name.items()}
+    groups = {name: summary(of_group) for name, of_group in groups_of(usable).items()}
     return replace(summary(usable), groups=groups, n_skipped=skipped)
+
+
+def groups_of(usable: list[StepSums]) -> dict[str, list[StepSums]]:
+    """Group name → its records, of the steps that have it."""
+    found: dict[str, list[StepSums]] = {}
+    for step in usable:
+        for name, group in step.groups.items():
+            found.setdefault(name, []).append(group)
+    return found
 
 
 def summarise(

@@ -336,7 +336,8 @@ def _dropout(model: Any) -> float:
     kinds = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.AlphaDropout)
     found = [m.p for m in model.modules() if isinstance(m, kinds)]
     known = model.config.get_text_config().to_dict()  # attention_dropout, attn_pdrop …
-    found += [p for name, p in known.items() if "drop" in name and isinstance(p, int | float)]
+    numbers = {name: p for name, p in known.items() if type(p) in (int, float)}  # a flag is no probability
+    found += [p for name, p in numbers.items() if "drop" in name]
     return float(max(found, default=0.0))
 
 

@@ -7,8 +7,9 @@ gradient, and `gns.pairs` makes of both the average over all pairs of examples o
 from __future__ import annotations
 
 import itertools
+import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -67,7 +68,8 @@ def probe(
         split_dropout: run each batch a second time with other dropout masks, and say how much of tr Σ is
             dropout's; implies `dropout`.
         largest: how many of the examples with the largest gradients to name.
-        describe: how to show them: a tokenizer, or a function (batch, row) → text; None: by number only.
+        describe: how to show them: a tokenizer, or a function (batch, row) → text; None, or where examples
+            are not rows (packed texts, pairs): by number only.
         progress: show a bar on standard error; None: if that is a terminal.
         seed: of dropout masks, sketch and sign-flip test.
         weights: of the examples in the loss, see `GNSMonitor`.
@@ -96,7 +98,8 @@ def probe(
     """
     most = _most(batches, max_batches)
     looks = _looks(relative_width, most)
-    _check(model, level, largest)
+    _check(model, level)
+    _whole({"seed": (seed, 0), "max_bytes": (max_bytes, 0), "sketch": (sketch, 1), "largest": (largest, 0)})
     check_metric(model, metric, optimizer, largest)
     run = Run(
         model,
@@ -146,9 +149,9 @@ def _most(batches: Iterable[Any], max_batches: int | None) -> int | None:
 def _looks(relative_width: float | None, most: int | None) -> tuple[int, ...]:
     if relative_width is None:
         return ()
-    if not relative_width > 0:
+    if isinstance(relative_width, bool | str) or not 0 < relative_width < math.inf:
         raise ProbeError(
-            f"relative_width is {relative_width}; a number above 0 is needed, e.g. 0.2 for ±20 %"
+            f"relative_width is {relative_width!r}; a number above 0 is needed, e.g. 0.2 for ±20 %"
         )
     if most is None:
         raise ProbeError(
@@ -158,23 +161,28 @@ def _looks(relative_width: float | None, most: int | None) -> tuple[int, ...]:
     return declared(most)
 
 
-def _check(model: nn.Module, level: float, largest: int) -> None:
+def _check(model: nn.Module, level: float) -> None:
     if not isinstance(model, nn.Module):
         raise ProbeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
-    if not 0 < level < 1:
-        raise ProbeError(f"level is {level}; a coverage in (0, 1) is needed, e.g. 0.95")
+    if isinstance(level, str) or not 0 < level < 1:
+        raise ProbeError(f"level is {level!r}; a coverage in (0, 1) is needed, e.g. 0.95")
     if world_size() > 1:
         raise ProbeError(
             f"{world_size()} processes are under way; a probe runs in one: call it in a process of its own"
         )
-    if isinstance(largest, bool) or not isinstance(largest, int) or largest < 0:
-        raise ProbeError(f"largest is {largest!r}; a whole number, 0 or more, is needed")
     for name, p in model.named_parameters():
         if p.requires_grad and getattr(p, "_post_accumulate_grad_hooks", None):
             raise ProbeError(
                 f"`{name}` has a hook that runs when its gradient is complete (an optimizer inside "
                 "backward?) and would act on the probe's gradients; remove it first"
             )
+
+
+def _whole(given: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse what is no whole number, or below the least: name → (value, least)."""
+    for name, (value, least) in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ProbeError(f"{name} is {value!r}; a whole number, {least} or more, is needed")
 
 
 def _narrow(found: FrozenEstimate, width: float) -> bool:

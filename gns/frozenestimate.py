@@ -13,7 +13,7 @@ from gns.estimate import Estimate, format_count
 from gns.largest import LargeExample
 from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, pooled, sign_flip
 from gns.pairspread import score
-from gns.sets import detection_limit, honest_set, status_of
+from gns.sets import MIN_STEPS, detection_limit, honest_set, status_of
 
 SCORE = "all pairs, under the noise scale that is tested"
 VIEW = "all pairs of examples at one parameter point"
@@ -39,7 +39,8 @@ class DropoutNoise:
 class FrozenEstimate(Estimate):
     """A noise scale measured at frozen weights. A "step" of `Estimate` is a batch here.
 
-    Its `p_value` is that of the sign-flip test, which needs no estimate of a spread.
+    Its `p_value` is that of the sign-flip test, which needs no estimate of a spread. The set has an upper end
+    only where that test, too, sees a gradient at the set's own level, see `SignFlip.upper_end`.
 
     Args:
         view: what average this is.
@@ -134,8 +135,9 @@ def from_batches(
     each = 1 - (1 - level) / looks
     low, high, empty = honest_set(moments, each)
     signal = sign_flip(batches, seed=seed)
+    high = signal.upper_end(high, each)
     apart = dependence(batches)
-    fixed["warnings"] = (*fixed.get("warnings", ()), *sentences(apart))
+    fixed["warnings"] = (*fixed.get("warnings", ()), *sentences(apart, moments.k))
     return FrozenEstimate(
         x / y if y > 0 else math.nan,
         low,
@@ -148,13 +150,19 @@ def from_batches(
         signal=signal,
         dependence=apart,
         moments=moments,
+        set_level=each if looks > 1 else None,
         **fixed,
     )
 
 
-def sentences(found: Dependence | None) -> tuple[str, ...]:
-    """Say that the examples of a batch are not independent, if they are not."""
-    if found is None or found.p_value >= DEPENDENT:
+def sentences(found: Dependence | None, k: float = math.inf) -> tuple[str, ...]:
+    """Say that the examples of a batch are not independent, if they are not.
+
+    Args:
+        found: the comparison.
+        k: effective number of batches; from fewer than `MIN_STEPS`, less agreement is not concluded.
+    """
+    if found is None or found.p_value >= DEPENDENT or (found.difference < 0 and k < MIN_STEPS * (1 - 1e-9)):
         return ()
     if found.difference < 0:
         return (

@@ -25,7 +25,7 @@ from gns.sums import StepSums
 
 RANDOM = (
     "Random numbers were drawn in the model's forward pass although dropout is off: some noise of the "
-    "model's own is in tr Σ."
+    "model's own may be in tr Σ."
 )
 MIXED = 'some batches have token labels and others have none; pass weights="equal", or labels in all of them'
 NOTHING = "no gradient reached a measured parameter"
@@ -46,11 +46,13 @@ class Reading:
         gradients: measured parameter → its `.grad`.
         by_tokens: the examples weigh by their tokens.
         examples: [n], ‖cᵢ‖² of its examples; None where they cannot be told apart.
+        by_rows: example i is row i of the batch.
     """
 
     gradients: Mapping[str, Tensor | None]
     by_tokens: bool
     examples: Tensor | None
+    by_rows: bool
 
 
 class StillMonitor(GNSMonitor):
@@ -83,6 +85,7 @@ class StillMonitor(GNSMonitor):
             gradients={e.name: _weighed(e.parameter.grad, roots.get(e.name)) for e in self._plan.entries},
             by_tokens=bool(calls) and all(c.rows and c.rows.weight_sum is not None for c in calls),
             examples=torch.cat(norms) if norms else None,
+            by_rows=len(calls) == 1 and all(c.rows is not None and c.rows.segments is None for c in calls),
         )
 
     def end_step(self) -> StepSums | None:
@@ -134,7 +137,7 @@ class Run:
         self.done: list[Done] = []
         self.skipped: list[str] = []
         self.fed = self.seen = 0  # batches, and the examples in them
-        self.random = False  # torch's generators moved
+        self.random = False  # a generator moved
         self.unlisted = 0  # batches whose examples' norms could not be told
         devices = {p.device for p in model.parameters()}
         self.device = devices.pop() if len(devices) == 1 else None
@@ -164,7 +167,8 @@ class Run:
             if self.metric == "sign" and self.rows.sketched:
                 raise ProbeError(LARGE.format(n=number + 1, size=self.rows.max_bytes))
             if self.largest is not None:
-                self._look_at(batch, number, start, read.examples, mass, step)
+                shown = batch if read.by_rows else None
+                self._look_at(shown, number, start, read.examples, mass, step)
             self.done.append(Done(at, read.by_tokens, gaps))
 
     def _odd(self, step: StepSums) -> str | None:
@@ -177,7 +181,7 @@ class Run:
     def _backward(self, batch: Any, *, again: bool) -> None:
         with seeded(mixed(self.seed, self.fed, again)) as before:
             loss_of(self.model, batch, self.loss).backward()
-            self.random = self.random or not RandomState.now().same_torch(before)
+            self.random = self.random or not RandomState.now().same(before)
 
     def _again(self, batch: Any, gradients: Mapping[str, Tensor | None]) -> dict[str, float]:
         """Run a batch with other masks, and give ‖ḡ − ḡ′‖² of each parameter."""

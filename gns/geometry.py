@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gns.estimate import Estimate, estimate
+from gns.estimate import Estimate, summarise, usable_of
 from gns.moments import BETWEEN, Moments
 from gns.sets import detection_limit, honest_set, p_value, status_of
 from gns.sums import FACTORS, Layout, StepSums, factor_of
@@ -26,7 +26,7 @@ __all__ = ["METRICS", "by_layer", "by_module", "layer_of", "module_of"]
 if TYPE_CHECKING:
     from gns.metrics import METRICS
 
-_PEFT = "base_model.model."
+_PEFT, _COMPILED = "base_model.model.", "_orig_mod"
 # parts of a parameter's name that belong to an adapter inside the module, not to the path of the module
 _INSIDE = ("base_layer", "modules_to_save", "original_module")
 _CHUNK = 256  # steps whose rows are turned at once, so that they stay in a cache
@@ -48,10 +48,11 @@ def __getattr__(name: str) -> Any:
 def module_of(parameter: str) -> str:
     """Path of the module that a parameter belongs to, as the base model has it; "" is the model itself.
 
-    `peft`'s own prefix, and what it puts inside a module, are no part of it: both factors in
+    What `torch.compile` and `peft` put around and inside a module is no part of it: both factors in
     "base_model.model.model.layers.0.mlp.up_proj" belong to "model.layers.0.mlp.up_proj".
     """
-    parts = parameter.removeprefix(_PEFT).split(".")
+    plain = ".".join(part for part in parameter.split(".") if part != _COMPILED)
+    parts = plain.removeprefix(_PEFT).split(".")
     inside = [i for i, part in enumerate(parts) if part.startswith("lora_") or part in _INSIDE]
     return ".".join(parts[: inside[0]] if inside else parts[:-1])
 
@@ -108,11 +109,9 @@ class _Sums(NamedTuple):
 def _by_part(steps: Iterable[StepSums], level: float, part_of: Callable[[str], str]) -> dict[str, Estimate]:
     steps = list(steps)
     known = [s for s in steps if not isinstance(s, StepSums) or s.rows is not None]
-    whole = estimate(
-        known, level=level
-    )  # what is said of the steps holds of every part; of the tails, of none
-    whole = replace(whole, groups={}, tail_share=None, warnings=())
-    usable = [s for s in known if s.usable]
+    usable, _ = usable_of(known, level)
+    # what is said of the steps holds of every part; of the tails, of none
+    whole = replace(summarise(usable, level=level), tail_share=None, warnings=())
     n = np.array([s.n_examples for s in usable], dtype=np.float64)
     squares = np.array([s.sum_sq_weights for s in usable], dtype=np.float64)
     numbers = [s.step for s in usable]

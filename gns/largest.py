@@ -97,7 +97,7 @@ class Largest:
         """Look at a batch.
 
         Args:
-            batch: what the model was called with.
+            batch: what the model was called with; None where its examples cannot be shown.
             number: of the batch.
             start: place of its first example in the stream.
             sq_norms: [n], ‖cᵢ‖² of its examples.
@@ -113,7 +113,12 @@ class Largest:
                 heapq.heappop(self._kept)
 
     def _text(self, batch: Any, row: int) -> str | None:
-        return None if self.describe is None else plain(str(self.describe(batch, row)))
+        if self.describe is None or batch is None:
+            return None
+        try:
+            return plain(str(self.describe(batch, row)))
+        except Exception as error:  # of the user's: no reason to lose what was measured
+            return plain(f"(describe raised {type(error).__name__}: {error})")
 
     def found(self, scale: float, total: float) -> tuple[LargeExample, ...]:
         """Give them, largest first.

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from gns.estimate import RATIO, Estimate, summarise, usable_of, with_groups
 from gns.sets import MIN_STEPS
@@ -50,7 +50,6 @@ def spending(alpha: float, number: int) -> list[float]:
     return [alpha * (BEFORE / early if i < early else next(late)) for i in range(number)]
 
 
-@functools.lru_cache(maxsize=16)
 def bounds(level: float, number: int) -> tuple[float, ...]:
     """Two-sided normal quantile at each of the first looks.
 
@@ -66,26 +65,34 @@ def bounds(level: float, number: int) -> tuple[float, ...]:
 
     Source: Lan and DeMets 1983, Biometrika 70:659; Armitage, McPherson and Rowe 1969, JRSS A 132:235.
     """
+    found, more = _known(level)
+    while len(found) < number:
+        found.append(next(more))
+    return tuple(found[:number])
+
+
+@functools.lru_cache(maxsize=16)
+def _known(level: float) -> tuple[list[float], Iterator[float]]:
+    """Give the bounds worked out so far, and what gives the next: each look asks for one more."""
+    return [], _bounds(level)
+
+
+def _bounds(level: float) -> Iterator[float]:
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    at, mass, before = np.zeros(1), np.ones(1), 0
-    found = []
-    ks = looks(HORIZON)
-    while len(ks) < number:
-        ks.append(math.ceil(ks[-1] * GROWTH))
-    for k, spent in zip(ks, spending(1 - level, number), strict=False):
-        step = math.sqrt(k - before)
+    at, mass, before, k = np.zeros(1), np.ones(1), 0, MIN_STEPS
+    for look in count():
+        step, spent = math.sqrt(k - before), spending(1 - level, look + 1)[look]
 
         def excess(c: float, k=k, step=step, at=at, mass=mass, spent=spent) -> float:
             edge = c * math.sqrt(k)
-            leaves = stats.norm.sf((edge - at) / step) + stats.norm.sf((edge + at) / step)
+            leaves = special.ndtr((at - edge) / step) + special.ndtr((-at - edge) / step)
             return float(mass @ leaves) - spent
 
         c = float(optimize.brentq(excess, 0.0, 30.0, xtol=1e-10))  # type: ignore[arg-type]
-        found.append(c)
+        yield c
         new = nodes * c * math.sqrt(k)
-        density = (stats.norm.pdf((new[:, None] - at) / step) / step) @ mass
-        at, mass, before = new, density * weights * c * math.sqrt(k), k
-    return tuple(found)
+        density = np.exp(-(((new[:, None] - at) / step) ** 2) / 2) @ mass / (step * math.sqrt(2 * math.pi))
+        at, mass, before, k = new, density * weights * c * math.sqrt(k), k, math.ceil(k * GROWTH)
 
 
 def level_at(look: int, level: float) -> float:
@@ -95,7 +102,7 @@ def level_at(look: int, level: float) -> float:
         look: its number, from 0.
         level: coverage of all looks together.
     """
-    return 1 - 2 * float(stats.norm.sf(bounds(level, look + 1)[look]))
+    return 1 - 2 * float(special.ndtr(-bounds(level, look + 1)[look]))
 
 
 def live(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
@@ -131,9 +138,9 @@ def live(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
     view = f"{RATIO}, as of the look at {made[-1]} steps"
 
     def of_look(part: list[StepSums]) -> Estimate:
-        return replace(summarise(part[: made[-1]], level=at, view=view), level=level)
+        return replace(summarise(part, level=at, view=view), level=level, set_level=at)
 
-    return with_groups(usable, skipped, of_look)
+    return with_groups(usable[: made[-1]], skipped, of_look)
 
 
 def _waiting(early: Estimate) -> Estimate:

@@ -118,8 +118,8 @@ def adam_roots(optimizers: Iterable[Any], parameters: Mapping[str, Tensor]) -> R
     `eps` a group, is read like that.
 
     Args:
-        optimizers: those that step the parameters.
-        parameters: by name.
+        optimizers: those that step the parameters; of two that have state of one, the last is read.
+        parameters: by name; R is on their device, wherever the state is.
 
     Returns:
         R of each parameter, 0 where v is; and why it is missing.
@@ -173,13 +173,14 @@ def _second_moment(
         return NO_SECOND_MOMENT.format(kind=kind)
     beta = group["betas"][1]
     if any(isinstance(t, Tensor) and t.device.type != "cpu" for t in (step, beta)):
-        correction = (1 - beta**step).sqrt()
+        correction = (1 - beta**step).sqrt().to(p.device)
     else:
         taken = float(step)
         if taken < 1:
             return NO_STATE
         correction = math.sqrt(1 - float(beta) ** taken)
-    return v.detach() if v.dtype is torch.float64 else v.detach().float(), correction, float(group["eps"])
+    dtype = torch.float64 if v.dtype is torch.float64 else torch.float32
+    return v.detach().to(p.device, dtype), correction, float(group["eps"])
 
 
 def _inverse_roots(parts: Sequence[tuple[Tensor, Any, float]]) -> Sequence[Tensor]:

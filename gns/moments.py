@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 BETWEEN, SUCCESSIVE = "between steps", "successive differences"
 DRIFT_STEPS = 20  # fewer say too little about drift, and their set is not trusted anyway
 DRIFT_ALARM = 0.001  # chance that steps without drift are taken for drifting ones, for x and y each
+_BINS = 4096
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,18 @@ class Moments:
 
     @property
     def df(self) -> float:
-        """Degrees of freedom of the variance."""
+        """Degrees of freedom of the variance; 0 where one step has all the weight."""
         k = self.k
-        return k - 1 if self.variance == BETWEEN else 2 * (k - 1) ** 2 / (3 * k - 4)
+        return k - 1 if self.variance == BETWEEN or k < 2 else 2 * (k - 1) ** 2 / (3 * k - 4)
+
+    @property
+    def _correction(self) -> float:
+        """K/(K − 1); `inf` where one step has all the weight, so that no spread is seen."""
+        return self.k / (self.k - 1) if self.k > 1 else math.inf
 
     def se_y(self) -> float:
-        """Standard error of Y."""
-        return math.sqrt(self.second[2] * self.k / (self.k - 1))
+        """Standard error of Y; `inf` where one step has all the weight."""
+        return math.sqrt(self.second[2] * self._correction) if self.k > 1 else math.inf
 
     def scaled(self, times: float) -> Moments:
         """Give the moments to be expected of so many times the steps, with the same averages and spread."""
@@ -112,8 +118,10 @@ class Moments:
         aaa, aab, abb, bbb = self.third
         cubes = kappa**3 * aaa - 3 * kappa**2 * theta * aab + 3 * kappa * theta**2 * abb - theta**3 * bbb
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            t = d / np.sqrt(sum_sq * self.k / (self.k - 1))
-            gamma = np.nan_to_num(math.sqrt(self.k) * cubes / sum_sq**1.5)
+            t = d / np.sqrt(sum_sq * self._correction)
+            gamma = math.sqrt(self.k) * cubes / sum_sq**1.5
+            if not np.isfinite(gamma).all():
+                gamma = np.nan_to_num(gamma)
             t = np.where(d == 0, 0.0, t)
             w = t / math.sqrt(self.k)
             h = math.sqrt(self.k) * (w + gamma * w**2 / 3 + gamma**2 * w**3 / 27 + gamma / (6 * self.k))
@@ -124,9 +132,37 @@ def _sums(
     a: np.ndarray, b: np.ndarray
 ) -> tuple[tuple[float, float, float], tuple[float, float, float, float]]:
     """Sum squares and cubes: (Σa², Σab, Σb²) and (Σa³, Σa²b, Σab², Σb³)."""
+    aa, bb = a * a, b * b  # a**3 takes 300 times as long
     second = (float(a @ a), float(a @ b), float(b @ b))
-    third = (float((a**3).sum()), float((a * a * b).sum()), float((a * b * b).sum()), float((b**3).sum()))
-    return second, third
+    return second, (float(aa @ a), float(aa @ b), float(a @ bb), float(bb @ b))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, [K]; equal values share the mean of theirs."""
+    order = np.argsort(values)
+    ordered = values[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    ends = np.append(starts[1:], len(values))
+    ranks = np.empty(len(values))
+    ranks[order] = np.repeat((starts + 1 + ends) / 2, ends - starts)
+    return ranks
+
+
+def _least(values: np.ndarray) -> float:
+    """Give a number that r of `drifting` is not below, from places in bins: sorting takes ten times as long.
+
+    A value's rank is at most h = (count − 1)/2 from the middle M of the ranks in its bin, so that
+    |ΔR| ≥ |ΔM| − h − h', and Σ(R − R̄)² is at most K(K² − 1)/12.
+    """
+    k, first = len(values), float(values.min())
+    scale = _BINS / max(float(values.max()) - first, 1e-300)
+    at = ((values - first) * scale).astype(np.intp)
+    counts = np.bincount(at)
+    reach = (counts - 1) / 2
+    middle, reach = (np.cumsum(counts) - reach)[at], reach[at]
+    steps = np.abs(np.diff(middle)) - reach[1:] - reach[:-1]
+    steps = np.maximum(steps, 0)
+    return float(steps @ steps) / (k * (k * k - 1) / 12)
 
 
 def drifting(values: np.ndarray) -> bool:
@@ -147,10 +183,10 @@ def drifting(values: np.ndarray) -> bool:
     k = len(values)
     if k < DRIFT_STEPS:
         return False
-    ranks = stats.rankdata(values)
-    spread = float(((ranks - ranks.mean()) ** 2).sum())
-    if spread == 0:
-        return False
-    r = float((np.diff(ranks) ** 2).sum()) / spread
     variance = 4 * (k - 2) * (5 * k * k - 2 * k - 9) / (5 * k * (k + 1) * (k - 1) ** 2)
-    return (r - 2) / math.sqrt(variance) < float(special.ndtri(DRIFT_ALARM))
+    bound = 2 + math.sqrt(variance) * float(special.ndtri(DRIFT_ALARM))
+    if _least(values) > bound:
+        return False
+    ranks = _ranks(values)
+    spread = float(((ranks - (k + 1) / 2) ** 2).sum())
+    return spread > 0 and float((np.diff(ranks) ** 2).sum()) / spread < bound

@@ -22,7 +22,7 @@ from gns.openstep import Closed, OpenStep
 from gns.packing import pack, unpack
 from gns.plan import Plan, batch_norms, plan, trainable
 from gns.pooling import refusal, unwrapped
-from gns.reasons import BATCH_NORM, LATE, NO_CALL, NO_STATE, UNREACHED
+from gns.reasons import BATCH_NORM, LATE, NO_CALL, NO_STATE, OTHER_METRIC, UNREACHED
 from gns.reducers import MAX_BYTES
 from gns.segments import SegmentsOf
 from gns.summaries import Summaries
@@ -96,6 +96,7 @@ class GNSMonitor(Summaries):
         on_error: str = "warn",
         max_bytes: int = MAX_BYTES,
     ):
+        super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
         for name, value, unit in (
@@ -288,10 +289,11 @@ class GNSMonitor(Summaries):
     def state_dict(self) -> dict[str, Any]:
         """Give history and step counter as plain data, to be continued by another monitor."""
         step = self._collector.step if self._collector else self._next_step
-        return pack(step, self.history)
+        packed = pack(step, self.history)
+        return {**packed, **self._pack_looks()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`.
+        """Continue from `state_dict()`; steps in another metric, whose sums do not add, are left out.
 
         Raises:
             RuntimeError: the monitor is attached.
@@ -304,9 +306,14 @@ class GNSMonitor(Summaries):
             raise ValueError(
                 f"state has {seen}; 'next_step', 'layouts' and 'steps' of state_dict() are needed"
             )
+        steps = unpack(state)
+        alike = [step for step in steps if step.metric == self.metric]
+        if gone := len(steps) - len(alike):
+            self._notice(OTHER_METRIC.format(gone=gone, all=len(steps), metric=self.metric))
         self._history.clear()
-        self._history.extend(unpack(state))
-        self._shown = None
+        self._history.extend(alike)
+        self._unpack_looks({} if gone else state)
+        self._let_go |= len(alike) > len(self._history)
         self._next_step = int(state["next_step"])
 
     def start_at(self, step: int) -> None:
@@ -343,6 +350,7 @@ class GNSMonitor(Summaries):
             self._stopped = closed.stop
             if self._collector is not None:
                 self._collector.dead = True
+        self._let_go |= len(self._history) == self._history.maxlen
         self._history.append(closed.sums)
         self._tell(closed.sums)
         if self._sink is not None:
@@ -381,7 +389,7 @@ class GNSMonitor(Summaries):
         kept = [step.without(reasons, self._left(step, reasons)) for step in self._history]
         self._history.clear()
         self._history.extend(kept)
-        self._shown = None  # the sums have changed
+        self._shown.clear()  # the sums have changed
         self._warn_unmeasured(reasons)
 
     def _left(self, step: StepSums, reasons: dict[str, str]) -> Layout | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gns.estimate import Estimate
+from gns.moments import Moments
 from gns.sums import Layout, StepSums
 
 _SCALARS = [f.name for f in fields(StepSums) if f.name not in ("rows", "layout")]
@@ -41,3 +43,30 @@ def unpack(packed: Mapping[str, Any]) -> list[StepSums]:
             values |= {"rows": flat.reshape(-1, 2).copy(), "layout": layouts[step["layout"]]}
         steps.append(StepSums(**values))
     return steps
+
+
+def pack_estimate(found: Estimate) -> dict[str, Any]:
+    """Turn an estimate into plain JSON data, without its history."""
+    data = {f.name: _plain(getattr(found, f.name)) for f in fields(found) if f.name != "history"}
+    data["groups"] = {name: pack_estimate(group) for name, group in found.groups.items()}
+    moments = found.moments
+    known = None if moments is None else {f.name: _plain(getattr(moments, f.name)) for f in fields(moments)}
+    return {**data, "moments": known}
+
+
+def unpack_estimate(packed: Mapping[str, Any]) -> Estimate:
+    """Give the estimate that was packed; fields that this version does not know are left out."""
+    names = {f.name for f in fields(Estimate)}
+    data = {name: _read(value) for name, value in packed.items() if name in names}
+    moments = packed["moments"]
+    data["moments"] = None if moments is None else Moments(**{k: _read(v) for k, v in moments.items()})
+    data["groups"] = {name: unpack_estimate(group) for name, group in packed["groups"].items()}
+    return Estimate(**data)
+
+
+def _plain(x: Any) -> Any:
+    return list(x) if isinstance(x, tuple) else x
+
+
+def _read(x: Any) -> Any:
+    return tuple(x) if isinstance(x, list) else x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gns.capacity import BITS_PER_PARAMETER, Capacity, StepCost
+from gns.capacity import BITS_PER_PARAMETER, WHOLE, Capacity, StepCost
 from gns.epoch import EpochPlan
 from gns.estimate import Estimate, format_count
 from gns.goodput import Goodput, Soonest
@@ -16,6 +16,27 @@ POOLED = "all pairs"  # in the view of an estimate from `gns.probe`
 def percent(x: float) -> str:
     """Write a share as a percentage; from ten times on, as a multiple."""
     return f"{format_count(x)} ×" if x >= 10 else f"{100 * x:.0f} %" if x >= 0.01 else f"{100 * x:.1g} %"
+
+
+def percents(ends: tuple[float, float]) -> str:
+    """Write a band of shares, as one where both ends read alike.
+
+    >>> percents((0.163, 0.164)), percents((0.09, 0.16))
+    ('16 %', '9 % … 16 %')
+    """
+    low, high = (percent(x) for x in ends)
+    return low if low == high else f"{low} … {high}"
+
+
+def counts(ends: tuple[float, float]) -> str:
+    """Write a band of counts, as one where both ends read alike."""
+    low, high = (format_count(x) for x in ends)
+    return low if low == high else f"{low} … {high}"
+
+
+def steps_of(count: int) -> str:
+    """Write a number of optimizer steps."""
+    return f"{count:,} optimizer step{'s' if count != 1 else ''}"
 
 
 def whole(batch: float) -> str:
@@ -62,8 +83,7 @@ def soonest(best: Soonest, timed: tuple[Goodput, ...], batch: int) -> list[str]:
             f"{best.batch_size} is at most {late} later than the soonest, wherever the noise scale is."
         )
     if best.in_use is not None and best.batch_size != batch:
-        least, most = (percent(x) for x in best.in_use)
-        late = most if least == most else f"{least} … {most}"
+        late = percents(best.in_use)
         lines.append(f"The batch of {batch} in use takes {late} longer than the soonest to the same loss.")
     seconds = next((g.seconds for g in timed if g.batch_size == best.batch_size), None)
     if seconds is not None:
@@ -83,21 +103,19 @@ def one_epoch(plan: EpochPlan, target: int, ends: tuple[float, float]) -> list[s
     data, batch = plan.dataset_size, plan.batch_size
     steps = math.ceil(data / target)
     lines = [
-        f"One epoch of {data:,} examples at batch {target} is {steps:,} optimizer steps of "
-        f"{percent(target / data)} each. {_useful(target, ends)}"
+        f"One epoch of {data:,} examples at batch {target} is {steps_of(steps)} of "
+        f"{percent(target / data)}{' each' if steps > 1 else ''}. {_useful(target, ends)}"
     ]
     if target != batch:
-        lines.append(f"At batch {batch} it is {math.ceil(data / batch):,} steps. {_useful(batch, ends)}")
+        lines.append(f"At batch {batch} it is {steps_of(math.ceil(data / batch))}. {_useful(batch, ends)}")
     lines.append(_affordable(plan))
     return lines
 
 
 def _useful(batch: int, ends: tuple[float, float]) -> str:
     """Say how far an epoch gets at a batch, against small batches."""
-    low, high = (percent(x) for x in band([1 / examples_ratio(batch, b) for b in ends]))
-    share = high if low == high else f"{low} … {high}"
-    if math.isinf(ends[1]):
-        share = f"at least {low}"
+    useful = band([1 / examples_ratio(batch, b) for b in ends])
+    share = f"at least {percent(useful[0])}" if math.isinf(ends[1]) else percents(useful)
     return f"It gets as far as small batches would with {share} of the data."
 
 
@@ -136,8 +154,11 @@ def _batch(batch: float, data: int) -> str:
 def room(known: Capacity) -> str:
     """Say whether the adapters hold what the data teach."""
     held = f"{bits(known.adapter_bits)} ({BITS_PER_PARAMETER:g} for each of {known.parameters:,} parameters)"
+    seen = "epoch"
+    if known.share < WHOLE:
+        seen = f"{percent(known.share)} of an epoch, as if the rest were like it"
     start = (
-        f"The data carry at most {bits(known.data_bits)} (log-loss of the first epoch); the adapters hold "
+        f"The data carry at most {bits(known.data_bits)} (log-loss of the first {seen}); the adapters hold "
         f"about {held}, a rule of thumb (Schulman 2025)"
     )
     if known.fits:

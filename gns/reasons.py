@@ -124,6 +124,10 @@ TOO_LARGE = (
     "bytes: raise `max_bytes`, or use fewer examples a call"
 )
 
+OTHER_METRIC = (
+    "{gone} of the {all} steps in the loaded state are not in metric {metric!r}, and sums in two metrics do "
+    "not add: they are left out. Resume with the metric that was measured to go on with them"
+)
 NO_STATE = (
     'metric="adam": the optimizer has no second moments yet; there is no metric before its first step '
     "(collecting)"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from gns.moments import Moments
 
@@ -41,7 +41,9 @@ def confidence_set(moments: Moments, level: float) -> tuple[float, float, bool]:
 
     Source: Fieller 1954; Hall 1992; the simulations behind the choice are in the project's facts.
     """
-    t_level = float(stats.t.ppf((1 + level) / 2, moments.df))
+    t_level = _quantile(moments, level)
+    if not math.isfinite(t_level):  # one step has about all the weight
+        return 0.0, math.inf, False
     scale = _scale(moments)
 
     def margins(phi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,6 +64,11 @@ def confidence_set(moments: Moments, level: float) -> tuple[float, float, bool]:
     if last == len(phi) - 1:
         return low, math.inf, False
     return low, _crossing(outside, float(phi[last]), float(phi[last + 1]), scale), False
+
+
+def _quantile(moments: Moments, level: float) -> float:
+    """Give the two-sided Student quantile t of the steps."""
+    return float(special.stdtrit(moments.df, (1 + level) / 2))
 
 
 def _scale(moments: Moments) -> float:
@@ -114,7 +121,7 @@ def status_of(moments: Moments, high: float, empty: bool) -> str:
 def detection_limit(moments: Moments, level: float) -> float:
     """Largest B that these steps could tell from infinity: X / (t · se(Y)), in examples."""
     se = moments.se_y()
-    return moments.x / (float(stats.t.ppf((1 + level) / 2, moments.df)) * se) if se > 0 else math.inf
+    return moments.x / (_quantile(moments, level) * se) if se > 0 else math.inf
 
 
 def p_value(moments: Moments) -> float:
@@ -125,7 +132,7 @@ def p_value(moments: Moments) -> float:
     (noiseless steps): such a set has no upper end, whatever p.
 
     Returns:
-        In [0, 1].
+        In [0, 1]; NaN where one step has all the weight.
     """
     t, h = moments.statistics(np.array(1.0), np.array(0.0))
     return float(special.stdtr(moments.df, max(float(t), float(h))))

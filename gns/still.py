@@ -72,10 +72,12 @@ class RandomState:
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
-    def same_torch(self, other: RandomState) -> bool:
-        """Whether no random number of torch was drawn in between."""
+    def same(self, other: RandomState) -> bool:
+        """Whether no random number was drawn in between."""
         pairs = zip((self.torch, *self.cuda), (other.torch, *other.cuda), strict=False)
-        return all(torch.equal(a, b) for a, b in pairs)
+        keys, others = (np.append(r.numpy[1], r.numpy[2:]) for r in (self, other))
+        drawn = not np.array_equal(keys, others) or self.python != other.python
+        return not drawn and all(torch.equal(a, b) for a, b in pairs)
 
 
 def mixed(*parts: int) -> int:
@@ -85,10 +87,12 @@ def mixed(*parts: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Generator[RandomState]:
-    """Run with torch's generators seeded, and put them back; gives the state that the seed makes."""
+    """Run with all generators seeded, and put them back; gives the state that the seed makes."""
     before = RandomState.now()
-    torch.manual_seed(seed)
     try:
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
         yield RandomState.now()
     finally:
         before.restore()
@@ -102,10 +106,7 @@ class _Kept:
         self.grads = [(p, p.grad) for p in model.parameters()]
         self.random = RandomState.now()
         self.buffers = [
-            (m, name, b, b.detach().clone() if b.nbytes <= MAX_BUFFER else None, b._version)
-            for m in model.modules()
-            for name, b in m._buffers.items()
-            if b is not None
+            (m, name, b, _copy(b), _version(b)) for m in model.modules() for name, b in m._buffers.items()
         ]
 
     def restore(self) -> None:
@@ -123,9 +124,9 @@ class _Kept:
         with torch.no_grad():
             for module, name, buffer, copy, version in self.buffers:
                 module._buffers[name] = buffer
-                if copy is None and buffer._version != version:
+                if copy is None and _version(buffer) != version:
                     lost.append(name)
-                elif copy is not None and not _same_bits(buffer, copy):
+                elif copy is not None and buffer is not None and not _same_bits(buffer, copy):
                     buffer.copy_(copy)
         if lost:
             raise StillError(
@@ -134,9 +135,23 @@ class _Kept:
             )
 
 
+def _copy(buffer: Tensor | None) -> Tensor | None:
+    """Copy a buffer that has data and is not too large."""
+    if buffer is None or buffer.is_meta or buffer.nbytes > MAX_BUFFER:
+        return None
+    return buffer.detach().clone()
+
+
+def _version(buffer: Tensor | None) -> int | None:
+    """Count the writes to a buffer, where torch counts them."""
+    return None if buffer is None or buffer.is_inference() else buffer._version
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values; NaN is not equal to itself, and so is copied again."""
-    return torch.equal(a, b)
+    """Whether two tensors hold the same bits: −0 is not 0, and a NaN is equal to itself."""
+    if a.layout is not torch.strided or a.is_quantized:
+        return torch.equal(a, b)
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 @contextmanager

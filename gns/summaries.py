@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from gns import live as looking
 from gns import views
 from gns.coverage import Coverage
 from gns.estimate import Estimate, estimate
+from gns.packing import pack_estimate, unpack_estimate
 from gns.sums import StepSums
 
 
 class Summaries:
     """The estimates of a monitor, which itself has the `history` and knows the `coverage`."""
 
-    _shown: tuple[int, float, Estimate] | None = None  # the last look: its steps, level and estimate
+    def __init__(self) -> None:
+        self._shown: dict[float, tuple[int, Estimate]] = {}  # level → the last look: its steps and estimate
+        self._let_go = False  # the history has lost early steps: no look can be made as it should be
 
     @property
     def history(self) -> list[StepSums]:
@@ -47,7 +52,9 @@ class Summaries:
         """Estimate B_simple so that it may be looked at after every step; see `gns.live.live`.
 
         The set is renewed at 20, 25, 32, 40, … usable steps and stands in between. Where the history has
-        become full and lets go of early steps, the last set stands from then on.
+        become full and lets go of early steps, the last set stands from then on, also where the training is
+        resumed from `state_dict()`; one asked for only then is made once, of the steps that are left.
+        Resumed without it, a run counts as a new one.
 
         Args:
             level: coverage of everything shown in the run, together.
@@ -57,12 +64,24 @@ class Summaries:
         """
         steps = self.history
         made = looking.looks(sum(step.usable for step in steps))
-        if self._shown is not None and made and self._shown[1] == level and made[-1] <= self._shown[0]:
-            return self._shown[2]
+        known = self._shown.get(level)
+        if known is not None and (self._let_go or not made or made[-1] <= known[0]):
+            return known[1]
         found = self._with_share(looking.live(steps, level=level))
         if made:
-            self._shown = (made[-1], level, found)
+            self._shown[level] = (made[-1], found)
         return found
+
+    def _pack_looks(self) -> dict[str, Any]:
+        """Give the sets that stand as plain data; those that the history still gives are left out."""
+        shown = [[steps, level, pack_estimate(found)] for level, (steps, found) in self._shown.items()]
+        return {"let_go": self._let_go, "looks": shown if self._let_go else []}
+
+    def _unpack_looks(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `_pack_looks` gave; a state of before there were looks has none."""
+        self._let_go = state.get("let_go", False)
+        looks = state.get("looks", [])
+        self._shown = {level: (steps, unpack_estimate(found)) for steps, level, found in looks}
 
     def progress_weighted(self, *, batch_size: float | None = None, level: float = 0.95) -> Estimate:
         """Estimate the mean of B over the history by progress, for a comparison with a critical batch size.

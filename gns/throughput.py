@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from gns._version import __version__
 from gns.stepsfile import write_atomically
+from gns.sums import StepSums
 from gns.tradeoff import positive
 
 FILE = "throughput.json"
@@ -161,6 +162,21 @@ def read(path: str | Path) -> Throughput:
     if not curve.points:
         raise ThroughputError(f"{path}: holds no timed batch size; measure again with `gns throughput`")
     return curve
+
+
+def length_remark(curve: Throughput, steps: Iterable[StepSums]) -> str | None:
+    """Remark on a curve that was timed on examples of quite another length than a run's; None where alike."""
+    counted = [(s.n_tokens, s.n_examples) for s in steps if s.n_tokens]
+    timed = curve.settings.get("tokens_per_example")
+    if not counted or not isinstance(timed, int) or timed < 1:
+        return None
+    mean = sum(tokens for tokens, _ in counted) / sum(n for _, n in counted)
+    if 0.5 <= mean / timed <= 2:
+        return None
+    return (
+        f"the throughput was timed with {timed} tokens an example, the run's have a loss on {mean:.0f} "
+        "on average: times are those of the timed length, and the order may differ."
+    )
 
 
 def predicted_peak(known: Sequence[tuple[int, int]], base: int, size: int) -> int:

@@ -10,6 +10,7 @@ Source: McCandlish et al. 2018, arXiv:1812.06162, eq. (2.11), for the law.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ def positive(name: str, value: Any, *, whole: bool = False) -> None:
     """
     value = value.item() if isinstance(value, np.generic) else value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0 or (whole and value != int(value)):
+    # compared, as math.isfinite raises on a whole number beyond all floats
+    if not number or not 0 < value <= sys.float_info.max or (whole and value != int(value)):
         kind = "a whole number, 1 or more," if whole else "a finite number > 0"
         raise ValueError(f"{name} is {value!r}; {kind} is needed")
 

@@ -8,11 +8,13 @@ with the effective number of steps (Kish, 1/Σw²) in its degrees of freedom.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
-from gns.estimate import Estimate, format_count, summarise, usable_of, with_groups
+from gns.estimate import Estimate, format_count, groups_of, summarise, usable_of, with_groups
 from gns.sums import StepSums
 
 NEIGHBOURS = (
@@ -113,7 +115,7 @@ def progress_weighted(
 
     Returns:
         The estimate; `trace_sigma` and `grad_sq_norm` are the weighted averages of both, in the unit of
-        (loss / parameter)².
+        (loss / parameter)². A group whose E q_k is not resolved, or that has no gradient, is left out.
 
     Raises:
         ValueError: `batch_size` is not positive, or so large that E q_k is not resolved: its estimate is
@@ -134,7 +136,11 @@ def progress_weighted(
         expected, influence = _expected_sq_norm(part, size)
         return summarise(part, level=level, weights=1 / expected, influence=influence, view=view)
 
-    return with_groups(usable, skipped, weighted)
+    found, groups = weighted(usable), {}
+    for name, part in groups_of(usable).items():
+        with contextlib.suppress(ValueError):  # E q_k of this group is not resolved
+            groups[name] = weighted(part)
+    return replace(found, groups=groups, n_skipped=skipped)
 
 
 def _expected_sq_norm(

@@ -23,7 +23,7 @@ class Weights:
 
     def __init__(self, metric: Metric, entries: Sequence[Entry]):
         self.metric, self._entries = metric, entries
-        self._owners: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers of measured parameters
+        self._owners: dict[int, weakref.ref[Any]] = {}  # optimizers of measured parameters, the last one last
         self._owned: dict[
             str, weakref.ref[Tensor]
         ] = {}  # parameters as optimizers know them: FSDP2 has others too
@@ -45,7 +45,8 @@ class Weights:
     def owned_by(self, optimizer: Any) -> None:
         """Note an optimizer that steps measured parameters, and which tensors these are when it does."""
         if self.weighs:
-            self._owners.add(optimizer)
+            self._owners.pop(id(optimizer), None)  # of two that step a parameter, the later one has the say
+            self._owners[id(optimizer)] = weakref.ref(optimizer)
             self._owned = {e.name: weakref.ref(e.parameter) for e in self._entries}
 
     def stepped(self) -> None:
@@ -58,7 +59,8 @@ class Weights:
             return
         self._read = self._steps
         owned = {name: p for name, known in self._owned.items() if (p := known()) is not None}
-        self._roots, missing = self.metric.roots(list(self._owners), owned)
+        owners = [optimizer for known in self._owners.values() if (optimizer := known()) is not None]
+        self._roots, missing = self.metric.roots(owners, owned)
         self._missing = {
             e.name: missing.get(e.name, NO_STATE) for e in self._entries if e.name not in self._roots
         }

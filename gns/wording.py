@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gns import phrases
 from gns.drift import Drift
 from gns.estimate import Estimate, format_count
-from gns.phrases import percent, span, whole
+from gns.phrases import counts, percent, percents, span, whole
 from gns.ranges import BatchRange
 from gns.rates import spread
 from gns.tradeoff import LAWS, Price, band, examples_ratio, steps_ratio
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from gns.advice import Advice, Row
     from gns.capacity import Capacity, StepCost
     from gns.epoch import EpochPlan
+    from gns.goodput import Soonest
 
 BATCH_SIZE, LEARNING_RATE = "Batch size", "Learning rate"  # titles of sections that tables belong to
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
+START = (
+    "A place to start, to be tried with half and double: the noise scale stands in for the critical batch "
+    "size."
+)
 LAWS_CAVEAT = (
     "B_simple stands in for the noise scales of the laws, which are other quantities (that of the surge law "
     "is fitted from many training runs), and the ranges show only how sure B_simple is"
@@ -64,7 +69,7 @@ def _known(estimate: Estimate) -> str:
     if math.isinf(estimate.high):
         bound = format_count(estimate.low)
         return f"The noise scale is at least {bound} examples ({sure}); no upper end is known."
-    ends = f"{format_count(estimate.low)} … {format_count(estimate.high)}"
+    ends = f"{format_count(estimate.low)} and {format_count(estimate.high)}"
     value = "" if math.isnan(estimate.b_simple) else f" about {format_count(estimate.b_simple)} examples,"
     return f"The noise scale is{value} between {ends} ({sure})."
 
@@ -79,23 +84,24 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
     """
     ends = (estimate.low, estimate.high)
     batch, near = advice.batch_size, advice.ranges[-1]
-    target = near.pick or max(1, round(estimate.low))
+    data = advice.plan.dataset_size if advice.plan else None
+    target = _target(near, estimate.low, data) or batch
     speed, epoch, transfer = [], [], []
     if advice.soonest is not None:
-        speed = phrases.soonest(advice.soonest, advice.goodput, batch)
+        speed = [*phrases.soonest(advice.soonest, advice.goodput, batch), _against(advice.soonest, near)]
     if advice.plan is not None:
         epoch = phrases.one_epoch(advice.plan, target, ends)
     if rate is not None and target != batch:
         transfer = [_transfer(rate, batch, target, ends)]
     found = [
-        (BATCH_SIZE, [*_worth_it(near, ends), _only_examples_cost(advice.ranges)]),
+        (BATCH_SIZE, [*_worth_it(near, ends, data), _only_examples_cost(advice.ranges, data)]),
         ("The batch in use", [_batch_in_use(batch, ends, near)]),
         ("Wall-clock time", speed),
         ("One epoch", epoch),
         (LEARNING_RATE, transfer),
     ]
     told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
-    more = phrases.know_more(estimate, sure=near.sure is not None or near.high <= 1)
+    more = phrases.know_more(estimate, sure=near.sure is not None or _smallest(near))
     return (*told, *beside(advice.capacity, advice.cost), *([Section("To know more", more)] if more else []))
 
 
@@ -111,7 +117,7 @@ def plan_caveats(plan: EpochPlan | None) -> tuple[str, ...]:
     return () if plan is None else (f"the plan of one epoch assumes: {'; '.join(plan.assumptions)}.",)
 
 
-def _priced(price: Price | None) -> str:
+def priced(price: Price | None) -> str:
     """Name a price of time against examples."""
     if price is None or price.time == 1:
         return "If time and examples matter equally"
@@ -123,28 +129,72 @@ def _priced(price: Price | None) -> str:
     return f"If examples matter {format_count(1 / time)} × as much as time"
 
 
-def _worth_it(near: BatchRange, ends: tuple[float, float]) -> list[str | None]:
+def _target(near: BatchRange, low: float, data: int | None) -> int | None:
+    """Choose the batch that epoch and learning rate are worked out for; None where none is proposed.
+
+    It is the one picked; where only a lower bound is known, the best batch if that were the noise scale.
+    """
+    if near.pick is not None or low == 0 or near.price is None:
+        return near.pick or (1 if _smallest(near) else None)
+    best = max(1, round(near.price.best(low)))
+    return best if data is None else min(best, data)
+
+
+def _smallest(near: BatchRange) -> bool:
+    """Whether no batch is worth its price but 1."""
+    return near.high < 1.5
+
+
+def _against(best: Soonest, near: BatchRange) -> str | None:
+    """Set the batch that is soonest on this machine against the range for a price of time."""
+    if _shown(near)[0] <= best.batch_size <= _shown(near)[1]:
+        return None
+    where = "below" if best.batch_size < near.low else "above"
+    return (
+        f"That is {where} the range under “{BATCH_SIZE}”, which takes every step to last as long as any "
+        "other. If what counts is the time on this machine, go by what was timed here."
+    )
+
+
+def _shown(near: BatchRange) -> tuple[float, float]:
+    """Give the range in whole batches, as it is written."""
+    return max(1, round(near.low)), max(1, round(near.high)) if math.isfinite(near.high) else near.high
+
+
+def _worth_it(near: BatchRange, ends: tuple[float, float], data: int | None) -> list[str | None]:
     """Say which batches are worth their price, how sure that is, and why."""
-    return [_both_cost(near), _sureness(near, ends), _why(near)]
+    return [_both_cost(near, data), _sureness(near, ends, data), _why(near)]
 
 
-def _both_cost(near: BatchRange) -> str:
+def _both_cost(near: BatchRange, data: int | None) -> str:
     """Say the range for a price of time."""
-    start = f"{_priced(near.price)}:"
+    start = f"{priced(near.price)}:"
     if math.isinf(near.high):
-        return f"{start} a batch of at least {whole(near.low)}; where it stops paying is not known."
-    if round(near.high) <= 1:
+        least = f"{start} a batch of at least {whole(near.low)}; where it stops paying is not known."
+        return f"{least} {_more_than_all(data)}" if data is not None and near.low > data else least
+    if _smallest(near):
         return f"{start} batch 1, the smallest there is."
     text = f"{start} a batch of {whole(near.low)} … {whole(near.high)}"
+    if data is not None and near.low > data:
+        return f"{text}. {_more_than_all(data)}"
+    if data is not None and near.high > data:
+        text = f"{text} (no more than the {data:,} examples of the data)"
     if near.pick is None or near.pick_extra_cost is None:
         return f"{text}; the lower end is not resolved."
     more = percent(near.pick_extra_cost)
     return f"{text}; {near.pick} costs at most {more} more than the best batch would."
 
 
+def _more_than_all(data: int) -> str:
+    """Say that the range lies beyond the data."""
+    return (
+        f"That is more than the {data:,} examples of the data: no batch of them is too large at this price."
+    )
+
+
 def _why(near: BatchRange) -> str | None:
     """Say why the range lies where it lies."""
-    if near.price is None or near.high <= 1:
+    if near.price is None or _smallest(near):
         return None
     if near.price.step is not None:
         best = f"√({format_count(near.price.step)} × the noise scale)"
@@ -158,22 +208,25 @@ def _why(near: BatchRange) -> str | None:
     )
 
 
-def _sureness(near: BatchRange, ends: tuple[float, float]) -> str | None:
+def _sureness(near: BatchRange, ends: tuple[float, float], data: int | None) -> str | None:
     """Say how sure the range is."""
-    if math.isinf(ends[1]) or near.high <= 1:
+    if math.isinf(ends[1]) or _smallest(near) or (data is not None and near.low > data):
         return None
     close = percent(near.waste)
-    if near.sure is not None and math.ceil(near.sure[0]) <= math.floor(near.sure[1]):
-        inside = f"{whole(math.ceil(near.sure[0]))} … {whole(math.floor(near.sure[1]))}"
+    least, most = (0, -1) if near.sure is None else (math.ceil(near.sure[0]), math.floor(near.sure[1]))
+    least, most = max(1, least), min(most, data or most)
+    if least <= most:
+        inside = counts((least, most))
         return (
             f"Sure: {inside} is within {close} of the least cost wherever in {span(ends)} the noise scale is."
         )
     return f"Not sure: in {span(ends)} no batch is within {close} of the least cost everywhere."
 
 
-def _only_examples_cost(ranges: tuple[BatchRange, ...]) -> str:
+def _only_examples_cost(ranges: tuple[BatchRange, ...], data: int | None) -> str:
     """Say the upper ends where only examples matter."""
-    sure = [(r.waste, r.sure[1]) for r in ranges if r.priced == "examples" and r.sure]
+    tops = [(r.waste, min(r.sure[1], data or math.inf)) for r in ranges if r.priced == "examples" and r.sure]
+    sure = list({top: (w, top) for w, top in reversed(tops)}.values())[::-1]  # all the data: once will do
     parts = [f"{whole(math.floor(top))} wastes at most {percent(w)}" for w, top in sure if top >= 1]
     if not parts:
         return "If only examples matter, not time: batch 1; no larger one is sure to waste less than 20 %."
@@ -183,8 +236,10 @@ def _only_examples_cost(ranges: tuple[BatchRange, ...]) -> str:
 def _batch_in_use(batch: int, ends: tuple[float, float], near: BatchRange) -> str:
     more = band([examples_ratio(batch, b) - 1 for b in ends])
     steps = band([steps_ratio(batch, b) for b in ends])
-    waste = f"{percent(more[0])} … {percent(more[1])}" if more[0] > 0 else f"at most {percent(more[1])}"
-    many = f"{format_count(steps[0])} … {format_count(steps[1])}"
+    waste = percents(more) if more[0] > 0 else f"at most {percent(more[1])}"
+    if math.isinf(more[1]):
+        waste = f"at least {percent(more[0])}"
+    many = counts(steps)
     if math.isinf(steps[1]):
         many = f"at least {format_count(steps[0])}"
     text = (
@@ -196,9 +251,12 @@ def _batch_in_use(batch: int, ends: tuple[float, float], near: BatchRange) -> st
 
 def _place(batch: int, near: BatchRange) -> str:
     """Say where the batch in use lies against the range for the stated price."""
-    if batch < near.low:
+    low, high = _shown(near)
+    if _smallest(near) and batch == 1:
+        return "It is the smallest there is: no need to change it."
+    if batch < low:
         return "It is below the range above: a larger one would pay at that price."
-    if batch > near.high:
+    if batch > high:
         return "It is above the range above: a smaller one would pay at that price."
     if near.sure is not None and near.sure[0] <= batch <= near.sure[1]:
         return "It is well within the range above: no need to change it at that price."
@@ -224,7 +282,7 @@ def _transfer(rate: float, batch: int, target: int, ends: tuple[float, float]) -
         parts.append(f"{value} ({name})")
     apart = format_count(spread(target, batch, ends))
     return (
-        f"Learning rate {rate:g} at batch {batch} becomes at batch {target}: {', '.join(parts)}. "
+        f"Learning rate {rate:.3g} at batch {batch} becomes at batch {target}: {', '.join(parts)}. "
         f"{LAWS_CAVEAT}; the laws differ from each other by up to {apart}×."
     )
 
@@ -236,7 +294,9 @@ def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]
     apart = {row.batch_size: spread(row.batch_size, batch, ends) for row in table if row.learning_rates}
     if apart and max(apart.values()) > DISAGREE:
         agree = [b for b, s in apart.items() if s <= DISAGREE]
-        where = f"outside batch {agree[0]} … {agree[-1]}" if agree else "at every batch in the table"
+        where = "at every batch in the table"
+        if agree:
+            where = f"outside batch {counts((agree[0], agree[-1]))}"
         worst = max(apart, key=lambda b: apart[b])
         found.append(
             f"the learning-rate laws disagree by more than {DISAGREE:g}× {where} (up to "
@@ -245,8 +305,9 @@ def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]
         )
     if batch > estimate.high:
         found.append(
-            f"the batch of {batch} in use is above the whole interval: readings taken so far above the "
-            "critical batch size calibrate badly. Measure again with a smaller batch."
+            f"the batch of {batch} in use is above the whole interval: readings taken above the "
+            "critical batch size calibrate badly."
+            f"{' Measure again with a smaller batch.' if batch > 1 else ''}"
         )
     if estimate.coverage is not None and estimate.coverage < 1:
         found.append(f"only {100 * estimate.coverage:.3g} % of the trainable numbers are in the sums.")

@@ -81,7 +81,7 @@ def _numbers(
     if rate is None and same_batch:
         rate, source = recorded["learning_rate"], f"{RUN}, its highest"
     if rate is not None:
-        known.take("learning_rate", rate, f"{rate:g} at batch {batch}", source, label="learning rate")
+        known.take("learning_rate", rate, f"{rate:.3g} at batch {batch}", source, label="learning rate")
 
 
 def _price(known: Known, given: Mapping[str, Any]) -> None:
@@ -112,18 +112,18 @@ def _needed(known: Known, given: Mapping[str, Any], summary: Summary, batch: int
 
 def _throughput(known: Known, given: list[str] | None, folder: Path, estimate: Estimate) -> None:
     """Take the throughput from files and BATCH=SPEED pairs, by default from the run's own file."""
-    from gns.throughput import FILE, read
+    from gns.throughput import FILE, length_remark, read
 
     parts = given or ([str(folder / FILE)] if (folder / FILE).is_file() else [])
     speeds: dict[int, float] = {}
     for part in parts:
-        if "=" in part or not Path(part).is_file():
+        if not Path(part).is_file():  # the path of a file may hold "=" too
             batch, speed = _speed(part)
             speeds[batch] = speed
             continue
         curve = read(part)
         speeds |= curve.speeds
-        _compare_lengths(known, curve.settings.get("tokens_per_example"), estimate)
+        known.remarks += filter(None, [length_remark(curve, estimate.history)])
     if speeds:
         shown = f"{len(speeds)} batch sizes, {min(speeds)} … {max(speeds)}"
         known.take("throughput", speeds, shown, ", ".join(parts))
@@ -141,19 +141,6 @@ def _speed(text: str) -> tuple[int, float]:
     except ValueError:
         needs = "BATCH=EXAMPLES_PER_SECOND is needed, e.g. 16=3.5, or a file that `gns throughput` wrote"
         raise ValueError(f"throughput {text!r}: {needs}") from None
-
-
-def _compare_lengths(known: Known, timed: Any, estimate: Estimate) -> None:
-    """Remark on a throughput that was timed on examples of quite another length."""
-    counted = [(s.n_tokens, s.n_examples) for s in estimate.history if s.n_tokens]
-    if not counted or not isinstance(timed, int):
-        return
-    mean = sum(tokens for tokens, _ in counted) / sum(n for _, n in counted)
-    if not 0.5 <= mean / timed <= 2:
-        known.remarks.append(
-            f"the throughput was timed with {timed} tokens an example, the run's have a loss on {mean:.0f} "
-            "on average: times are those of the timed length, and the order may differ."
-        )
 
 
 def _lora(known: Known, given: Mapping[str, Any], summary: Summary) -> None:
@@ -187,9 +174,11 @@ def _lora(known: Known, given: Mapping[str, Any], summary: Summary) -> None:
 
 
 def _source_of_bits(settings: Mapping[str, Any]) -> str:
+    from gns.capacity import WHOLE
+
     loss, tokens = settings["first_epoch_loss"], settings["loss_tokens"]
     share = settings.get("first_epoch_share")
     source = f"{RUN}: {loss:.3g} nats a token × {tokens:,} tokens"
-    if isinstance(share, int | float) and share < 0.995:
+    if isinstance(share, int | float) and share < WHOLE:
         return f"{source}; the loss is of the first {100 * share:.0f} % of an epoch"
     return source

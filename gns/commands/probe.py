@@ -218,10 +218,11 @@ def _write(folder: Path, found: FrozenEstimate, config: FinetuneConfig, about: d
 def _print(found: FrozenEstimate, folder: Path, *, fresh: bool) -> None:
     from gns.advice import advise
     from gns.frozenwords import render
+    from gns.report.text import pays
 
     typer.echo(render(found, (FRESH,) if fresh else ()))
     known = settings_of(folder, found)
     if found.status != "collecting" and known["batch_size"]:
         advice = advise(found, batch_size=known["batch_size"], dataset_size=known["dataset_size"])
-        typer.echo("\n".join(["", "What batch size pays:", *(f"  - {line}" for line in advice.sentences)]))
+        typer.echo("\n".join(["", *pays(advice, folder)]))
     typer.echo(f"\nWritten: {folder}")

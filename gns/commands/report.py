@@ -85,7 +85,7 @@ def _print_table(estimates: dict[Path, Estimate]) -> None:
             f"{100 * estimate.level:g} %",
             f"{estimate.status}{moving}",
             f"{estimate.n_steps} × {format_count(estimate.examples_per_step)}",
-            f"{rate:g}" if rate else "?",
+            f"{rate:.3g}" if rate else "?",
             estimate.unit,
         )
     console = Console()

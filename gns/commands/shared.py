@@ -54,6 +54,7 @@ def load_run(folder: Path) -> Estimate:
 
 def settings_of(folder: Path, estimate: Estimate) -> dict[str, Any]:
     """Give what the advice asks of a run: batch size, data size, learning rate; None where unknown."""
+    from gns.capacity import number_in
     from gns.records import read_summary
 
     summary = read_summary(folder)
@@ -63,7 +64,7 @@ def settings_of(folder: Path, estimate: Estimate) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "dataset_size": size if isinstance(size, int) and batch_size and size >= batch_size else None,
-        "learning_rate": summary.settings.get("learning_rate") or max(rates, default=None),
+        "learning_rate": number_in(summary.settings, "learning_rate") or max(rates, default=None),
     }
 
 

@@ -99,11 +99,13 @@ def _new_file(run: Path | None, out: Path | None) -> Path:
     """Give the file to write.
 
     Raises:
-        ThroughputError: it is there already, or its folder is not.
+        ThroughputError: it is there already, it is a folder, or its own folder is not there.
     """
     from gns.throughput import FILE, ThroughputError
 
     path = out or (run or Path()) / FILE
+    if path.is_dir():
+        raise ThroughputError(f"{path}: is a folder; the name of a file is needed, e.g. {path / FILE}")
     if path.exists():
         raise ThroughputError(f"{path}: is there already; delete it, or give another with --out")
     if not path.parent.is_dir():

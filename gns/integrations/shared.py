@@ -93,7 +93,8 @@ class Readings:
             or latest.step - self._shown_at >= self._shown_at // 100 + 1
         ):
             seen = monitor.live()
-            self.shown = replace(monitor.estimate(), low=seen.low, high=seen.high, status=seen.status)
+            of_look = {"low": seen.low, "high": seen.high, "status": seen.status, "set_level": seen.set_level}
+            self.shown = replace(monitor.estimate(), **of_look)
             self._shown_at = latest.step
         values = {key: float(getattr(self.shown, name)) for key, name in LOGGED.items()}
         if self.shown.status == "collecting":

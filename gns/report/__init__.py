@@ -28,6 +28,8 @@ from gns.report.drawing import DRAWINGS, drawn
 from gns.report.environment import environment
 from gns.report.findings import Findings, findings
 from gns.sums import StepSums
+from gns.throughput import FILE, Throughput, ThroughputError
+from gns.throughput import read as read_speeds
 
 __all__ = ["COMPARISON", "PAGE", "compare", "redraw", "write_report"]
 
@@ -48,12 +50,15 @@ def write_report(
     The report is of all records that `steps.jsonl` then holds: if a sink wrote there too, also those that a
     bounded history has forgotten (see `gns.records.write_steps`).
 
+    Speeds enter the advice where the folder holds a `throughput.json` of `gns throughput`.
+
     Args:
         folder: it is made if it is not there.
         steps: records of the run, usable or not.
         coverage: which parameters are in the sums.
         settings: anything worth knowing of the run; "dataset_size" (examples) and "learning_rate", if given,
-            enter the advice. "versions" and "commit" are filled in from this process where they are missing.
+            enter the advice, and so does what `gns.capacity.recorded` finds of the adapters. "versions" and
+            "commit" are filled in from this process where they are missing.
         batch_size: examples an optimizer step; default the median of the steps.
         level: nominal coverage of the confidence set.
 
@@ -137,9 +142,19 @@ def _frozen(folder: Path) -> FrozenEstimate | None:
     return read_probe(folder) if (folder / PROBE).is_file() else None
 
 
+def _timed(folder: Path) -> tuple[Throughput | None, list[str]]:
+    """Read the speeds that lie in a folder, and what is to be said of a file that cannot be used."""
+    try:
+        return (read_speeds(folder / FILE), []) if (folder / FILE).is_file() else (None, [])
+    except ThroughputError as error:
+        return None, [str(error)]
+
+
 def _write(folder: Path, steps: list[StepSums], known: Summary, notes: Sequence[str] = ()) -> Path:
     """Write figures, summary and page; the page last, so that one that is there is whole."""
-    found = findings(folder.resolve().name, steps, known, notes, frozen=_frozen(folder))
+    timed, bad = _timed(folder)
+    notes = [*notes, *bad]
+    found = findings(folder.resolve().name, steps, known, notes, frozen=_frozen(folder), timed=timed)
     found = replace(found, curvature=read_readings(folder))
     images = drawn(found)
     for drawing in DRAWINGS:

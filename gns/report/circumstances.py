@@ -97,7 +97,7 @@ def _learning_rate(steps: Sequence[StepSums], settings: Mapping[str, Any]) -> st
     rates = [s.learning_rate for s in steps if s.learning_rate is not None]
     if not rates:
         given = settings.get("learning_rate", settings.get("lr"))
-        return MISSING if given is None else f"{given:g}" if isinstance(given, float) else str(given)
+        return MISSING if given is None else f"{given:.3g}" if isinstance(given, float) else str(given)
     first, peak, last = rates[0], max(rates), rates[-1]
     if min(rates) == peak:
         return f"{first:.3g}"

@@ -24,6 +24,7 @@ CAPTION = (
     "The noise scale of each run with its interval, all together and each LoRA factor, and the batch each "
     "run used. Two runs differ where the intervals of one kind do not meet."
 )
+MANY = 10  # pairs from which on chance is warned of: 45 at under 1 % each come to about one in four
 PAIRS = 6  # pairs of runs that are named in the verdict at most
 
 
@@ -104,7 +105,13 @@ def told(runs: Mapping[str, Findings]) -> Told:
         lines.append("The intervals of every two runs meet: chance alone may have made these numbers differ.")
     if early := [name for name in runs if name not in known]:
         lines.append(f"Too early to compare: {', '.join(early)}.")
-    return Told(title, tuple(lines), tuple(_warnings(runs, known)))
+    warnings = _warnings(runs, known)
+    if apart and count >= MANY:
+        warnings.append(
+            f"{count} pairs are compared: the more there are, the likelier one of them differs by chance "
+            "alone."
+        )
+    return Told(title, tuple(lines), tuple(warnings))
 
 
 def _early(result: Estimate) -> bool:

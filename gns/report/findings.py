@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from gns.advice import Advice, advise
+from gns.capacity import number_in, recorded
 from gns.coverage import Coverage
 from gns.curvature.result import CurvatureReading
 from gns.drift import Drift, drift
@@ -17,6 +18,7 @@ from gns.frozenestimate import FrozenEstimate
 from gns.geometry import by_layer, by_module
 from gns.records import Summary
 from gns.sums import StepSums
+from gns.throughput import Throughput, length_remark
 from gns.views import progress_weighted
 
 
@@ -81,6 +83,7 @@ def findings(
     notes: Sequence[str] = (),
     *,
     frozen: FrozenEstimate | None = None,
+    timed: Throughput | None = None,
 ) -> Findings:
     """Work out everything that the report of a run shows.
 
@@ -90,6 +93,7 @@ def findings(
         known: level, coverage, settings and batch size.
         notes: what the reader must know of the records.
         frozen: the result of a probe, whose batches the steps then are; it has nothing to move.
+        timed: speed at each batch size on the user's machine, or None.
     """
     share = known.coverage.share if known.coverage else None
     result = replace(frozen or estimate(steps, level=known.level), coverage=share)
@@ -100,7 +104,7 @@ def findings(
         steps=steps,
         result=result,
         batch_size=batch_size,
-        advice=_advice(result, steps, known.settings, batch_size, change),
+        advice=_advice(result, steps, known.settings, batch_size, change, known.coverage, timed),
         change=change,
         coverage=known.coverage,
         settings=known.settings,
@@ -119,17 +123,26 @@ def _advice(
     settings: Mapping[str, Any],
     batch_size: int | None,
     change: Drift | None,
+    coverage: Coverage | None,
+    timed: Throughput | None,
 ) -> Advice | None:
-    """Advise with what the settings and the steps tell of data size, learning rate and movement."""
+    """Advise with what is known of data size, learning rate, movement, adapters and speed."""
     if not batch_size:
         return None
     rates = [step.learning_rate for step in steps if step.learning_rate]
-    rate = settings.get("learning_rate", max(rates, default=None))
-    data = settings.get("dataset_size")
-    return advise(
+    data, parameters = settings.get("dataset_size"), None
+    if coverage and number_in(settings, "trainable_parameters") is None:
+        parameters = sum(coverage.measured.values()) + sum(coverage.unmeasured.values())
+    capacity, cost = recorded(settings, parameters)
+    advice = advise(
         result,
         batch_size=batch_size,
         dataset_size=data if isinstance(data, int) and data >= batch_size else None,
-        learning_rate=rate if isinstance(rate, int | float) and rate > 0 else None,
+        throughput=timed.speeds if timed else None,
+        learning_rate=number_in(settings, "learning_rate") or max(rates, default=None),
         change=change,
+        capacity=capacity,
+        cost=cost,
     )
+    remark = length_remark(timed, steps) if timed else None
+    return replace(advice, warnings=(*advice.warnings, remark)) if remark else advice

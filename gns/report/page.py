@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from gns._version import __version__
 from gns.estimate import format_count
@@ -16,7 +18,7 @@ from gns.report.drawing import Image
 from gns.report.figures import DARK, LIGHT
 from gns.report.findings import Findings
 from gns.report.text import basis, outlook, verdict
-from gns.wording import LAWS_CAVEAT
+from gns.wording import LAWS_CAVEAT, START
 
 FIRST = ("Batch size", "The batch in use")  # subjects of the advice that stand beside the verdict
 _WORDS = """
@@ -44,7 +46,17 @@ def render(template: str, **known: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["ticked"] = ticked
     return environment.get_template(template).render(light=LIGHT, dark=DARK, version=__version__, **known)
+
+
+def ticked(text: str) -> Markup:
+    """Set what stands between backticks as code, and escape all of it.
+
+    >>> ticked("`a < b`, c")
+    Markup('<code>a &lt; b</code>, c')
+    """
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def inline(light: bytes, dark: bytes, caption: str, said: str) -> dict[str, str]:
@@ -79,6 +91,7 @@ def html(found: Findings, images: Sequence[Image]) -> str:
         status=tables.status_of(result, found.change),
         tiles=tables.tiles(result, advice, found.change),
         laws_caveat=LAWS_CAVEAT,
+        start=START,
         span=f", for {advice.span}" if advice and advice.span else "",
         advice=advice,
         do=[line for section in sections if section.title in FIRST for line in section.sentences],

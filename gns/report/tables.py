@@ -14,6 +14,7 @@ from gns.drift import Drift
 from gns.estimate import Estimate, format_count
 from gns.report.text import WIDTH, label_of, signal
 from gns.sums import StepSums
+from gns.wording import priced
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def tiles(result: Estimate, advice: Advice | None, change: Drift | None) -> list
         ]
     pays = worth(advice)
     if advice is not None and pays is not None:
-        note = f"if time and examples matter equally; {advice.batch_size} in use"
+        price = priced(advice.ranges[-1].price)
+        note = f"{price[0].lower()}{price[1:]}; {advice.batch_size} in use"
         found.append(Tile("Batch that pays", pays, note))
     found.append(Tile("Any signal at all?", signal(result.p_value), "chance of this much, were there none"))
     moved = change is not None and change.moved

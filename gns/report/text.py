@@ -10,11 +10,12 @@ from gns.advice import Advice
 from gns.drift import Drift
 from gns.estimate import MIN_STEPS, Estimate, format_count
 from gns.frozenestimate import FrozenEstimate
-from gns.wording import movement
+from gns.wording import START, movement
 
-__all__ = ["Verdict", "basis", "label_of", "movement", "outlook", "render", "signal", "verdict"]
+__all__ = ["Verdict", "basis", "label_of", "movement", "outlook", "pays", "render", "signal", "verdict"]
 
 WIDTH = 0.2  # relative half-width of the interval that further examples are counted for
+FIRST = 2  # subjects of the advice that a summary holds
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def render(
     change: Drift | None = None,
     page: str | Path | None = None,
 ) -> str:
-    """Write the summary for a terminal: the estimate, what batch range it suggests, where the report lies.
+    """Write the summary for a terminal: the estimate, what batch range it suggests, where the rest lies.
+
+    Of the advice it holds the first subjects alone, to be read in half a minute; `gns advise` says it all.
 
     Args:
         result: the estimate of the run.
@@ -182,12 +185,26 @@ def render(
     repeated = advice.warnings if advice is not None and advice.table else ()
     lines += [f"  ! {w}" for w in result.warnings if w not in repeated]
     if advice is not None and advice.table:
-        span = f", for {advice.span}" if advice.span else ""
-        lines += ["", f"What batch size pays{span}:", *(f"  - {s}" for s in advice.sentences)]
-        lines += [f"  ! {w}" for w in advice.warnings]
+        lines += ["", *pays(advice, None if page is None else Path(page).parent)]
     if page is not None:
         lines += ["", f"Report: {page}"]
     return "\n".join(lines)
+
+
+def pays(advice: Advice, run: str | Path | None = None) -> list[str]:
+    """Give the first subjects of the advice as lines for a terminal, and say where the rest is.
+
+    Args:
+        advice: with sections.
+        run: folder of the run, or None.
+    """
+    first = [line for section in advice.sections[:FIRST] for line in section.sentences]
+    return [
+        f"What batch size pays{f', for {advice.span}' if advice.span else ''}:",
+        *(f"  - {line}" for line in first),
+        *(f"  ! {w}" for w in advice.warnings),
+        f"{START} The rest of the advice: gns advise {run or 'RUN'}",
+    ]
 
 
 def label_of(group: str) -> str:

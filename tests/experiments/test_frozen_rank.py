@@ -23,7 +23,7 @@ def test_rows_are_of_factor_b_for_each_rank_and_of_full_weights(tmp_path, capsys
     assert all(r["trace_sigma"] > 0 and r["base"] == corpus.base_model_path().name for r in rows)
     assert "r=None seed 0, 12 examples: B = " in capsys.readouterr().out
     main(["--figures", str(out)])
-    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert (tmp_path / "frozen_rank.png").stat().st_size > 10_000
 
 
 def test_too_few_examples_are_named():

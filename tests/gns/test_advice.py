@@ -144,7 +144,7 @@ def test_goodput_is_throughput_times_pollux_efficiency():
 
 def test_measured_advice_reads_well():
     text = str(advise(MEASURED, batch_size=16, dataset_size=20_000, learning_rate=2e-4))
-    assert "about 212 examples, between 160 … 310 (95 % sure)" in text
+    assert "about 212 examples, between 160 and 310 (95 % sure)" in text
     assert "If time and examples matter equally: a batch of 103 … 483; 256 costs at most 6 % more" in text
     assert "up to 8 wastes at most 5 %, up to 32 wastes at most 20 %" in text
     assert "The batch of 16 in use takes 5 % … 10 % more examples" in text
@@ -331,7 +331,13 @@ def test_a_loss_to_aim_at_gives_goodput_a_time():
         "The batch of 16 in use takes 136 % … 161 % longer than the soonest to the same loss.",
         "The loss aimed at takes about 3.8 min … 4.2 min of training at batch 64.",
         "64 is the largest batch timed: a larger one may be sooner still.",
+        "That is below the range under “Batch size”, which takes every step to last as long as any other. If "
+        "what counts is the time on this machine, go by what was timed here.",
     ]
+    within = advise(MEASURED, batch_size=16, throughput={16: 10.0, 256: 300.0})
+    assert not any("go by what was timed here" in line for line in within.sentences)
+    above = advise(MEASURED, batch_size=16, throughput={16: 10.0, 2048: 9000.0})
+    assert any(line.startswith("That is above the range under") for line in above.sentences)
     assert advice.goodput[0].seconds == pytest.approx((600, 600))
     assert not any(note.startswith("fewer steps save time") for note in advice.caveats)
     assert any(note.startswith("fewer steps save time") for note in advise(MEASURED, batch_size=16).caveats)
@@ -435,3 +441,74 @@ def test_estimate_is_needed_and_numpy_numbers_are_welcome():
 def test_advice_is_frozen():
     with pytest.raises(FrozenInstanceError):
         advise(MEASURED, batch_size=16).batch_size = 3  # type: ignore[misc]
+
+
+def said_of(low, high, **given):
+    return advise(replace(MEASURED, b_simple=math.sqrt(low * high), low=low, high=high), **given).sentences
+
+
+def test_a_band_whose_ends_read_alike_is_one_number():
+    (line,) = (s for s in said_of(50, 50.2, batch_size=8) if s.startswith("The batch of 8"))
+    assert line.startswith("The batch of 8 in use takes 16 % more examples than the fewest, 7.2 … 7.3 ×")
+    (line,) = (s for s in said_of(500, 500.2, batch_size=8) if s.startswith("The batch of 8"))
+    assert "2 % more examples than the fewest, 63.5 × the fewest steps" in line
+
+
+def test_a_learning_rate_has_no_more_digits_than_matter():
+    lines = said_of(50, 60, batch_size=8, learning_rate=0.000192686)
+    assert any(s.startswith("Learning rate 0.000193 at batch 8 becomes") for s in lines)
+
+
+def test_a_range_beyond_the_data_promises_no_batch_larger_than_they_are():
+    lines = said_of(1000, 2000, batch_size=8, dataset_size=50)
+    assert lines[0] == (
+        "If time and examples matter equally: a batch of 642 … 3,120. That is more than the 50 examples of "
+        "the data: no batch of them is too large at this price."
+    )
+    assert not any(s.startswith(("Sure", "Not sure")) for s in lines)
+    assert "If only examples matter, not time: a small batch; up to 50 wastes at most 5 %." in lines
+    lines = said_of(1000, 2000, batch_size=8, dataset_size=1400)
+    assert "a batch of 642 … 3,120 (no more than the 1,400 examples of the data); 1024 costs" in lines[0]
+    assert lines[1].startswith("Sure: 1,280 … 1,400 is within 5 %")
+    assert lines[3].endswith("up to 50 wastes at most 5 %, up to 200 wastes at most 20 %.")
+    bound = advise(BOUND, batch_size=16, dataset_size=100, learning_rate=1e-3).sentences
+    assert "That is more than the 100 examples of the data" in bound[0]
+    assert any(
+        s.startswith("One epoch of 100 examples at batch 100 is 1 optimizer step of 100 %.") for s in bound
+    )
+    assert any("becomes at batch 100:" in s for s in bound)
+
+
+def test_nothing_is_said_of_a_batch_below_one():
+    for low, high in ((0.3, 0.5), (0.5, 0.8)):
+        lines = said_of(low, high, batch_size=1)
+        assert lines[0] == "If time and examples matter equally: batch 1, the smallest there is."
+        assert not any(s.startswith(("Sure", "Not sure", "Why", "To name")) for s in lines)
+        assert any("It is the smallest there is: no need to change it." in s for s in lines)
+        warned = advise(replace(MEASURED, low=low, high=high), batch_size=1).warnings
+        assert not any("smaller batch" in w for w in warned)
+
+
+def test_a_batch_within_the_range_as_it_is_written_is_within_it():
+    lines = said_of(51.5, 92.6, batch_size=33)  # the range begins at 33.04
+    assert "a batch of 33 … 144" in lines[0] and any("It is within the range above." in s for s in lines)
+    assert any("It is below the range above" in s for s in said_of(51.5, 92.6, batch_size=32))
+
+
+def test_without_a_lower_end_no_batch_is_put_forward():
+    odd = replace(MEASURED, b_simple=math.nan, low=0.0, high=50.0)
+    lines = advise(odd, batch_size=16, dataset_size=1000, learning_rate=1e-3).sentences
+    assert any(s.startswith("One epoch of 1,000 examples at batch 16 is 63 optimizer steps") for s in lines)
+    assert not any("at batch 1 " in s or "becomes" in s or "∞" in s for s in lines)
+    assert any("takes at least 32 % more examples than the fewest" in s for s in lines)
+
+
+@pytest.mark.parametrize(("price", "best"), [({}, 175), ({"time_price": 4}, 350), ({"step_price": 10}, 42)])
+def test_a_lower_bound_is_carried_over_at_the_price_that_is_stated(price, best):
+    lines = advise(BOUND, batch_size=16, learning_rate=1e-3, **price).sentences
+    assert any(f"becomes at batch {best}:" in s for s in lines)
+
+
+def test_laws_that_agree_at_one_batch_alone_name_one():
+    (warning,) = advise(replace(MEASURED, low=0.0, high=50.0), batch_size=16, learning_rate=1e-3).warnings
+    assert "outside batch 16 (up to" in warning

@@ -81,6 +81,9 @@ def test_what_a_runs_settings_tell():
     capacity, cost = recorded(settings)
     assert capacity == Capacity(first_epoch_bits(2.0, 1000), 10_000) and cost is None
     assert recorded(settings, 99)[0].parameters == 99
+    assert (capacity.share, recorded({**settings, "first_epoch_share": 0.2})[0].share) == (1.0, 0.2)
+    for odd in (0.5, 10**400):  # no whole token; beyond any float
+        assert recorded({**settings, "loss_tokens": odd})[0] is None
     assert recorded({"adapted_layers": [[16, 8, 4, 2]]}) == (None, step_cost([AdaptedLayer(16, 8, 4, 2)]))
     for name in settings:
         for odd in (None, "many", -1, 0, True, math.nan, [1]):

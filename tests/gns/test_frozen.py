@@ -6,6 +6,8 @@ import copy
 import random
 import signal
 import warnings
+from collections import UserDict
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,12 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gns
-from gns.calling import ProbeError
+from gns.calling import ProbeError, moved
 from gns.estimate import estimate
 from gns.frozen import probe
 from gns.frozenestimate import FrozenEstimate
 from gns.looks import declared
 from gns.monitor import GNSMonitor, GNSWarning
+from gns.segments import stacked
 from gns.still import set_modes
 from tests.gns.small_models import lora, tokens
 from tests.reference import all_pairs
@@ -216,6 +219,12 @@ def test_what_is_no_loss_is_refused(batch, loss, says):
         ({"max_batches": True}, "max_batches is True"),
         ({"relative_width": 0.0}, "relative_width is 0.0; a number above 0"),
         ({"largest": -1}, "largest is -1; a whole number"),
+        ({"level": "0.9"}, "level is '0.9'; a coverage"),
+        ({"relative_width": "0.2"}, "relative_width is '0.2'; a number above 0"),
+        ({"relative_width": float("inf")}, "relative_width is inf; a number above 0"),
+        ({"seed": -1}, "seed is -1; a whole number, 0 or more"),
+        ({"sketch": 0}, "sketch is 0; a whole number, 1 or more"),
+        ({"max_bytes": -5}, "max_bytes is -5; a whole number, 0 or more"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, says):
@@ -471,6 +480,52 @@ def test_a_loader_that_shuffles_draws_as_it_would_have():
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
+class Buffers(nn.Module):
+    """What a forward pass may do to buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("nowhere", torch.zeros(3, device="meta"))
+        self.register_buffer("late", None)
+        self.register_buffer("zero", torch.zeros(2))
+        self.register_buffer("nan", torch.tensor([float("nan"), 1.0]))
+        self.register_buffer("small", torch.ones(2).to(torch.float8_e4m3fn))
+
+    def forward(self, x):
+        self.late = torch.ones(1)
+        self.zero.neg_()
+        self.nan.mul_(2)
+        self.small.copy_(torch.zeros(2))
+        return self.layer(x)
+
+
+def test_buffers_of_any_kind_are_as_they_were():
+    model = Buffers()
+    assert probe(model, rows(3, 4, 5, dtype=torch.float32), loss=mean_loss).n_steps == 3
+    assert model.late is None and model.nowhere.is_meta
+    assert not torch.signbit(model.zero).any()
+    assert torch.isnan(model.nan[0]) and model.nan[1] == 1
+    assert (model.small.float() == 1).all()
+
+
+def test_a_batch_is_given_to_the_loss_as_it_is():
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        y: torch.Tensor
+
+    class Custom(UserDict):
+        pass
+
+    x = rows(4)[0]
+    assert type(moved(Pair(x, x), torch.device("meta"))) is Pair
+    assert moved(Pair(x, x), torch.device("meta")).y.is_meta
+    for batch in (Pair(x, x), Custom(x=x), [x, (x, 3)]):
+        assert moved(batch, torch.device("cpu")) is batch
+    found = probe(plain(), [Pair(x, x)] * 3, loss=lambda m, b: mean_loss(m, b.x))
+    assert found.n_steps == 3
+
+
 def test_no_grad_around_it_does_no_harm():
     with torch.no_grad():
         found = probe(plain(), rows(3, 4, 5), loss=mean_loss)
@@ -563,6 +618,28 @@ def test_dropout_noise_is_split_off():
     assert dry.dropout is None and np.isnan(dry.b_simple_data)
 
 
+@pytest.mark.parametrize("draw", [lambda: np.random.rand(50), lambda: [random.random() for _ in range(50)]])
+def test_masks_of_other_generators_are_told_apart_too(draw):
+    """Masks drawn with numpy or Python are others in every batch, and in its second run."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.masks = nn.Linear(50, 1), []
+
+        def forward(self, x):
+            self.masks.append(np.array(draw()) > 0.5)
+            return self.layer(x * torch.from_numpy(self.masks[-1]).float())
+
+    model = Masked()
+    batches = [2 + torch.randn(8, 50, generator=torch.Generator().manual_seed(k)) for k in range(4)]
+    found = probe(model, batches, loss=lambda m, x: m(x).mean(), split_dropout=True)
+    assert len({mask.tobytes() for mask in model.masks}) == 8
+    assert found.dropout.dropout > 0
+    off = probe(model, batches, loss=lambda m, x: m(x).mean())
+    assert any("Random numbers were drawn" in w for w in off.warnings)
+
+
 # --- gradients kept whole or sketched
 
 
@@ -647,6 +724,15 @@ def test_stops_at_the_first_look_that_is_narrow_enough():
     assert never.low < single.low < single.high < never.high, "looks share the level"
 
 
+def test_a_narrow_set_of_too_few_effective_batches_does_not_stop_it():
+    """20 batches of unequal size count for fewer than 20, and their set is not trusted."""
+    sizes = [2] * 10 + [8] * 12
+    found = probe(plain(), rows(*sizes), loss=mean_loss, relative_width=1e6)
+    assert found.looks == (20, 22) and found.n_steps == 22 and found.stopped is None
+    even = probe(plain(), rows(*[8] * 22), loss=mean_loss, relative_width=1e6)
+    assert even.n_steps == 20 and even.stopped is not None, "the control"
+
+
 # --- the examples with the largest gradients
 
 
@@ -682,6 +768,21 @@ def test_a_tokenizer_shows_the_text_without_its_padding():
 def test_describe_must_be_something():
     with pytest.raises(TypeError, match="describe is a int; a tokenizer, or a function"):
         probe(plain(), rows(3), loss=mean_loss, largest=1, describe=3)
+
+
+def test_a_describe_that_fails_loses_no_measurement():
+    def describe(batch, row):
+        raise KeyError("input_ids")
+
+    found = probe(plain(), rows(3, 4), loss=mean_loss, largest=1, describe=describe)
+    assert found.n_steps == 2
+    assert found.largest[0].text == "(describe raised KeyError: 'input_ids')"
+
+
+def test_examples_that_are_not_rows_are_not_shown_as_rows():
+    options = {"loss": mean_loss, "largest": 2, "describe": lambda batch, row: f"row {row}"}
+    assert all(e.text is None for e in probe(plain(), rows(4, 6), segments=stacked(2), **options).largest)
+    assert all(e.text is not None for e in probe(plain(), rows(4, 6), **options).largest), "the control"
 
 
 # --- dependence inside a batch

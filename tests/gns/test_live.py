@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from gns.estimate import estimate
 from gns.live import BEFORE, HORIZON, bounds, level_at, live, looks, spending
@@ -64,6 +64,14 @@ def test_bounds_do_not_depend_on_how_many_are_asked_for():
     close(level_at(2, 0.95), 2 * stats.norm.cdf(bounds(0.95, 3)[2]) - 1, rtol=1e-12)
 
 
+def test_bounds_are_worked_out_once(monkeypatch):
+    """A training asks for one more at each look, in the user's loop."""
+    asked, true = [], optimize.brentq
+    monkeypatch.setattr(optimize, "brentq", lambda *a, **k: asked.append(1) or true(*a, **k))
+    assert [len(bounds(0.8125, number)) for number in (1, 2, 5, 3, 12)] == [1, 2, 5, 3, 12]
+    assert len(asked) == 12
+
+
 def test_between_looks_the_last_set_stands():
     steps = simulated(0, 20, 60)
     for k in range(20, 61):
@@ -116,3 +124,28 @@ def test_arguments_are_checked_as_those_of_estimate():
         live([*steps, replace(steps[0], metric="adam")])
     with pytest.raises(TypeError, match="steps holds int"):
         live([3])
+
+
+def test_the_outlook_is_on_the_set_that_is_shown():
+    for k in looks(130):
+        made = live(simulated(3, 10, k))
+        width = (made.high - made.low) / 2 / made.b_simple
+        assert (made.more_examples(width * 1.01), made.more_examples(width * 0.9) > 0) == (0, True), k
+        assert "no wider" not in made.outlook(width * 0.9)
+
+
+def test_a_group_that_some_steps_lack_is_as_of_the_same_look():
+    both, alone = Layout(("l.lora_A.w", "l.lora_B.w")), Layout(("l.lora_B.w",))
+
+    def step(s):
+        layout = alone if s.step < 10 else both
+        return from_rows(
+            np.array([[s.mean_sq_norm, s.sq_norm_of_mean]] * len(layout.names)),
+            layout,
+            step=s.step,
+            n_examples=16,
+        )
+
+    steps = [step(s) for s in simulated(4, 10, 49)]
+    made = [live(steps[:k]).groups["A"] for k in range(40, 50)]
+    assert {(e.low, e.high, e.n_steps, e.steps) for e in made} == {(made[0].low, made[0].high, 30, (10, 39))}

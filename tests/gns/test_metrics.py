@@ -333,6 +333,51 @@ def test_other_optimizers_have_no_say():
         check(step, found, moment)
 
 
+@pytest.mark.parametrize("others", range(6))
+def test_the_optimizer_that_stepped_last_has_the_say(others):
+    """One optimizer trains, then another one, and both stay alive, among some that never step."""
+    model, moment = mlp(), SecondMoment(beta=0.5)
+    made = [torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.5)) for _ in range(2 + others)]
+    with GNSMonitor(model, metric="adam", on_error="raise") as monitor:
+        for optimizer, k in ((made[-1], 3), (made[0], 3)):
+            moment = SecondMoment(beta=0.5)
+            for calls, each in plain(model, 6, k=k):
+                found = contributions(trainable(model), each())
+                mean_of(model)(calls[0]).backward()
+                before = copy.deepcopy(moment)
+                moment.step({name: sum(c[name] for c in found) for name in found[0]})
+                optimizer.step()
+                optimizer.zero_grad()
+        check(monitor.latest, found, before)
+
+
+def test_what_was_read_between_two_optimizers_is_read_again():
+    """A forward pass after the first one's step sees only half of the new state."""
+    model = mlp()
+    first, second = (torch.optim.Adam(list(part.parameters()), lr=1e-2) for part in (model[0], model[2]))
+    with GNSMonitor(model, metric="adam", on_error="raise") as monitor:
+        for i in range(3):
+            mean_of(model)(rows(6, seed=i)).backward()
+            first.step()
+            model(rows(2))
+            second.step()
+            second.zero_grad()
+            first.zero_grad()
+        model(rows(2))
+        expected = adam_roots([first, second], dict(model.named_parameters()))
+        assert torch.equal(monitor._collector.weights.roots["2.weight"], expected.there["2.weight"])
+
+
+def test_roots_are_where_the_parameter_is():
+    """State that was moved away between steps; the device without memory stands for another one."""
+    p, away = (nn.Parameter(torch.zeros(3, 2, device=device)) for device in ("cpu", "meta"))
+    p.grad = torch.ones(3, 2)
+    optimizer = torch.optim.Adam([p])
+    optimizer.step()
+    optimizer.param_groups[0]["params"], optimizer.state[away] = [away], optimizer.state.pop(p)
+    assert adam_roots([optimizer], {"p": away}).there["p"].device.type == "meta"
+
+
 def test_mixing_metrics_is_refused():
     model = mlp()
     steps = [t[0] for t in train(model, mean_of(model), plain(model, 6))]

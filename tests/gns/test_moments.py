@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gns.estimate import estimate, summarise
-from gns.moments import BETWEEN, DRIFT_ALARM, DRIFT_STEPS, SUCCESSIVE, Moments, drifting
+from gns.moments import BETWEEN, DRIFT_ALARM, DRIFT_STEPS, SUCCESSIVE, Moments, _least, _ranks, drifting
 from gns.sets import honest_set
 from gns.sums import StepSums
 from tests.reference import estimators as slow
@@ -80,6 +80,12 @@ def test_an_unknown_variance_is_refused():
         Moments.of(np.ones(3), np.ones(3), np.ones(3), np.ones(3), variance="blocks")
 
 
+@pytest.mark.parametrize("k", [1, 1.2, 4 / 3, 2, 3, 50])
+def test_degrees_of_freedom_do_not_pass_those_between_steps(k):
+    moments = Moments(1.0, 1.0, (1.0, 0.0, 1.0), (0.0, 0.0, 0.0, 0.0), k, SUCCESSIVE)
+    assert 0.66 * (k - 1) <= moments.df <= k - 1
+
+
 # the test for drift
 
 
@@ -110,6 +116,24 @@ def test_a_clear_trend_drifts_in_any_direction_and_constants_do_not():
     assert drifting(up) and drifting(-up) and drifting(np.exp(up))
     assert not drifting(np.ones(50)) and not drifting(np.tile([0.0, 1.0], 25))
     assert not drifting(up[:-1]), "fewer than that many steps are not judged"
+
+
+@given(seed=st.integers(0, 9999), k=st.integers(2, 300), kind=st.sampled_from(["normal", "cauchy", "ties"]))
+def test_the_short_cut_is_never_above_the_statistic_itself(seed, k, kind):
+    rng = np.random.default_rng(seed)
+    draw = {"normal": rng.standard_normal, "cauchy": rng.standard_cauchy}.get(kind)
+    values = rng.integers(0, 4, k).astype(float) if draw is None else draw(k)
+    values = values * 1e-9 + np.linspace(0, 1e-9, k) * (seed % 3 if draw else 0)
+    ranks = stats.rankdata(values)
+    assert np.array_equal(_ranks(values), ranks)
+    whole = ((ranks - ranks.mean()) ** 2).sum()
+    assert whole == 0 or _least(values) <= (np.diff(ranks) ** 2).sum() / whole * (1 + 1e-12)
+
+
+def test_the_short_cut_settles_long_runs():
+    values = np.random.default_rng(0).standard_normal(10_000)
+    exact = (np.diff(stats.rankdata(values)) ** 2).sum() / (10_000 * (1e8 - 1) / 12)
+    assert 0.99 * exact < _least(values) <= exact
 
 
 # what an estimate makes of it

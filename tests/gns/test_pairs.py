@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gns.frozenestimate import from_batches
-from gns.pairs import Batches, dependence, jackknife, pooled, sign_flip
+from gns.pairs import Batches, SignFlip, dependence, jackknife, pooled, sign_flip
 from gns.pairspread import score
 from gns.sets import honest_set
 from gns.sums import unbiased
@@ -109,6 +109,21 @@ def test_exactly_unbiased_over_all_ordered_draws():
     close(np.mean(found, axis=0), [trace, grad], rtol=EXACT)
 
 
+def test_exactly_unbiased_with_weights_too():
+    """Tokens 1, 7 | 3 | 2, 30: |G|² as it is; tr Σ is NA times that of equal weights."""
+    data = np.array([[1.0, 0.0], [3.0, 1.0], [2.0, -1.0]])
+    tokens = [np.array([1.0, 7.0]), np.array([3.0]), np.array([2.0, 30.0])]
+    weights, mass = [t / t.sum() for t in tokens], [t.sum() for t in tokens]
+    found = []
+    for draw in itertools.product(range(3), repeat=5):
+        rows = np.split(data[list(draw)], [2, 3])
+        c = [a[:, None] * g for a, g in zip(weights, rows, strict=True)]
+        found.append(pooled(batches_of(c, weights, mass)))
+    grad, trace = truth(data)
+    share = np.concatenate(tokens) / sum(mass)
+    close(np.mean(found, axis=0), [5 * float(share @ share) * trace, grad], rtol=EXACT)
+
+
 def test_control_an_average_of_steps_is_another_number():
     rng = np.random.default_rng(0)
     examples = [rng.standard_normal((4, 3)) for _ in range(5)]
@@ -191,6 +206,12 @@ def test_drawn_patterns_agree_with_all_of_them():
     assert abs(drawn.p_value - exact.p_value) < 5 * np.sqrt(exact.p_value / 19_999)
 
 
+def test_no_p_value_is_below_one_over_the_patterns():
+    same = equal([np.ones((2, 1))] * 20)  # no drawn pattern comes near
+    assert sign_flip(same, draws=99).p_value == 1 / 100
+    assert sign_flip(equal([np.ones((2, 1))] * 5)).p_value == 1 / 16
+
+
 def test_patterns_are_needed():
     with pytest.raises(ValueError, match="draws is 0"):
         sign_flip(equal([np.ones((2, 1))] * 3), draws=0)
@@ -260,6 +281,35 @@ def test_looks_share_the_level():
     assert many.low < one.low < one.b_simple < one.high < many.high
     assert many.level == one.level == 0.95
     close(from_batches(b, level=1 - 0.05 / 4).high, many.high)
+    shown, once = ((e.high - e.low) / 2 / e.b_simple for e in (many, one))
+    assert once < shown and many.more_examples((shown + once) / 2) > 0, "the outlook is on the set shown"
+
+
+@pytest.mark.parametrize("level", [0.95, 0.9875])
+def test_without_a_gradient_an_upper_end_is_as_rare_as_the_level_says(level):
+    """Alone, the score set has one in 3.8 % of these probes at 98.75 %, six times too many."""
+    repeats, steep = 300, 1 / np.arange(1, 33) ** 2.0
+    found = [from_batches(simulated(r, 1e12, 20, 16, steep), level=level) for r in range(repeats)]
+    bounded = sum(np.isfinite(e.high) for e in found)
+    assert stats.binom.sf(bounded - 1, repeats, (1 - level) / 2) > 1e-3, bounded
+    alone = sum(np.isfinite(honest_set(e.moments, level)[1]) for e in found)
+    assert alone > 2 * bounded, "the control"
+    assert all(e.status == "lower bound" for e in found if np.isinf(e.high) and np.isfinite(e.low))
+
+
+@pytest.mark.parametrize(
+    ("p", "exact", "patterns", "level", "kept"),
+    [
+        (0.025, False, 9_999, 0.95, True),
+        (0.0251, False, 9_999, 0.95, False),
+        (1e-4, False, 9_999, 0.999999, True),  # no smaller p can be had
+        (2e-4, False, 9_999, 0.999999, False),
+        (1 / 8, True, 8, 0.95, True),
+        (2 / 8, True, 8, 0.95, False),
+    ],
+)
+def test_an_upper_end_needs_a_gradient(p, exact, patterns, level, kept):
+    assert SignFlip(p, exact, patterns).upper_end(7.0, level) == (7.0 if kept else np.inf)
 
 
 # --- dependence inside a batch
@@ -322,3 +372,20 @@ def test_pairs_inside_batches_are_needed_for_a_comparison():
     rng = np.random.default_rng(0)
     assert dependence(equal([rng.standard_normal((1, 3)) for _ in range(10)])) is None
     assert dependence(equal([rng.standard_normal((4, 3)) for _ in range(2)])) is None
+
+
+def test_few_batches_of_a_steep_spectrum_are_not_called_balanced():
+    """With 8 batches of 16, p < 1 % in 4 % of probes: a warning would come four times too often."""
+    steep = 1 / np.arange(1, 33) ** 2.0
+    found = [from_batches(simulated(r, 1e9, 8, 16, steep)) for r in range(200)]
+    low = sum(e.dependence.p_value < 0.01 for e in found)
+    assert low >= 3, "the control"
+    assert sum(bool(e.warnings) for e in found) <= 2 < low
+
+
+def test_what_rounding_leaves_is_no_dependence():
+    same = equal([np.ones((4, 2)) for _ in range(25)])
+    rounded = replace(same, sum_sq_norms=same.sum_sq_norms * (1 - 1e-7))
+    assert dependence(rounded).p_value == 1 and not from_batches(rounded).warnings
+    apart = replace(same, sum_sq_norms=same.sum_sq_norms * 0.9)
+    assert dependence(apart).p_value < 0.01, "the control"

@@ -148,6 +148,14 @@ def test_the_outlook_in_words():
     assert "before 2 steps" in estimate([]).outlook()
 
 
+def test_without_spread_no_number_of_examples_is_named():
+    same = estimate([StepSums(i, 8, 3.0, 3.0) for i in range(30)])
+    assert (same.status, same.b_simple, same.more_examples()) == ("measured", 0.0, math.inf)
+    assert "averages to no more than 0" in same.outlook()
+    uneven = [StepSums(i, 8, 1 + 0.01 * (i % 3), 1.2, sum_sq_weights=0.3) for i in range(30)]
+    assert estimate(uneven).b_simple < 0 and "|G|²" not in estimate(uneven).outlook()
+
+
 # metrics
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from gns import GNSMonitor, views
 from gns import live as looking
 from gns.estimate import estimate
+from gns.monitor import GNSWarning
 
 
 def trained(steps: int, **options) -> GNSMonitor:
@@ -65,6 +68,76 @@ def test_a_full_history_lets_the_last_set_stand():
         train(monitor.model, 20)
     assert len(monitor.history) == 26
     assert monitor.live() is first
+
+
+def test_a_full_history_makes_no_look_however_many_of_its_steps_are_usable():
+    """The first steps are not usable: as they are let go of, more and more of those held are."""
+    monitor = trained(48, history=48)
+    held = list(monitor._history)
+    monitor._history.clear()
+    monitor._history.extend([replace(s, reason="not usable") if s.step < 10 else s for s in held])
+    first = monitor.live()
+    assert first.n_steps == 32
+    with monitor:
+        train(monitor.model, 20)
+    assert looking.live(monitor.history).n_steps == 40
+    assert monitor.live() is first
+
+
+def test_each_level_has_a_set_that_stands():
+    monitor = trained(26, history=26)
+    sets = [monitor.live(level=level) for level in (0.9, 0.95)]
+    with monitor:
+        train(monitor.model, 20)
+    assert all(monitor.live(level=e.level) is e for e in sets)
+    late = monitor.live(level=0.8)
+    with monitor:
+        train(monitor.model, 5)
+    assert monitor.live(level=0.8) is late, "asked for late, it is made once"
+
+
+@pytest.mark.parametrize("history", [26, 60])
+def test_a_resumed_training_goes_on_with_the_set_that_stands(history):
+    """A look at the steps that a full history happens to hold at each resume would spend the error anew."""
+    monitor = trained(26, history=history)
+    first = monitor.live()
+    with monitor:
+        train(monitor.model, 20)
+    state = json.loads(json.dumps(monitor.state_dict()))
+    full = history == 26
+    assert (bool(state["looks"]), state["let_go"]) == (full, full)
+    resumed = GNSMonitor(monitor.model, history=history)
+    resumed.load_state_dict(state)
+    made = resumed.live()
+    assert made == (first if full else replace(monitor.live(), coverage=None))
+    if full:
+        assert made.moments == first.moments and made.outlook() == first.outlook()
+    smaller = GNSMonitor(monitor.model, history=21)
+    smaller.load_state_dict(state)
+    assert smaller._let_go
+
+
+def test_a_state_of_before_there_were_looks_is_read():
+    monitor = trained(30)
+    state = monitor.state_dict()
+    assert state.pop("looks") == [] and state.pop("let_go") is False
+    resumed = GNSMonitor(monitor.model)
+    resumed.load_state_dict(state)
+    assert resumed.live().low == monitor.live().low
+
+
+def test_resuming_in_another_metric_leaves_the_old_steps_out_and_says_so():
+    """Sums in two metrics do not add: a log of the training would raise in the user's loop."""
+    monitor = trained(30)
+    resumed = GNSMonitor(monitor.model, metric="adam")
+    with pytest.warns(GNSWarning, match="30 of the 30 steps in the loaded state are not in metric 'adam'"):
+        resumed.load_state_dict(monitor.state_dict())
+    assert resumed.history == [] and resumed.estimate().n_steps == resumed.live().n_steps == 0
+    with resumed:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GNSWarning)
+            train(resumed.model, 2)
+    assert [s.step for s in resumed.history] == [30, 31]
 
 
 def test_parameters_left_out_since_and_a_loaded_state_make_a_new_set():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gns.estimate import estimate
+from gns import tails
+from gns.estimate import estimate, summarise
 from gns.sums import StepSums
 from gns.tails import CAP, MIN_EXAMPLES, effective_rank, kurtosis, light_share, tail_share
 from tests.reference import estimators as slow
@@ -135,6 +136,32 @@ def test_heavy_tails_fire(kind, name, least):
     """50 runs a cell. At 99 % fewer than 45 have a chance of 1e-5, at 87 % fewer than 34 one of 1e-4."""
     assert stats.binom.cdf(44, 50, 0.99) < 1e-4 and stats.binom.cdf(33, 50, 0.87) < 1e-3
     assert warned(kind, name, 20, 16, 50) >= least
+
+
+def test_where_the_scatter_is_signal_the_cap_still_speaks():
+    """With n above B, r_eff is read as below 1, where light tails would explain any share."""
+    rng = np.random.default_rng(3)
+    e = estimate(records(gradients(rng, "lognormal", SPECTRA["j^-2"], 30, 64, 2.0)))
+    assert e.moments is not None and e.tail_share is not None and e.tail_share > CAP
+    narrow = 1 / (1 + 3 * math.sqrt(14 / e.moments.k))
+    assert effective_rank(e.moments, 30 * 64 * 63) < 1 and e.tail_share < 1.5 * light_share(narrow)
+    assert e.warnings
+
+
+def test_pairs_are_those_inside_the_steps(monkeypatch):
+    """Of unequal size, or repeated by their weight: the pairs that give |G|² the same variance."""
+    asked, true = [], tails.of
+    monkeypatch.setattr(tails, "of", lambda *a: asked.append(a[2]) or true(*a))
+    sizes = [2, 3, 5, 16]
+    steps = [StepSums(i, n, 3.0 + i % 2, 1.0) for i, n in enumerate(sizes * 5)]
+    estimate(steps)
+    summarise(steps, level=0.95, weights=np.array([1.0, 0.0, 0.0, 2.0] * 5))
+    of_size = {n: n * (n - 1) for n in sizes}
+    var = (
+        sum(w * w * of_size[n] for w, n in ((1, 2), (2, 16)))
+        / sum(w * of_size[n] for w, n in ((1, 2), (2, 16))) ** 2
+    )
+    close(asked, [5 * sum(of_size.values()), 5 / var], rtol=1e-12)
 
 
 def test_the_warning_names_the_share():

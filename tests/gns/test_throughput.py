@@ -262,3 +262,33 @@ def test_damaged_and_foreign_files(tmp_path):
 def test_bad_input(made, message):
     with pytest.raises(ValueError, match=message):
         made()
+
+
+def test_a_length_whose_memory_grows_with_its_square_is_not_tried():
+    """One example takes 2 GiB at 256 tokens and would take 8 at 512; 7.2 may be used."""
+
+    class Quadratic(Machine):
+        tokens = 512
+
+        def peak(self, micro_batch, tokens):
+            self.made.append(("peak", micro_batch, tokens))
+            return int((1 + 8 * (tokens / self.tokens) ** 2) * GIB)
+
+    machine = Quadratic()
+    curve = Sweep(machine, largest=8).run()
+    assert curve.points == () and "one example of 512 tokens could take 9 GiB" in curve.stopped
+    assert [tokens for _, _, tokens in machine.made] == [64, 128, 256]
+
+
+def test_the_faster_way_to_make_a_batch_is_kept():
+    """Sixteen at once is slow for its size; accumulation was to be faster, and was not."""
+
+    class Overhead(Machine):
+        def seconds(self, micro_batch, accumulation):
+            each = 0.1 * micro_batch * (2 if micro_batch > 8 else 1)
+            return each * accumulation * (3 if accumulation > 1 else 1)
+
+    curve = Sweep(Overhead(), largest=16).run()
+    last = curve.points[-1]
+    assert (last.batch_size, last.micro_batch, last.accumulation) == (16, 16, 1)
+    assert curve.latest.accumulation > 1 and curve.latest.seconds > last.seconds

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gns.tradeoff import EQUAL, Price, examples_ratio, extra_cost, steps_ratio
+from gns.tradeoff import EQUAL, Price, examples_ratio, extra_cost, positive, steps_ratio
 from theory.tradeoff import TradeOff
 
 PRICES = [
@@ -110,3 +110,10 @@ def test_ends_of_the_scale():
 def test_bad_prices(given_price, message):
     with pytest.raises(ValueError, match=message):
         Price(**given_price)
+
+
+@pytest.mark.parametrize("value", [10**400, math.inf, math.nan, -1, 0, True, "2", None])
+def test_what_is_no_finite_positive_number_is_named(value):
+    with pytest.raises(ValueError, match="x is .* a finite number > 0 is needed"):
+        positive("x", value)
+    positive("x", 10**300, whole=True)

@@ -114,6 +114,17 @@ def test_coverage_with_an_effective_number_of_steps():
     assert control < 263, "the control got through"
 
 
+def test_all_the_weight_on_one_step_gives_no_set_and_no_error():
+    steps = steps_at([20] * 50)
+    for half_life in (0.001, 0.03, 0.3):
+        e = exponential(steps, half_life)
+        assert (e.status, e.low, e.high) == ("collecting", 0.0, math.inf), half_life
+        assert e.outlook().startswith("More examples")
+    assert math.isnan(exponential(steps, 0.001).p_value)
+    alone = [*steps[:2], replace(steps[2], n_examples=10**9, sum_sq_weights=1e-9)]
+    assert (estimate(alone).low, estimate(alone).high) == (0.0, math.inf)
+
+
 # progress
 
 
@@ -197,3 +208,16 @@ def test_views_skip_and_check_as_estimate_does(view):
         view([*steps, replace(steps[0], metric="adam")])
     with pytest.raises(TypeError, match="steps holds int"):
         view([3])
+
+
+def test_a_group_without_gradient_does_not_hide_the_others():
+    """LoRA's factor A as long as B is 0: there is nothing that could weigh its steps."""
+    layout = Layout(("l.lora_A.w", "l.lora_B.w"))
+    steps = [
+        from_rows(np.array([[0, 0], [s.mean_sq_norm, s.sq_norm_of_mean]]), layout, step=s.step, n_examples=16)
+        for s in steps_at([20] * 40)
+    ]
+    e = progress_weighted(steps)
+    assert list(e.groups) == ["B"] and same(e, e.groups["B"])
+    with pytest.raises(ValueError, match="estimated as 0"):
+        progress_weighted([s.groups["A"] for s in steps])

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from gns.advice import Advice
+from gns.rates import spread
 from gns.report.figures.look import LIGHT, Theme, canvas, in_look, limits, log_axis
+from gns.tradeoff import EQUAL
 from gns.wording import DISAGREE
 
 
@@ -51,7 +53,9 @@ def trade_off(advice: Advice | None, *, theme: Theme = LIGHT) -> Figure | None:
             color=theme.green,
             alpha=0.12,
             linewidth=0,
-            label="pays if both matter equally",
+            label="pays if both matter equally"
+            if near.price == EQUAL
+            else "pays at the price that is stated",
         )
     ax.set_yscale("log", base=2)
     ax.set_ylim(0.9, top)
@@ -73,13 +77,13 @@ def learning_rates(advice: Advice | None, *, theme: Theme = LIGHT) -> Figure | N
     figure, (ax,) = canvas(height=4.4)
     batches = np.array(advice.rates[0].batches)
     lows, highs = np.array([c.low for c in advice.rates]), np.array([c.high for c in advice.rates])
-    apart = np.max(highs, axis=0) / np.min(lows, axis=0) > DISAGREE
+    apart = [spread(batch, advice.batch_size, (advice.low, advice.high)) > DISAGREE for batch in batches]
     bottom, top = float(lows.min()) / 1.5, float(highs.max()) * 1.5
     ax.fill_between(
         batches,
         bottom,
         top,
-        where=list(apart),
+        where=apart,
         color=theme.grey,
         alpha=0.14,
         linewidth=0,

@@ -7,6 +7,7 @@ import pytest
 from gns import throughput
 from gns.advice import advise
 from gns.capacity import Capacity, first_epoch_bits
+from gns.coverage import Coverage
 from gns.records import load, write_summary
 from gns.sums import StepSums
 from gns.throughput import Speed, Throughput
@@ -60,7 +61,7 @@ def test_everything_recorded_is_used_and_its_source_named(gns, folder):
         learning_rate=1e-3,
         throughput={16: 80.0, 64: 160.0},
         examples_needed=640,
-        capacity=Capacity(first_epoch_bits(2.0, 200_000), 10_000),
+        capacity=Capacity(first_epoch_bits(2.0, 200_000), 10_000, 0.32),
     )
     assert out[0] == expected.headline
     for line in expected.sentences:
@@ -146,8 +147,9 @@ def test_another_batch_leaves_out_what_belongs_to_the_runs_own(gns, folder):
     assert any("say how many examples that loss takes at batch 32" in line for line in out)
 
 
-def test_a_run_of_more_than_an_epoch_sets_no_aim(gns, folder):
-    write_summary(folder, load(folder), settings={**SETTINGS, "steps_made": 200}, batch_size=16)
+@pytest.mark.parametrize("steps", [125, 200])
+def test_a_run_of_an_epoch_or_more_sets_no_aim(gns, folder, steps):
+    write_summary(folder, load(folder), settings={**SETTINGS, "steps_made": steps}, batch_size=16)
     out = gns("advise", "a")[1]
     assert any("say how many examples that loss takes at batch 16" in line for line in out)
 
@@ -244,3 +246,31 @@ def test_bits_without_parameters(gns, tmp_path):
 def test_a_terminal_gets_ruled_tables(gns, folder, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "──" in "\n".join(gns("advise", "a")[1])
+
+
+def test_the_path_of_a_file_may_look_like_a_pair(gns, tmp_path):
+    folder = running.recorded(tmp_path / "lr=1e-4", running.of(100))
+    throughput.write(folder / "throughput.json", CURVE)
+    code, out, _ = gns("advise", "lr=1e-4")
+    assert code == 0 and row(out, "throughput")[2] == "lr=1e-4/throughput.json"
+    assert gns("advise", "lr=1e-4", "--throughput", "lr=1e-4/throughput.json")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["advise", "report"])
+@pytest.mark.parametrize("rate", ["2e-4", -1, True, 10**400])
+def test_a_recorded_learning_rate_that_is_none_gives_way_to_that_of_the_steps(
+    gns, folder, command, rate, monkeypatch
+):
+    monkeypatch.setattr("gns.report.drawn", lambda found: [])
+    write_summary(folder, load(folder), settings={**SETTINGS, "learning_rate": rate}, batch_size=16)
+    code, out, err = gns(command, "a")
+    assert code == 0 and not err
+    if command == "advise":
+        assert row(out, "learning rate")[1] == "0.001 at batch 16"
+
+
+def test_parameters_that_were_recorded_win_over_those_of_the_coverage(gns, folder):
+    coverage = Coverage({"a": 300}, {"b": 100}, {"b": "no rule"})
+    for settings, count in ((SETTINGS, "10,000"), ({**SETTINGS, "trainable_parameters": None}, "400")):
+        write_summary(folder, load(folder), coverage=coverage, settings=settings, batch_size=16)
+        assert row(gns("advise", "a")[1], "data and adapters")[1].endswith(f"against {count} parameters")

@@ -128,6 +128,7 @@ def test_too_little_memory_ends_in_one_line(gns, home, tmp_path, monkeypatch):
         (["--largest", 0], "largest is 0; a whole number, 1 or more, is needed"),
         (["--seconds", -1], "seconds is -1.0; a finite number > 0 is needed"),
         (["--out", "taken.json"], "taken.json: is there already; delete it, or give another with --out"),
+        (["--out", "."], ".: is a folder; the name of a file is needed, e.g. throughput.json"),
         (["--out", "none/t.json"], "none/t.json: no folder none to write it to"),
         (["nowhere"], "nowhere: holds no run.json"),
     ],

@@ -120,6 +120,7 @@ def test_the_logged_interval_is_the_live_one_and_appears_at_its_looks(make):
     assert [low[step] for step in (20, 24, 25, 26)] == [looks[step].low for step in (20, 20, 25, 25)]
     assert low[25] != low[20] and low[26] < callback.monitor.estimate().low
     assert (callback.shown.low, callback.shown.high) == (looks[25].low, looks[25].high)
+    assert callback.shown.set_level == looks[25].set_level
     assert callback.shown.b_simple == callback.monitor.estimate().b_simple
 
 

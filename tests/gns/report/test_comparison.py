@@ -6,7 +6,7 @@ import pytest
 from gns.estimate import estimate
 from gns.records import STEPS, Summary, read_summary, write_steps, write_summary
 from gns.report import compare
-from gns.report.comparison import differing, told
+from gns.report.comparison import _apart, differing, told
 from gns.report.findings import findings
 from tests.gns.report.conftest import EVIL, draw
 from tests.gns.report.test_write import Page
@@ -117,3 +117,17 @@ def test_a_comparison_needs_two_different_runs(folders):
     with pytest.raises(FileNotFoundError, match=r"holds no steps\.jsonl"):
         compare([folders[0], folders[0].parent / "nope"])
     assert read_summary(folders[0]).settings["seed"] == 5
+
+
+def test_intervals_that_meet_are_not_apart_wherever_their_points_lie():
+    result = estimate(draw(40, 16, 1 / 50))
+    a, b = replace(result, b_simple=20, low=10, high=40), replace(result, b_simple=60, low=39, high=90)
+    assert not _apart(a, b) and not _apart(b, a)
+    assert _apart(a, replace(b, low=41)) and _apart(replace(b, low=41), a)
+
+
+def test_many_pairs_are_said_to_differ_by_chance_more_often():
+    apart = {name: found(draw(40, 16, 1 / b, seed=b)) for name, b in (("a", 10), ("b", 100))}
+    assert not any("by chance" in w for w in told(apart).warnings)
+    many = {f"r{i}": found(draw(40, 16, 1 / 50, seed=i)) for i in range(4)} | apart
+    assert any(w.startswith("15 pairs are compared") for w in told(many).warnings)

@@ -7,6 +7,7 @@ from gns.advice import advise
 from gns.drift import Drift
 from gns.estimate import STATUSES, Estimate, estimate
 from gns.report.text import basis, outlook, render, signal, verdict
+from gns.wording import START
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800, steps=(0, 49))
 WORDS = {
@@ -54,6 +55,12 @@ def test_terminal_summary_holds_estimate_range_factors_and_place(runs):
     assert advice.sentences[0] in text and "If time and examples matter equally" in text
     assert f"factor A: {result.groups['A']}" in text and "factor B: B_simple" in text
     assert text.endswith("Report: runs/a/report.html")
+    lines = text.splitlines()
+    assert f"{START} The rest of the advice: gns advise runs/a" in lines
+    advice = advise(result, batch_size=16, dataset_size=5000, learning_rate=1e-4)
+    shown = [line for section in advice.sections[:2] for line in section.sentences]
+    assert [line[4:] for line in render(result, advice).splitlines() if line.startswith("  - ")] == shown
+    assert render(result, advice).endswith("gns advise RUN") and len(shown) < len(advice.sentences)
 
 
 def test_terminal_summary_without_advice_promises_nothing(runs):

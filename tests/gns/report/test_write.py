@@ -8,16 +8,19 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from gns import load, probe
+from gns import load, probe, throughput
 from gns.advice import advise
 from gns.drift import drift
 from gns.estimate import estimate, format_count
 from gns.probefile import write_probe
 from gns.records import RecordsError, StepsWriter, read_steps, read_summary
 from gns.report import redraw, write_report
+from gns.report.page import ticked
 from gns.report.text import signal, verdict
 from gns.sums import Layout
+from gns.throughput import Speed, Throughput
 from gns.views import progress_weighted
+from gns.wording import START
 from tests.gns.report.conftest import draw
 
 EVIL = '<script>alert("x")</script>'
@@ -94,6 +97,7 @@ def test_page_answers_what_how_sure_and_what_to_do(tmp_path, runs, coverage):
         "examples (mean 100 tokens)",
         "95 % sure that its average over these steps lies between",
         "If time and examples matter equally",
+        f"{START} See",
         "One epoch of 5,000 examples",
         "Learning rate 0.0002 at batch 16 becomes",
         "factor A",
@@ -281,6 +285,8 @@ def test_a_run_that_moved_is_reported_by_its_last_third(tmp_path):
         assert line in page.text
     assert json.loads((tmp_path / "summary.json").read_text())["estimate"]["b_simple"] == whole.b_simple
     assert load(tmp_path).low == whole.low
+    more = [format_count(part.more_examples(0.2)) for part in (change.last, whole)]
+    assert more[0] != more[1] and f"For ±20 %, last third{more[0]} more" in page.text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -297,3 +303,52 @@ def test_two_hundred_steps_take_under_three_seconds(tmp_path, runs):
     start = time.process_time()
     write_report(tmp_path / "run", steps)
     assert time.process_time() - start < 3
+
+
+LORA = {
+    "trainable_parameters": 10_000,
+    "first_epoch_loss": 2.0,
+    "loss_tokens": 200_000,
+    "adapted_layers": [[64, 64, 4, 8]],
+}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_capacity_cost_and_measured_speed_stand_on_the_page(tmp_path, runs):
+    curve = Throughput((Speed(16, 16, 1, 0.2, 0.2, 0.2, 7), Speed(64, 64, 1, 0.4, 0.4, 0.4, 7)), "…")
+    throughput.write(tmp_path / "throughput.json", replace(curve, settings={"tokens_per_example": 1000}))
+    page = page_of(
+        write_report(tmp_path, runs["measured"], settings={**LORA, "first_epoch_share": 0.2}).parent
+    )
+    for part in (
+        "at most 577 kbit (log-loss of the first 20 % of an epoch, as if the rest were like it)",
+        "the adapters hold about 20 kbit (2 for each of 10,000 parameters)",
+        "A training step of LoRA takes 79 % of the multiply-adds",
+        "On this machine the soonest in wall-clock time among the batches timed: 64.",
+        "Careful: the throughput was timed with 1000 tokens an example, the run's have a loss on 100",
+    ):
+        assert part in page.text, part
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_parameters_that_no_setting_tells_come_from_the_coverage(tmp_path, runs, coverage):
+    settings = {name: value for name, value in LORA.items() if name != "trainable_parameters"}
+    page = page_of(write_report(tmp_path, runs["measured"], settings=settings, coverage=coverage).parent)
+    assert "2 for each of 400 parameters" in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_damaged_throughput_file_does_not_stop_the_report(tmp_path, runs):
+    (tmp_path / "throughput.json").write_text("{")
+    page = page_of(write_report(tmp_path, runs["measured"]).parent)
+    assert "throughput.json: damaged or foreign; a file that gns throughput wrote is needed" in page.text
+    assert "If time and examples matter equally" in page.text and "soonest" not in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_no_backtick_is_shown_and_names_between_them_are_code(tmp_path, runs):
+    for status in ("measured", "lower bound"):
+        folder = write_report(tmp_path / status, runs[status]).parent
+        text = (folder / "report.html").read_text(encoding="utf-8")
+        assert "`" not in text and "<code>gns throughput</code>" in text
+    assert ticked("`<b>` & c") == "<code>&lt;b&gt;</code> &amp; c"

@@ -4,6 +4,7 @@ import pytest
 from gns.advice import advise
 from gns.estimate import estimate
 from gns.report import figures
+from gns.tradeoff import LAWS
 from gns.wording import DISAGREE
 from tests.gns.report.conftest import texts
 
@@ -44,9 +45,20 @@ def test_where_the_laws_disagree_is_shaded_and_nowhere_else(runs):
     assert shade.get_label() == f"laws differ by more than {DISAGREE:g}×"
     shaded = np.concatenate([path.vertices[:, 0] for path in shade.get_paths()])
     for at, batch in enumerate(advice.rates[0].batches):
-        apart = max(c.high[at] for c in advice.rates) / min(c.low[at] for c in advice.rates)
-        assert (apart > DISAGREE) == (batch in shaded), batch
+        by_law = [[law(batch, 16, end) for law in LAWS.values()] for end in (advice.low, advice.high)]
+        apart = max(max(rates) / min(rates) for rates in by_law)  # at one noise scale, not over the interval
+        assert (apart > DISAGREE) == (batch in shaded), (at, batch)
     assert 16 not in shaded
+
+
+def test_the_span_names_its_price(runs):
+    result = estimate(runs["measured"])
+    for price, said in (
+        ({}, "pays if both matter equally"),
+        ({"time_price": 3}, "pays at the price that is stated"),
+        ({"step_price": 40}, "pays at the price that is stated"),
+    ):
+        assert said in texts(figures.trade_off(advise(result, batch_size=16, **price)))
 
 
 def test_without_a_rate_there_is_nothing_to_carry_over(runs):
