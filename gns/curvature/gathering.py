@@ -20,7 +20,7 @@ from gns.gather import sum_dtype
 from gns.openstep import OpenStep
 from gns.plan import Plan, plan
 from gns.segments import SegmentsOf
-from gns.still import seeded
+from gns.still import mixed, seeded
 from gns.sums import Layout, StepSums
 from gns.taps import hooked
 
@@ -187,7 +187,7 @@ def gather(
         steps.collector.calls.weigh = weigh
         totals = {name: torch.zeros_like(leaf).detach() for name, leaf in leaves.items()}
         for k, batch in enumerate(batches):
-            with seeded((seed << 24) + k):
+            with seeded(mixed(seed, k)):
                 loss_of(model, batch, loss).backward()
             weigh.next_batch()
             for name, leaf in leaves.items():

@@ -16,7 +16,7 @@ from gns.calling import Loss, loss_of, value_of
 from gns.curvature.errors import CurvatureError
 from gns.examples import IGNORED, row_map, shifts_labels
 from gns.segments import SegmentsOf
-from gns.still import seeded, uninterrupted
+from gns.still import mixed, seeded, uninterrupted
 
 HALF = (torch.bfloat16, torch.float16)
 OWN_RTOL = 1e-4  # between a model's own loss and our token mean: more is another loss
@@ -101,7 +101,7 @@ class Point:
         self._called = None
         handle = self.model.register_forward_hook(self._see, with_kwargs=True)
         try:
-            with seeded(self.seed):
+            with seeded(mixed(self.seed)):
                 return loss_of(self.model, batch, self.loss)
         finally:
             handle.remove()
@@ -116,7 +116,7 @@ class Point:
         self._called = None
         handle = self.model.register_forward_hook(self._see, with_kwargs=True)
         try:
-            with torch.no_grad(), seeded(self.seed):
+            with torch.no_grad(), seeded(mixed(self.seed)):
                 found = value_of(self.model, batch, self.loss)
         finally:
             handle.remove()
