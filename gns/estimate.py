@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gns import tails
-from gns.moments import BETWEEN, Moments
+from gns.moments import BETWEEN, Moments, exact_unit
 from gns.sets import (
     MIN_STEPS,
     confidence_set,
@@ -320,27 +320,37 @@ def summarise(
         return Estimate(nan, nan, math.inf, status="collecting", **sums, **about)
     x = np.array([s.trace_sigma for s in steps])
     y = np.array([s.grad_sq_norm for s in steps])
-    unit = 2.0 ** -np.ceil(np.log2(np.abs(np.concatenate([x, y])).max() or 1.0))  # exact: cubes stay in range
+    unit = exact_unit(x, y)
     w = n - 1 if weights is None else weights * (n - 1)
     spread = None if influence is None else (influence[0] * unit, influence[1] * unit)
     moments = Moments.of(x * unit, y * unit, w, w * n, variance="auto", influence=spread)
-    low, high, empty = honest_set(moments, level)
     heavy = tails.of(steps, moments, float((w * n).sum() ** 2 / (w * w * n / (n - 1)).sum()))
     return Estimate(
-        b_simple=moments.x / moments.y if moments.y > 0 else nan,
-        low=low,
-        high=high,
-        status=status_of(moments, high, empty),
-        trace_sigma=float(moments.x / unit),
-        grad_sq_norm=float(moments.y / unit),
-        detection_limit=detection_limit(moments, level),
-        p_value=p_value(moments),
-        tail_share=heavy.share,
-        warnings=heavy.warnings,
-        variance=moments.variance,
-        moments=moments,
-        **about,
+        **concluded(moments, unit, level), tail_share=heavy.share, warnings=heavy.warnings, **about
     )
+
+
+def concluded(moments: Moments, unit: float, level: float) -> dict[str, Any]:
+    """Give the fields of an `Estimate` that follow from the moments of its steps.
+
+    Args:
+        moments: of tr Σ and |G|², each times `unit`.
+        unit: from `exact_unit`.
+        level: nominal coverage of the confidence set.
+    """
+    low, high, empty = honest_set(moments, level)
+    return {
+        "b_simple": moments.x / moments.y if moments.y > 0 else math.nan,
+        "low": low,
+        "high": high,
+        "status": status_of(moments, high, empty),
+        "trace_sigma": float(moments.x / unit),
+        "grad_sq_norm": float(moments.y / unit),
+        "detection_limit": detection_limit(moments, level),
+        "p_value": p_value(moments),
+        "variance": moments.variance,
+        "moments": moments,
+    }
 
 
 def _unit(steps: list[StepSums]) -> str:

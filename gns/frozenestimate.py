@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gns.estimate import Estimate, format_count
 from gns.largest import LargeExample
+from gns.moments import exact_unit
 from gns.pairs import Batches, Dependence, SignFlip, dependence, has_spread, pooled, sign_flip
 from gns.pairspread import score
 from gns.sets import MIN_STEPS, detection_limit, honest_set, status_of
@@ -130,7 +129,7 @@ def from_batches(
             detection_limit=nan,
             **fixed,
         )
-    unit = 2.0 ** -np.ceil(np.log2(max(abs(x), abs(y)) or 1.0))  # exact: cubes stay in range
+    unit = exact_unit(x, y)
     moments = score(batches.scaled(unit))
     each = 1 - (1 - level) / looks
     low, high, empty = honest_set(moments, each)

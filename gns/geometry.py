@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gns.estimate import Estimate, summarise, usable_of
-from gns.moments import BETWEEN, Moments
-from gns.sets import detection_limit, honest_set, p_value, status_of
+from gns.estimate import Estimate, concluded, summarise, usable_of
+from gns.moments import BETWEEN, Moments, exact_unit
 from gns.sums import FACTORS, Layout, StepSums, factor_of
 
 __all__ = ["METRICS", "by_layer", "by_module", "layer_of", "module_of"]
@@ -182,22 +181,9 @@ def _estimate(
         one = {"b_simple": math.nan, "low": math.nan, "high": math.inf, "detection_limit": math.nan}
         one |= {"status": "collecting", "trace_sigma": float(x[0]), "grad_sq_norm": float(y[0])}
         return replace(about, **one, p_value=math.nan, variance=BETWEEN, moments=None)
-    unit = 2.0 ** -np.ceil(np.log2(np.abs(np.concatenate([x, y])).max() or 1.0))  # exact: cubes stay in range
+    unit = exact_unit(x, y)
     moments = Moments.of(x * unit, y * unit, n - 1, n * (n - 1), variance="auto")
-    low, high, empty = honest_set(moments, level)
-    return replace(
-        about,
-        b_simple=moments.x / moments.y if moments.y > 0 else math.nan,
-        low=low,
-        high=high,
-        status=status_of(moments, high, empty),
-        trace_sigma=float(moments.x / unit),
-        grad_sq_norm=float(moments.y / unit),
-        detection_limit=detection_limit(moments, level),
-        p_value=p_value(moments),
-        variance=moments.variance,
-        moments=moments,
-    )
+    return replace(about, **concluded(moments, unit, level))
 
 
 def _unbiased(n: np.ndarray, m: np.ndarray, q: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

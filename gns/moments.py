@@ -17,6 +17,12 @@ DRIFT_ALARM = 0.001  # chance that steps without drift are taken for drifting on
 _BINS = 4096
 
 
+def exact_unit(*values: np.ndarray | float) -> float:
+    """Power of two that brings values to 1 or less: scaling by it rounds nothing, and cubes stay in range."""
+    largest = max(float(np.abs(v).max()) for v in values)
+    return float(2.0 ** -np.ceil(np.log2(largest or 1.0)))
+
+
 @dataclass(frozen=True)
 class Moments:
     """Weighted averages of tr Σ (x) and |G|² (y) over steps, and what the spread of X − θY is made of.

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from gns.estimate import format_count
 from gns.frozenestimate import FrozenEstimate
-from gns.moments import Moments
+from gns.moments import Moments, exact_unit
 from gns.pairs import Batches, sign_flip
 from gns.sets import detection_limit, honest_set, status_of
 
@@ -140,7 +140,7 @@ def _scale(along: np.ndarray, sigma: float, left: np.ndarray, l1: float, level: 
     rest = ((total - along) ** 2 - (squares - along**2)) / ((k - 1) * (k - 2))
     x = k * sigma**2 - (k - 1) * left**2
     y = k * signal - (k - 1) * rest
-    unit = 2.0 ** -np.ceil(np.log2(max(sigma**2, abs(signal)) or 1.0))  # exact: cubes stay in range
+    unit = exact_unit(sigma**2, signal)
     ones = np.ones(k)
     moments = replace(Moments.of(x * unit, y * unit, ones, ones), x=sigma**2 * unit, y=signal * unit)
     low, high, empty = honest_set(moments, level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from gns.packing import pack_estimate, unpack_estimate
 from gns.sums import StepSums
 
 
-class Summaries:
+class Summaries(ABC):
     """The estimates of a monitor, which itself has the `history` and knows the `coverage`."""
 
     def __init__(self) -> None:
@@ -22,13 +23,13 @@ class Summaries:
         self._let_go = False  # the history has lost early steps: no look can be made as it should be
 
     @property
+    @abstractmethod
     def history(self) -> list[StepSums]:
         """The measured optimizer steps, oldest first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def coverage(self) -> Coverage:
         """Say which trainable parameters are measured, which not and why."""
-        raise NotImplementedError
 
     def estimate(self, last: int | None = None, *, level: float = 0.95) -> Estimate:
         """Estimate B_simple over the history: a set for a single look. For a look at any time, see `live`.
@@ -98,6 +99,6 @@ class Summaries:
     def _with_share(self, found: Estimate) -> Estimate:
         return replace(found, coverage=self._share())
 
+    @abstractmethod
     def _share(self) -> float | None:
         """Share of the trainable parameters that is measured; None where unknown."""
-        raise NotImplementedError

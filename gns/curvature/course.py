@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from gns.curvature.result import CurvatureReading
-from gns.moments import Moments
+from gns.moments import Moments, exact_unit
 from gns.sets import detection_limit, honest_set, status_of
 
 
@@ -65,7 +65,7 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
         return None
     x = np.array([r.estimate.trace_h_sigma for r in readings])
     y = np.array([r.estimate.g_h_g for r in readings])
-    unit = 2.0 ** -np.ceil(np.log2(np.abs(np.concatenate([x, y])).max() or 1.0))  # exact: cubes stay in range
+    unit = exact_unit(x, y)
     ones = np.ones(len(readings))
     m = Moments.of(x * unit, y * unit, ones, ones)
     low, high, empty = honest_set(m, level)
