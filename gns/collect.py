@@ -7,7 +7,6 @@ is an `OpenStep`: device values on their way to the host.
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from gns.attachment import compiled_autograd, hooks_of, notify
 from gns.boundary import Boundary, Close
 from gns.calls import Call, Calls, outputs
-from gns.gradients import Stamp, all_empty, largest_entries, sq_norms
+from gns.gradients import Stamp, largest_entries, sq_norms
 from gns.guard import guarded, in_backward
 from gns.metrics import EUCLIDEAN, Metric
 from gns.openstep import OpenStep
@@ -45,7 +44,7 @@ from gns.reasons import (
 )
 from gns.segments import SegmentsOf
 from gns.selfcheck import SelfCheck
-from gns.taps import InputHook, OutputHook, RootInput, RootOutput, Tap
+from gns.taps import Tap
 from gns.underway import StepUnderWay
 from gns.weights import Weights
 
@@ -123,18 +122,7 @@ class Collector:
         for tap in self.taps:
             tap.listen(self._on_leaf, weighs=self.weights.weighs)
             tap.on_error, tap.on_misplaced, tap.on_doubled = self.fail, self._misplaced, self._doubled
-            if tap.rule.autocast:
-                pre = InputHook(self, tap)
-                self.handles.append(tap.module.register_forward_pre_hook(pre, with_kwargs=True))
-            post = OutputHook(self, tap)
-            self.handles.append(tap.module.register_forward_hook(post, with_kwargs=True))
-        self.handles.append(self.model.register_forward_pre_hook(RootInput(self), with_kwargs=True))
-        self.handles.append(self.model.register_forward_hook(RootOutput(self), with_kwargs=True))
-        me = weakref.ref(self)  # the optimizer hooks are global: they must not keep a forgotten model alive
-        # a compiled `optimizer.step` would trace it
-        event: Callable[..., None] = torch.compiler.disable(_forward_event)  # type: ignore[reportAssignmentType]
-        self.handles.append(register_optimizer_step_pre_hook(functools.partial(event, me, "_on_pre")))
-        self.handles.append(register_optimizer_step_post_hook(functools.partial(event, me, "_on_post")))
+        self.handles = hooks_of(self)
         self._activate()
 
     def detach(self) -> None:
@@ -211,7 +199,7 @@ class Collector:
         if call is None or in_backward():
             return
         for tensor in outputs(out):
-            tensor.register_hook(functools.partial(_notify, weakref.ref(self), call))
+            tensor.register_hook(functools.partial(notify, weakref.ref(self), call))
 
     @guarded
     def forward_seen(self) -> None:
@@ -280,7 +268,7 @@ class Collector:
         self.weights.read()
         gradients, aborted, self._open = self._gradients(), self._open, True
         if self.boundary.pending:
-            if self.boundary.backward_begins(self._discarded(gradients, from_output)):
+            if self.boundary.backward_begins(self.now.discarded(gradients, from_output)):
                 self._drop()
             elif aborted:
                 self.now.reason = ABORTED
@@ -290,18 +278,6 @@ class Collector:
         there = [g for g in gradients if g is not None]
         # in eager mode the first leaf hears of a pass before any parameter receives its gradient
         self.now.leftover = largest_entries(there) if there and (from_output or self.now.eager) else None
-
-    def _discarded(self, gradients: list[Tensor | None], from_output: bool) -> bool:
-        """Whether the loop threw away the gradients that were summed so far."""
-        if all(g is None for g in gradients):  # FSDP2 hides them until it reduces: then none were there
-            return self.now.stamp is None or self.now.stamp.any()
-        if self.now.stamp is None or self.now.stamp.untouched(gradients):
-            # `grad.data.zero_()` leaves no trace but the values: look where looking does not stall a device
-            on_host = all(g is None or g.device.type == "cpu" for g in gradients)
-            was_there = on_host and from_output and any(bool(q) for q in self.now.sq_norms)
-            return was_there and all_empty(gradients)
-        # without the output's hook some gradients of this very pass may be there already
-        return all_empty(gradients) if from_output else self.now.stamp.replaced(gradients)
 
     def _drop(self) -> None:
         for tap in self.taps:
@@ -453,32 +429,10 @@ class Collector:
 
     def _activate(self) -> None:
         self.active = self.step % self.every == 0 and not self.dead
-        if self.active and _compiled_autograd():
+        if self.active and compiled_autograd():
             self.active = False
             self.on_notice(COMPILED_AUTOGRAD)
         self.hidden = self.hidden and not self._ours
         self.boundary.measuring = self.active
         if self.active:
             self.check.begin(self.step // self.every, everything=self.hidden)
-
-
-def _compiled_autograd() -> bool:
-    """Whether compiled autograd is configured, which cannot trace what the taps do in backward."""
-    config = sys.modules.get("torch._dynamo.config")
-    return bool(getattr(config, "compiled_autograd", False))
-
-
-def _notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:
-    """Tensor hook on an output: changes nothing, and holds the collector weakly."""
-    found = collector()
-    if found is not None:
-        found.backward_event(call)
-
-
-def _forward_event(collector: weakref.ref, method: str, *event: Any) -> None:
-    """Hand an optimizer's event to the collector, or end the taps of one that stood down."""
-    found = collector()
-    if found is not None and found.dead:
-        found.active = found.active and in_backward()
-    elif found is not None:
-        getattr(found, method)(*event)

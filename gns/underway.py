@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gns.calls import Call
 from gns.examples import RowMap
-from gns.gradients import Stamp
+from gns.gradients import Stamp, all_empty
 from gns.host import HostValues
 from gns.openstep import OpenStep
 from gns.plan import Entry
@@ -51,6 +51,23 @@ class StepUnderWay:
                 self.calls.append(call)
             elif call.task != task:
                 self.reason = TWICE
+
+    def discarded(self, gradients: Sequence[Tensor | None], from_output: bool) -> bool:
+        """Whether the loop threw away the gradients that were summed so far.
+
+        Args:
+            gradients: as they are when a further backward pass begins.
+            from_output: the pass was heard of at the model's output, before it reached any of them.
+        """
+        if all(g is None for g in gradients):  # FSDP2 hides them until it reduces: then none were there
+            return self.stamp is None or self.stamp.any()
+        if self.stamp is None or self.stamp.untouched(gradients):
+            # `grad.data.zero_()` leaves no trace but the values: look where looking does not stall a device
+            on_host = all(g is None or g.device.type == "cpu" for g in gradients)
+            was_there = on_host and from_output and any(bool(q) for q in self.sq_norms)
+            return was_there and all_empty(gradients)
+        # without the output's hook some gradients of this very pass may be there already
+        return all_empty(gradients) if from_output else self.stamp.replaced(gradients)
 
     def discard(self) -> None:
         """Forget the backward passes so far: the loop threw their gradients away."""
