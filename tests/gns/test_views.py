@@ -176,17 +176,19 @@ def test_coverage_of_the_progress_weighted_mean():
     assert ratio < 125, "the control: the ratio of averages is another number"
 
 
-def test_the_step_itself_has_no_part_in_its_weight():
-    """A single loud step moves the weights of its neighbours, not its own."""
-    steps = noiseless([20] * 41)
-    loud = [*steps[:20], StepSums(20, 16, 30.0, 20.0), *steps[21:]]
+@pytest.mark.parametrize(("count", "reach"), [(41, NEIGHBOURS), (400, 20)])
+def test_the_step_itself_has_no_part_in_its_weight(count, reach):
+    """A single loud step moves the weights of its neighbours, not its own; a long run has more of them."""
+    at = count // 2
+    steps = noiseless([20] * count)
+    loud = [*steps[:at], StepSums(at, 16, 30.0, 20.0), *steps[at + 1 :]]
     from gns.views import _expected_sq_norm
 
     before, _ = _expected_sq_norm(steps, 16)
     after, _ = _expected_sq_norm(loud, 16)
-    assert after[20] == before[20]
+    assert after[at] == before[at]
     moved = {int(i) for i in np.flatnonzero(np.abs(after / before - 1) > 1e-9)}
-    assert moved == set(range(20 - NEIGHBOURS, 21 + NEIGHBOURS)) - {20}
+    assert moved == set(range(at - reach, at + reach + 1)) - {at}
 
 
 @pytest.mark.parametrize(("x", "y"), [(1 + 1e-4, 1 / 20), (1.0, 1 / 20 + 1e-4)], ids=["tr Σ", "|G|²"])
