@@ -53,14 +53,10 @@ class Call:
         """Find out how the rows of a layer's input map onto the examples; asked once for layers alike."""
         assert self.rows is not None
         rule, dtype = tap.rule, tap.leaf.dtype
-        known = (x.shape, rule.ids, rule.tokenwise, tap.shareable, device, dtype)
-        off = rule.mode is not None and tap.module.training != rule.mode
-        if not off and known in self._placed:
-            return self._placed[known]
-        found = _placement(tap, x, self.rows, self.each(device, dtype), self.weights)
-        if not off:
-            self._placed[known] = found
-        return found
+        known = (x.shape, rule.ids, rule.tokenwise, tap.shareable, _off(tap), device, dtype)
+        if known not in self._placed:
+            self._placed[known] = _placement(tap, x, self.rows, self.each(device, dtype), self.weights)
+        return self._placed[known]
 
     def sq_norms(self, n: int) -> Tensor:
         """‖cᵢ‖² of the call's n examples, as far as layers have returned them."""
@@ -143,10 +139,15 @@ class Calls:
         return uses > 1
 
 
+def _off(tap: Tap) -> bool:
+    """Whether a layer is in the mode, training or evaluation, that its rule is not for."""
+    return tap.rule.mode is not None and tap.module.training != tap.rule.mode
+
+
 def _placement(
     tap: Tap, x: Tensor, rows: RowMap, each: Tensor | None = None, weights: Tensor | None = None
 ) -> Placement:
-    if tap.rule.mode is not None and tap.module.training != tap.rule.mode:
+    if _off(tap):
         return Placement(rows.n, misfit=OTHER_MODE)
     where = place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable, each=each)
     return where if weights is None else dataclasses.replace(where, contraction=weights)

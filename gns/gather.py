@@ -73,14 +73,11 @@ class Gather:
         self, rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, local: str, where: Placement, noted: Any
     ) -> tuple[Tensor | None, ...]:
         """Give the gradients of the carriers that come from one use."""
-        total = None
-        for a, b, examples in where.parts(rule, x, dy):
-            part = reducers.blocks(rule, layer, a, b, local)
-            if examples is None:
-                return (part,)
-            total = part.new_zeros(where.n, *self.shape) if total is None else total
-            total.index_add_(0, examples, part)
-        return (total,)
+        parts = (
+            (reducers.blocks(rule, layer, a, b, local), examples)
+            for a, b, examples in where.parts(rule, x, dy)
+        )
+        return (where.per_example(parts, None),)
 
     def leaf_gradients(self, sq_norms: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give ‖cᵢ‖² [n], or [n, 2] with those in the metric, as gradients of own leaf and call's."""

@@ -113,7 +113,7 @@ def live(steps: Iterable[StepSums], *, level: float = 0.95) -> Estimate:
     that of a single look. Groups have sets of their own, each with the whole error.
 
     Simulated, 4,000 runs of 1,000 steps of 16 a cell, 1/j and j⁻², B_simple 20 … 2,000, level 95 %: 2.7–4.1 %
-    of the runs ever show a set that misses the truth (a `measured` one: 0.3–3.9 %), against 38–41 % (12–41 %)
+    of the runs ever show a set that misses the truth (a `measured` one: 0.3–3.9 %), against 38–41 % (14–41 %)
     for a single-look set at every step. The price: half-widths 1.59 times those of a single look on average
     over 20 … 10,000 steps, 1.71 times for an asymptotic confidence sequence. `experiments/live.py` repeats
     it.

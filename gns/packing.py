@@ -56,16 +56,19 @@ def pack_estimate(found: Estimate) -> dict[str, Any]:
 
 def unpack_estimate(packed: Mapping[str, Any]) -> Estimate:
     """Give the estimate that was packed; fields that this version does not know are left out."""
-    names = {f.name for f in fields(Estimate)}
-    data = {name: _read(value) for name, value in packed.items() if name in names}
-    moments = packed["moments"]
-    data["moments"] = None if moments is None else Moments(**{k: _read(v) for k, v in moments.items()})
+    data, moments = _known(Estimate, packed), packed["moments"]
+    data["moments"] = None if moments is None else Moments(**_known(Moments, moments))
     data["groups"] = {name: unpack_estimate(group) for name, group in packed["groups"].items()}
     return Estimate(**data)
 
 
 def _plain(x: Any) -> Any:
     return list(x) if isinstance(x, tuple) else x
+
+
+def _known(kind: type[Any], packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields of a dataclass, and leave out those that it does not have."""
+    return {f.name: _read(packed[f.name]) for f in fields(kind) if f.name in packed}
 
 
 def _read(x: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from gns.reasons import PACKED, SHARED
 from gns.rules import Rule
+
+_Nothing = TypeVar("_Nothing")
 
 
 class Segments:
@@ -120,12 +123,12 @@ class Placement:
             else:
                 yield a.flatten(0, 1), b.flatten(0, 1), examples.repeat_interleave(a.shape[1])
 
-    def per_example(self, parts: Iterable[tuple[Tensor, Tensor | None]], none: Tensor) -> Tensor:
+    def per_example(self, parts: Iterable[tuple[Tensor, Tensor | None]], none: _Nothing) -> Tensor | _Nothing:
         """Put values of the examples that `parts` yields in the order of the examples, [n, ...].
 
         Args:
             parts: values [E, ...] with the examples' numbers, or None where they are all and in order.
-            none: what to give where no row is an example, [0, ...].
+            none: what to give where no row is an example.
         """
         total = None
         for values, examples in parts:

@@ -83,7 +83,7 @@ class Ranks:
     def __init__(self, what: str):
         self.size, self.rank = distributed.get_world_size(), distributed.get_rank()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        meet = _Meeting(_default_store(), distributed.get_rank(), self.size, what)
+        meet = _Meeting(_default_store(), self.rank, self.size, what)
         # the thread knows the queue and the meeting only, so that a forgotten monitor ends it
         thread = threading.Thread(target=_serve, args=(self._queue, meet), name="gns-ranks", daemon=True)
         _serving[thread] = self._queue

@@ -16,7 +16,8 @@ from scipy import optimize, special
 from gns.moments import Moments
 
 MIN_STEPS = 20
-"""Fewer steps are "collecting": the set covers too rarely (simulated: 92 % of nominal 95 % at 10 steps, j⁻²).
+"""Fewer steps are "collecting": at 10 the worst cells of nominal 95 % cover 93.7 % (Gaussian), 92.8 % (t₅)
+and 84 % (lognormal, j⁻²), at 20 steps 94.0, 93.5 and 86 %: `experiments/results/coverage`.
 
 No spectrum asks for more. Simulated at 20 steps of 4, 16 and 64 Gaussian examples, B_simple 5 … 5,000, with G
 spread over all directions or along the first: one direction (r_eff 1, the most skewed there is), two (1.2),

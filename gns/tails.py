@@ -19,9 +19,8 @@ from gns.sums import StepSums
 MIN_EXAMPLES = 100  # the top 1 % of fewer is not even one example
 SPREAD = 14  # relative variance of an estimate of tr Σ² from one step: 2 and the kurtosis of χ²₁, the worst
 EXCESS = 1.5  # times the share of Gaussian gradients, at the narrowest spectrum that the steps allow
-CAP = (
-    0.15  # beyond the share of any Gaussian spectrum: a rank of 1 has 8.5 %, at most 14 % in 300 × 200 drawn
-)
+# beyond the share of any Gaussian spectrum: a rank of 1 has 8.4 %, at most 14 % in 300 × 200 drawn
+CAP = 0.15
 
 
 class Tails(NamedTuple):
@@ -99,7 +98,7 @@ def light_share(rank: float) -> float:
         rank: r_eff, above 0.
 
     Returns:
-        In (0.01, 1): 0.085 for r_eff 1, 0.015 for 64.
+        In (0.01, 1): 0.084 for r_eff 1, 0.015 for 64.
     """
     if math.isinf(rank):
         return 0.01

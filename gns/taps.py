@@ -56,9 +56,8 @@ class Tap:
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
         self.contracted: dict[str, Tensor] = {}  # parameter → leaf [K, *shape] of signed sums
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
-        self.roots: dict[
-            str, Tensor
-        ] = {}  # parameter → √ of the metric, of this step, where it weighs entries
+        # parameter → √ of the metric, of this step, where it weighs entries
+        self.roots: dict[str, Tensor] = {}
         self.weighed: Tensor | None = None  # leaf of the sums in that metric
         self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
         self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device

@@ -108,7 +108,7 @@ class StepUnderWay:
             misfits=self.misfits | self._packed_unseen(taps),
             without_gradient=self.without_gradient,
             checked=checked if self.mismatches or pool is not None else (),
-            values=self._values(taps, weights, rows if seen and not self.local else []),
+            values=self._values(taps, weights, each=seen and not self.local),
             seen_backward=bool(self.sq_norms),
             dtypes=_lowest(entries) if self.mismatches else {},
             pool=pool,
@@ -117,18 +117,18 @@ class StepUnderWay:
             unready=weights.missing(self.placed),
         )
 
-    def _values(self, taps: Sequence[Tap], weights: Weights, rows: list[RowMap]) -> HostValues:
-        """Start the copy of all device values; see `OpenStep` for their names."""
+    def _values(self, taps: Sequence[Tap], weights: Weights, *, each: bool) -> HostValues:
+        """Start the copy of all device values, with `each` or without; see `OpenStep` for their names."""
         one = torch.ones(1)
-        calls = [call for call in self.calls if call.rows is not None] if rows else []
+        known = [(call, call.rows) for call in self.calls if call.rows is not None]
         return HostValues(
             sums=[tap.read() for tap in taps],
             sums_in_metric=[tap.read_weighed() for tap in taps] if weights.weighs else [],
-            each=[call.sq_norms(r.n) for call, r in zip(calls, rows, strict=True)],
+            each=[call.sq_norms(rows.n) for call, rows in known if each],
             q=self.sq_norms,
             q_in_metric=self.in_metric,
             check=self.mismatches,
-            totals=_totals([call.rows for call in self.calls if call.rows is not None]),
+            totals=_totals([rows for _, rows in known]),
             leftover=[self.leftover.max().reshape(1) if self.leftover is not None else 0 * one],
             scale=[self.scale.reshape(1) if self.scale is not None else one],
         )

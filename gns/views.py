@@ -17,9 +17,8 @@ import numpy as np
 from gns.estimate import Estimate, format_count, groups_of, summarise, usable_of, with_groups
 from gns.sums import StepSums
 
-NEIGHBOURS = (
-    10  # steps on each side, or 1/20 of the run if that is more, that tell the progress weight of one
-)
+# steps on each side, or 1/20 of the run if that is more, that tell the progress weight of one
+NEIGHBOURS = 10
 
 
 def windows(
@@ -71,6 +70,10 @@ def exponential(steps: Iterable[StepSums], half_life: float, *, level: float = 0
         steps: records of steps, oldest first; those that carry a `reason` are left out.
         half_life: in usable steps.
         level: nominal coverage of the set.
+
+    Returns:
+        The estimate; `trace_sigma` and `grad_sq_norm` are the weighted averages of both, in
+        (loss / parameter)².
 
     Raises:
         ValueError: `half_life` is not positive, `level` outside (0, 1), or the metrics are mixed.

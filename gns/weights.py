@@ -24,9 +24,8 @@ class Weights:
     def __init__(self, metric: Metric, entries: Sequence[Entry]):
         self.metric, self._entries = metric, entries
         self._owners: dict[int, weakref.ref[Any]] = {}  # optimizers of measured parameters, the last one last
-        self._owned: dict[
-            str, weakref.ref[Tensor]
-        ] = {}  # parameters as optimizers know them: FSDP2 has others too
+        # parameters as optimizers know them: FSDP2 has others too
+        self._owned: dict[str, weakref.ref[Tensor]] = {}
         self._steps = 0  # that they took
         self._read: int | None = None  # at how many steps of theirs the metric of this step was read
         self._roots: Mapping[str, Tensor] = {}

@@ -36,14 +36,16 @@ def test_chunks_add_up(activations, limit, parameter):
         close(found, blocks.flatten(1).square().sum(1), what="‖c‖²")
 
 
-def test_a_chunk_never_holds_more_than_the_limit(activations):
+@pytest.mark.parametrize(("root", "expected"), [(None, [2, 2, 2, 1]), (torch.ones(12, 16), [1] * 7)])
+def test_a_chunk_never_holds_more_than_the_limit(activations, root, expected):
+    """With a root, weighed blocks stand beside the blocks."""
     x, sizes = activations[2], []
     dy = torch.ones(7, 9, 12, dtype=torch.float64)
     seen = replace(
         LINEAR, sq_norms=None, blocks=lambda m, a, b, p: sizes.append(len(a)) or LINEAR.blocks(m, a, b, p)
     )
-    reducers.sq_norms(seen, LAYER, x, dy, "weight", 4 * 2 * 16 * 12)
-    assert sizes == [2, 2, 2, 1]
+    reducers.sq_norms(seen, LAYER, x, dy, "weight", 4 * 2 * 16 * 12, root)
+    assert sizes == expected
 
 
 @pytest.mark.parametrize(("t", "i", "o"), [(3, 64, 64), (200, 64, 48), (600, 8, 700)])

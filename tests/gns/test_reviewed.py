@@ -75,6 +75,20 @@ def test_batch_norm_that_is_switched_to_training_after_attach_is_named_and_left_
     assert any("is a batch norm" in text for text in said)
 
 
+@pytest.mark.parametrize("switched", ["1", "2"])
+def test_of_two_layers_alike_only_the_one_in_another_mode_is_left_alone(switched):
+    """How rows of one map onto examples is not how those of the other do."""
+
+    def make():
+        norms = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        return nn.Sequential(nn.Conv1d(2, 4, 3), *norms, nn.Flatten(), nn.Linear(4 * 5, 2)).eval()
+
+    monitor, _ = both(make, on(6, 2, 7), after=lambda model: model.get_submodule(switched).train())
+    reasons = monitor.coverage().reasons
+    assert set(reasons) == {f"{switched}.weight", f"{switched}.bias"}
+    assert "another mode" in reasons[f"{switched}.weight"]
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_running_statistics_do_not_move_when_the_norm_is_run_again(training):
     def make():

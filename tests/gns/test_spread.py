@@ -149,13 +149,27 @@ class Pictures(nn.Module):
         return self.head(torch.tanh(self.conv(x.unsqueeze(1))).flatten(1))
 
 
-@pytest.mark.parametrize("limit", [1, 2**28])
-def test_rows_of_an_example_are_added_before_they_are_squared(limit):
+class TiedPictures(Pictures):
+    """Two convolutions of one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(1, 1, 3, padding=1), nn.Conv1d(1, 1, 3, padding=1)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return super().forward(self.second(torch.tanh(self.first(x.unsqueeze(1)))).squeeze(1))
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(Pictures, 1), (Pictures, 2**28), (TiedPictures, 2**28)])
+def test_rows_of_an_example_are_added_before_they_are_squared(kind, limit):
     torch.manual_seed(0)
-    model, x = Pictures().double(), rows(14)
+    model, x = kind().double(), rows(14)
     pairs = [lambda i=i: sum(model(x[j][None]).square().sum() for j in (i, i + 7)) / 14 for i in range(7)]
+    expected = contributions(trainable(model), pairs)
     step = step_on(model, x, segments=stacked(2), max_bytes=limit)
-    close(found(step), spread(contributions(trainable(model), pairs)))
+    close(found(step), spread(expected))
+    close([step.mean_sq_norm, step.sq_norm_of_mean], joint(expected))
 
 
 @CHECKPOINTING

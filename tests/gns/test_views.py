@@ -176,17 +176,38 @@ def test_coverage_of_the_progress_weighted_mean():
     assert ratio < 125, "the control: the ratio of averages is another number"
 
 
-def test_the_step_itself_has_no_part_in_its_weight():
-    """A single loud step moves the weights of its neighbours, not its own."""
-    steps = noiseless([20] * 41)
-    loud = [*steps[:20], StepSums(20, 16, 30.0, 20.0), *steps[21:]]
+@pytest.mark.parametrize(("count", "reach"), [(41, NEIGHBOURS), (400, 20)])
+def test_the_step_itself_has_no_part_in_its_weight(count, reach):
+    """A single loud step moves the weights of its neighbours, not its own; a long run has more of them."""
+    at = count // 2
+    steps = noiseless([20] * count)
+    loud = [*steps[:at], StepSums(at, 16, 30.0, 20.0), *steps[at + 1 :]]
     from gns.views import _expected_sq_norm
 
     before, _ = _expected_sq_norm(steps, 16)
     after, _ = _expected_sq_norm(loud, 16)
-    assert after[20] == before[20]
+    assert after[at] == before[at]
     moved = {int(i) for i in np.flatnonzero(np.abs(after / before - 1) > 1e-9)}
-    assert moved == set(range(20 - NEIGHBOURS, 21 + NEIGHBOURS)) - {20}
+    assert moved == set(range(at - reach, at + reach + 1)) - {at}
+
+
+@pytest.mark.parametrize(("x", "y"), [(1 + 1e-4, 1 / 20), (1.0, 1 / 20 + 1e-4)], ids=["tr Σ", "|G|²"])
+def test_influence_is_what_a_step_adds_to_the_weighted_sums(x, y):
+    """One step among equal ones, to first order: by its own term and by its neighbours' weights."""
+    from gns.views import _expected_sq_norm
+
+    def weighed(x, y):
+        q = y + x / 16
+        steps = noiseless([20] * 61)
+        steps[30] = StepSums(30, 16, q + x * 15 / 16, q)
+        expected, influence = _expected_sq_norm(steps, 16)
+        columns = [[s.trace_sigma for s in steps], [s.grad_sq_norm for s in steps]]
+        return np.array([np.sum(c / expected) for c in columns]), np.array(influence)[:, 30] / expected[30]
+
+    (before, own), (after, moved) = weighed(1.0, 1 / 20), weighed(x, y)
+    close(after - before, moved - own, rtol=2e-3)  # what is left is of second order
+    control = np.array([x - 1, y - 1 / 20]) / (1 / 20 + 1 / 16)
+    assert not np.allclose(moved - own, control, rtol=0.3), "the control: weights that are known"
 
 
 def test_a_batch_that_the_steps_cannot_resolve_is_refused():
