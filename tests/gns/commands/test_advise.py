@@ -29,13 +29,6 @@ CURVE = Throughput(
 
 
 @pytest.fixture
-def gns(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: running.run(capsys, *arguments)
-
-
-@pytest.fixture
 def folder(tmp_path):
     """A run with everything recorded."""
     folder = running.recorded(tmp_path / "a", running.of(100, tokens=120))
