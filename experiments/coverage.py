@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Noise, simulate
-from experiments.rows import complete, provenance, read, row_of
+from experiments.rows import command, complete, provenance, row_of
 from experiments.sets import DECAY, METHODS, RESAMPLES, Sets, statuses
 
 RESULTS = Path(__file__).parent / "results" / "coverage"
@@ -188,43 +188,23 @@ def noise_seed(law: str, spectrum: str, n: int, repeats: int, seed: int) -> int:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m experiments.coverage", description="Coverage by simulation."
-    )
-    made.add_argument("--repeats", type=int, default=200, help="simulated runs a cell (default: 200)")
-    made.add_argument("--seed", type=int, default=0, help="of the study (default: 0)")
-    made.add_argument("--law", choices=LAWS, action="append", help="only this law; may be repeated")
-    made.add_argument("--spectrum", choices=SPECTRA, action="append", help="only this spectrum")
-    made.add_argument("--examples", type=int, choices=EXAMPLES, action="append", help="only this n")
-    made.add_argument("--out", type=Path, help="folder (default: runs/coverage; the study's with --figures)")
-    made.add_argument("--figures", action="store_true", help="draw from the rows, simulate nothing")
-    return made
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, compute what is missing, draw."""
-    # matplotlib is needed for this alone
-    from experiments.coverage_report import report
+    from experiments.coverage_report import report  # matplotlib is needed for this alone
 
-    asked = parser()
-    chosen = asked.parse_args(arguments)
-    out = chosen.out or (RESULTS if chosen.figures else Path("runs/coverage"))
-    if chosen.repeats < 2:
-        asked.error(f"--repeats {chosen.repeats}: at least 2 are needed")
-    try:
-        if chosen.figures:
-            rows = read(out / ROWS)
-        else:
-            axes = {"laws": chosen.law, "spectra": chosen.spectrum, "examples": chosen.examples}
-            limits = {name: values for name, values in axes.items() if values}
-            rows = run(cells(chosen.repeats, chosen.seed, **limits), out / ROWS)
-        print("\n".join(str(path) for path in report(rows, out)))
-    except KeyboardInterrupt:
-        asked.exit(130, f"\nStopped; {out / ROWS} keeps every finished cell. The same command goes on.\n")
-    except ValueError as error:
-        asked.exit(2, f"{error}\n")
+    asked = argparse.ArgumentParser(
+        prog="python -m experiments.coverage", description="Coverage by simulation."
+    )
+    asked.add_argument("--law", choices=LAWS, action="append", help="only this law; may be repeated")
+    asked.add_argument("--spectrum", choices=SPECTRA, action="append", help="only this spectrum")
+    asked.add_argument("--examples", type=int, choices=EXAMPLES, action="append", help="only this n")
+
+    def make(chosen: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
+        axes = {"laws": chosen.law, "spectra": chosen.spectrum, "examples": chosen.examples}
+        limits = {name: values for name, values in axes.items() if values}
+        return run(cells(chosen.repeats, chosen.seed, **limits), path)
+
+    command(asked, arguments, RESULTS / ROWS, make, report)
 
 
 if __name__ == "__main__":

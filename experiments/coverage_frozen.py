@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from experiments.coverage import LEVELS, RESULTS, noise_seed, tally
 from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Pooled, simulate_pooled
-from experiments.rows import complete, provenance, read, row_of
+from experiments.rows import command, complete, provenance, row_of
 from experiments.sets import Sets, hull, hull_of, moments_of, statuses
 from gns.estimate import Moments
 from gns.pairspread import ScoreMoments
@@ -188,23 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, compute what is missing, draw."""
     from experiments.coverage_frozen_report import report
 
+    def make(chosen: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
+        return complete(cells(chosen.repeats, chosen.seed), path, computed)
+
     asked = argparse.ArgumentParser(prog="python -m experiments.coverage_frozen")
-    asked.add_argument("--repeats", type=int, default=200, help="simulated probes a cell (default: 200)")
-    asked.add_argument("--seed", type=int, default=0, help="of the study (default: 0)")
-    asked.add_argument("--out", type=Path, help="folder (default: runs/coverage_frozen)")
-    asked.add_argument("--figures", action="store_true", help="draw from the rows, simulate nothing")
-    chosen = asked.parse_args(arguments)
-    out = chosen.out or (RESULTS if chosen.figures else Path("runs/coverage_frozen"))
-    if chosen.repeats < 2:
-        asked.error(f"--repeats {chosen.repeats}: at least 2 are needed")
-    try:
-        path = out / ROWS
-        rows = read(path) if chosen.figures else complete(cells(chosen.repeats, chosen.seed), path, computed)
-        print("\n".join(str(path) for path in report(rows, out)))
-    except KeyboardInterrupt:
-        asked.exit(130, f"\nStopped; {out / ROWS} keeps every finished cell. The same command goes on.\n")
-    except ValueError as error:
-        asked.exit(2, f"{error}\n")
+    command(asked, arguments, RESULTS / ROWS, make, report)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ hash, the configuration, what made it, and its status. A file of rows is gzipped
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
@@ -21,7 +22,45 @@ import numpy as np
 import scipy
 from tqdm import tqdm
 
+Rows = list[dict[str, Any]]
 Computer = Callable[[Sequence[Any], tqdm], Iterator[dict[str, Any]]]
+
+
+def command(
+    asked: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    study: Path,
+    make: Callable[[argparse.Namespace, Path], Rows],
+    report: Callable[[Rows, Path], list[Path]],
+) -> None:
+    """Parse the command line of a simulation study, compute what is missing, draw.
+
+    Adds the options that every study has: `--repeats`, `--seed`, `--out`, `--figures`.
+
+    Args:
+        asked: parser with the study's own options.
+        arguments: of the command line; None: those of the process.
+        study: file of the committed rows, in whose folder `--figures` alone draws.
+        make: (options, file of rows) → all its rows.
+        report: (rows, folder) → what was written.
+    """
+    default = Path("runs") / asked.prog.rpartition(".")[2]
+    asked.add_argument("--repeats", type=int, default=200, help="simulations a cell (default: 200)")
+    asked.add_argument("--seed", type=int, default=0, help="of the study (default: 0)")
+    asked.add_argument("--out", type=Path, help=f"folder (default: {default}; the study's with --figures)")
+    asked.add_argument("--figures", action="store_true", help="draw from the rows, simulate nothing")
+    chosen = asked.parse_args(arguments)
+    out = chosen.out or (study.parent if chosen.figures else default)
+    if chosen.repeats < 2:
+        asked.error(f"--repeats {chosen.repeats}: at least 2 are needed")
+    path = out / study.name
+    try:
+        rows = read(path) if chosen.figures else make(chosen, path)
+        print("\n".join(str(written) for written in report(rows, out)))
+    except KeyboardInterrupt:
+        asked.exit(130, f"\nStopped; {path} keeps every finished cell. The same command goes on.\n")
+    except ValueError as error:
+        asked.exit(2, f"{error}\n")
 
 
 def complete(wanted: Sequence[Any], path: Path, compute: Computer) -> list[dict[str, Any]]:
@@ -95,10 +134,14 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def provenance() -> dict[str, str]:
     """Commit and versions that a row was made with."""
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
+    return {"commit": commit() or "unknown", **versions}
+
+
+def commit() -> str | None:
+    """Name the commit of this checkout, and whether files in it were changed since; None outside of one."""
     asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"  # not a checkout
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
-    return {"commit": commit, **versions}
+        return None

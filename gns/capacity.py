@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gns.tradeoff import positive
+
+if TYPE_CHECKING:
+    from gns.coverage import Coverage
 
 BITS_PER_PARAMETER = 2.0
 LARGEST = 1e100  # beyond it no recorded setting makes sense, and products of two overflow
@@ -173,6 +176,14 @@ def recorded(
         capacity = Capacity(first_epoch_bits(loss, int(tokens)), int(count), share)
     layers = read_layers(settings.get("adapted_layers"))
     return capacity, step_cost(layers) if layers else None
+
+
+def trainable(settings: Mapping[str, Any], coverage: Coverage | None) -> int | None:
+    """Trainable numbers of a run, by its settings or else by its coverage; None where neither tells."""
+    count = number_in(settings, "trainable_parameters")
+    if count is None and coverage is not None:
+        count = sum(coverage.measured.values()) + sum(coverage.unmeasured.values())
+    return None if count is None else int(count) or None
 
 
 def number_in(settings: Mapping[str, Any], name: str) -> float | None:

@@ -21,8 +21,10 @@ from gns.commands.report import report
 from gns.commands.shared import (
     BAD_INPUT,
     INTERRUPTED,
+    LENGTH_OF_BASE,
     Out,
     free_folder,
+    named_layers,
     one_line_errors,
     one_thread,
     print_result,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from gns.finetune import RunResult
     from gns.preparation import FinetuneConfig
 
-DEMO = {"model": "gns:base", "data": "gns:held-out", "lr": 1e-3, "max_length": 256}
+DEMO = {"model": "gns:base", "data": "gns:held-out", "lr": 1e-3, "max_length": LENGTH_OF_BASE}
 
 app = typer.Typer(
     add_completion=False,
@@ -150,10 +152,8 @@ def _configured(given: dict[str, Any], out: Path | None, resume: bool) -> Finetu
     from gns.preparation import ConfigError, FinetuneConfig
     from gns.runfolder import read_config
 
-    targets = given.get("target_modules", "all-linear")
-    if targets != "all-linear":
-        names = tuple(name for part in targets.split(",") if (name := part.strip()))
-        given["target_modules"] = "all-linear" if names == ("all-linear",) else names
+    if "target_modules" in given:
+        given["target_modules"] = named_layers(given["target_modules"])
     if resume:
         if out is None:
             raise ConfigError("--resume needs --out, the folder of the interrupted run")

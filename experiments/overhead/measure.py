@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from experiments.overhead.arms import Arm
 from experiments.overhead.settings import Setting, batches, build
+from experiments.rows import commit
 
 WARM = 9  # steps an arm before the clock: the monitor's first round of self-checks ends in them
 PACKAGES = ("torch", "transformers", "peft", "opacus", "backpack-for-pytorch")
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": os.environ.get("GNS_COMMIT") or _commit(),
+        "commit": os.environ.get("GNS_COMMIT") or commit(),
     }
 
 
@@ -44,16 +44,6 @@ def _processor() -> str:
     with open("/proc/cpuinfo") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def _commit() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def _timed(arm: Arm, ids: torch.Tensor) -> tuple[float, int | None]:

@@ -149,22 +149,21 @@ def _lora(known: Known, given: Mapping[str, Any], summary: Summary) -> None:
     Raises:
         ValueError: an option is out of range, or one is given without the other that it needs.
     """
-    from gns.capacity import Capacity, number_in, read_layers, recorded
+    from gns.capacity import Capacity, read_layers, recorded, trainable
     from gns.phrases import bits
     from gns.tradeoff import positive
 
-    settings, covered, parameters = summary.settings, summary.coverage, given["trainable_parameters"]
-    if parameters is not None:
+    settings, parameters = summary.settings, given["trainable_parameters"]
+    if parameters is None:
+        parameters = trainable(settings, summary.coverage)
+    else:
         positive("trainable_parameters", parameters, whole=True)
-    elif number_in(settings, "trainable_parameters") is None and covered:
-        parameters = sum(covered.measured.values()) + sum(covered.unmeasured.values())
     capacity, cost = recorded(settings, parameters)
     source = _source_of_bits(settings) if capacity else ""
     if given["data_bits"] is not None:
-        count = parameters or number_in(settings, "trainable_parameters")
-        if count is None:
+        if parameters is None:
             raise ValueError("data_bits says what the data carry; --trainable-parameters is needed beside it")
-        capacity, source = Capacity(given["data_bits"], int(count)), "--data-bits"
+        capacity, source = Capacity(given["data_bits"], parameters), "--data-bits"
     if capacity is not None:
         shown = f"{bits(capacity.data_bits)} against {capacity.parameters:,} parameters"
         known.take("capacity", capacity, shown, source, label="data and adapters")

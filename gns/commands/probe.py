@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +10,13 @@ import typer
 
 from gns.commands.shared import (
     INTERRUPTED,
+    LENGTH_OF_BASE,
     Out,
     free_folder,
     one_line_errors,
-    one_thread,
     settings_of,
     spoken_warnings,
+    threads_as_in_a_run,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def probe(
         from gns.runfolder import refuse_used
 
         refuse_used(folder)
-        with one_thread() if config.model == "gns:base" else nullcontext():
+        with threads_as_in_a_run(config):
             found, about = _measure(config, trained, batches, asked)
         _write(folder, found, config, about)
         _print(found, folder, fresh=trained is None)
@@ -113,7 +113,7 @@ def _configured(
             if name not in given:
                 raise ConfigError(f"--{name} is missing; a local path or a hub id is needed")
     elif found is None:
-        known = {"model": BASE, "data": HELD_OUT, "max_length": 256}
+        known = {"model": BASE, "data": HELD_OUT, "max_length": LENGTH_OF_BASE}
     for name in ("rank", "alpha"):
         if found is not None and name in given:
             raise ConfigError(f"--{name} is of fresh adapters; that of {found} is what it was trained with")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +13,10 @@ import typer
 
 if TYPE_CHECKING:
     from gns.estimate import Estimate
+    from gns.preparation import FinetuneConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
+LENGTH_OF_BASE = 256  # tokens of an example at the most, of the small shipped model
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a measured run.", show_default=False)]
 Out = Annotated[
@@ -53,19 +55,12 @@ def load_run(folder: Path) -> Estimate:
 
 
 def settings_of(folder: Path, estimate: Estimate) -> dict[str, Any]:
-    """Give what the advice asks of a run: batch size, data size, learning rate; None where unknown."""
-    from gns.capacity import number_in
+    """Give what the advice asks of a run, see `gns.recorded.inputs`."""
+    from gns.recorded import inputs
     from gns.records import read_summary
 
     summary = read_summary(folder)
-    usual = round(estimate.examples_per_step) if estimate.n_steps else None
-    batch_size, size = summary.batch_size or usual, summary.settings.get("dataset_size")
-    rates = [step.learning_rate for step in estimate.history if step.learning_rate]
-    return {
-        "batch_size": batch_size,
-        "dataset_size": size if isinstance(size, int) and batch_size and size >= batch_size else None,
-        "learning_rate": number_in(summary.settings, "learning_rate") or max(rates, default=None),
-    }
+    return inputs(estimate.history, summary.settings, summary.batch_size, summary.coverage)
 
 
 def free_folder(folder: Path) -> Path:
@@ -92,6 +87,21 @@ def one_thread() -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def threads_as_in_a_run(config: FinetuneConfig) -> Generator[None]:
+    """Measure the small shipped model with one thread, as `gns demo` trains it."""
+    from gns.preparation import BASE
+
+    with one_thread() if config.model == BASE else nullcontext():
+        yield
+
+
+def named_layers(text: str) -> str | tuple[str, ...]:
+    """Read the layers of `--target-modules`: names with commas between, or "all-linear"."""
+    names = tuple(name for part in text.split(",") if (name := part.strip()))
+    return "all-linear" if names == ("all-linear",) else names
 
 
 @contextmanager

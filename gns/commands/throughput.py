@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gns.commands.shared import INTERRUPTED, one_line_errors, one_thread
+from gns.commands.shared import (
+    INTERRUPTED,
+    LENGTH_OF_BASE,
+    named_layers,
+    one_line_errors,
+    threads_as_in_a_run,
+)
 
 if TYPE_CHECKING:
     from gns.preparation import FinetuneConfig
     from gns.throughput import Throughput
 
-LENGTH_OF_BASE = 256  # as in `gns demo`
 UNSTEADY = 1.5  # steps of one size further apart than this are remarked on
 
 
@@ -62,13 +65,13 @@ def throughput(
         "rank": rank,
         "max_length": max_length,
         "dtype": dtype,
-        "target_modules": target_modules and tuple(filter(None, map(str.strip, target_modules.split(",")))),
+        "target_modules": None if target_modules is None else named_layers(target_modules),
         "trust_remote_code": trust_remote_code or None,
     }
     with one_line_errors(ValueError):
         config = _configured(run, {name: value for name, value in given.items() if value is not None})
         path = _new_file(run, out)
-        with _threads_as_in_a_run(config):
+        with threads_as_in_a_run(config):
             curve = _measure(config, path, largest, seconds)
         _show(curve, path, run)
     if curve.interrupted:
@@ -84,8 +87,6 @@ def _configured(run: Path | None, given: dict[str, Any]) -> FinetuneConfig:
     from gns.preparation import BASE, HELD_OUT, FinetuneConfig
     from gns.runfolder import read_config
 
-    if given.get("target_modules") == ("all-linear",):
-        given["target_modules"] = "all-linear"
     if run is not None:
         config = replace(read_config(run), **given)
     else:
@@ -111,18 +112,6 @@ def _new_file(run: Path | None, out: Path | None) -> Path:
     if not path.parent.is_dir():
         raise ThroughputError(f"{path}: no folder {path.parent} to write it to")
     return path
-
-
-@contextmanager
-def _threads_as_in_a_run(config: FinetuneConfig) -> Generator[None]:
-    """Time the small shipped model with one thread, as `gns demo` trains it."""
-    from gns.preparation import BASE
-
-    if config.model != BASE:
-        yield
-        return
-    with one_thread():
-        yield
 
 
 def _measure(config: FinetuneConfig, path: Path, largest: int, seconds: float) -> Throughput:

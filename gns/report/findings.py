@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from gns.advice import Advice, advise
-from gns.capacity import number_in, recorded
 from gns.coverage import Coverage
 from gns.curvature.result import CurvatureReading
 from gns.drift import Drift, drift
 from gns.estimate import Estimate, estimate
 from gns.frozenestimate import FrozenEstimate
 from gns.geometry import by_layer, by_module
+from gns.recorded import inputs
 from gns.records import Summary
 from gns.sums import StepSums
 from gns.throughput import Throughput, length_remark
@@ -97,14 +96,14 @@ def findings(
     """
     share = known.coverage.share if known.coverage else None
     result = replace(frozen or estimate(steps, level=known.level), coverage=share)
-    batch_size = known.batch_size or _usual_batch(steps)
+    told = inputs(steps, known.settings, known.batch_size, known.coverage)
     change = None if frozen else drift(steps, level=known.level)
     return Findings(
         name=name,
         steps=steps,
         result=result,
-        batch_size=batch_size,
-        advice=_advice(result, steps, known.settings, batch_size, change, known.coverage, timed),
+        batch_size=told["batch_size"],
+        advice=_timed_advice(result, steps, told, change, timed),
         change=change,
         coverage=known.coverage,
         settings=known.settings,
@@ -112,37 +111,16 @@ def findings(
     )
 
 
-def _usual_batch(steps: Iterable[StepSums]) -> int | None:
-    sizes = [step.n_examples for step in steps if step.usable]
-    return round(statistics.median(sizes)) if sizes else None
-
-
-def _advice(
+def _timed_advice(
     result: Estimate,
     steps: Sequence[StepSums],
-    settings: Mapping[str, Any],
-    batch_size: int | None,
+    told: Mapping[str, Any],
     change: Drift | None,
-    coverage: Coverage | None,
     timed: Throughput | None,
 ) -> Advice | None:
-    """Advise with what is known of data size, learning rate, movement, adapters and speed."""
-    if not batch_size:
+    """Advise with what the records tell, how the noise scale moved and the machine's speed."""
+    if not told["batch_size"]:
         return None
-    rates = [step.learning_rate for step in steps if step.learning_rate]
-    data, parameters = settings.get("dataset_size"), None
-    if coverage and number_in(settings, "trainable_parameters") is None:
-        parameters = sum(coverage.measured.values()) + sum(coverage.unmeasured.values())
-    capacity, cost = recorded(settings, parameters)
-    advice = advise(
-        result,
-        batch_size=batch_size,
-        dataset_size=data if isinstance(data, int) and data >= batch_size else None,
-        throughput=timed.speeds if timed else None,
-        learning_rate=number_in(settings, "learning_rate") or max(rates, default=None),
-        change=change,
-        capacity=capacity,
-        cost=cost,
-    )
+    advice = advise(result, **told, change=change, throughput=timed.speeds if timed else None)
     remark = length_remark(timed, steps) if timed else None
     return replace(advice, warnings=(*advice.warnings, remark)) if remark else advice

@@ -303,6 +303,13 @@ def test_the_command_runs_and_redraws(tmp_path, monkeypatch, capsys):
     assert {path: Path(path).read_bytes() for path in written} == before
 
 
+def test_one_repeat_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        study.main(["--repeats", "1", "--out", str(tmp_path)])
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    assert "--repeats 1: at least 2 are needed" in capsys.readouterr().err
+
+
 def test_the_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def stopped(*_):
         raise KeyboardInterrupt

@@ -95,6 +95,7 @@ def test_what_a_runs_settings_tell():
     [
         (lambda: Capacity(0, 10), "data_bits is 0; a finite number > 0 is needed"),
         (lambda: Capacity(10, 1.5), "parameters is 1.5; a whole number, 1 or more, is needed"),
+        (lambda: Capacity(10, 1, 0.0), "share is 0.0"),
         (lambda: first_epoch_bits(math.nan, 10), "loss is nan"),
         (lambda: first_epoch_bits(1.0, 0), "tokens is 0"),
         (lambda: AdaptedLayer(0, 3, 1), "in_features is 0"),

@@ -14,7 +14,7 @@ import pytest
 
 from gns import load
 from gns.advice import advise
-from gns.cli import DEMO, main
+from gns.cli import DEMO, app
 from gns.display import Display, brief
 from gns.drift import drift
 from gns.estimate import estimate
@@ -24,7 +24,9 @@ from gns.preparation import FinetuneConfig
 from gns.records import STEPS, write_steps
 from gns.sums import StepSums
 from tests.gns import tiny
+from tests.gns.commands.running import of
 
+COMMANDS = [command.callback.__name__ for command in app.registered_commands]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -42,21 +44,6 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def gns(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder; give exit code, lines of standard output and of standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return end.value.code, said.out.splitlines(), said.err.splitlines()
-
-    return run
-
-
-@pytest.fixture
 def measure(gns, home):
     def run(**changed):
         options = {
@@ -71,20 +58,6 @@ def measure(gns, home):
         return gns("measure", *[flag for flag in flags if flag is not True])
 
     return run
-
-
-def of(b, n=16):
-    """Forty noiseless-looking steps of noise scale `b`."""
-    return [
-        StepSums(
-            step=i,
-            n_examples=n,
-            mean_sq_norm=b + 1 + 0.1 * (i % 3),
-            sq_norm_of_mean=b / n + 1 + 0.05 * (i % 4),
-            learning_rate=1e-3,
-        )
-        for i in range(40)
-    ]
 
 
 def rising():
@@ -111,10 +84,10 @@ except SystemExit as end:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.stderr.strip() == "0 []", done.stderr
-    assert all(command in done.stdout for command in ("demo", "measure", "report", "advise", "throughput"))
+    assert all(command in done.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["demo", "measure", "report", "advise", "throughput"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(gns, command):
     code, out, err = gns(command, "--help")
     assert code == 0 and out and not err

@@ -38,3 +38,5 @@ def test_spread_is_the_worst_ratio_of_two_laws():
     ratios = [[law(256, 16, b) for law in LAWS.values()] for b in (160, 310)]
     assert spread(256, 16, (160, 310)) == pytest.approx(max(max(r) / min(r) for r in ratios))
     assert spread(16, 16, (160, 310)) == pytest.approx(1)
+    # below √(256·16) the ends differ: there the square-root law is the highest, by (φ + 256)/(φ + 16)
+    assert spread(256, 16, (310, 10)) == spread(256, 16, (10, 310)) == pytest.approx(266 / 26)

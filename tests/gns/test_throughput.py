@@ -232,6 +232,8 @@ def test_damaged_and_foreign_files(tmp_path):
         '{"format": "gns-summary", "version": 1}',
         whole.replace("0.5", "-1", 1),
         "null",
+        whole.replace("gns-throughput", "gns-summary"),
+        whole.replace('"version": 1', '"version": 2'),
     ]
     bad += [whole.replace('"points"', '"pts"'), whole.replace('"seconds": 4.0', '"seconds": "4"')]
     for text in bad:

@@ -117,3 +117,9 @@ def test_what_is_no_finite_positive_number_is_named(value):
     with pytest.raises(ValueError, match="x is .* a finite number > 0 is needed"):
         positive("x", value)
     positive("x", 10**300, whole=True)
+
+
+@pytest.mark.parametrize("value", [1.5, 0, math.inf])
+def test_what_is_no_whole_number_is_named(value):
+    with pytest.raises(ValueError, match="x is .* a whole number, 1 or more, is needed"):
+        positive("x", value, whole=True)

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from gns import throughput
 from gns.advice import advise
 from gns.capacity import Capacity, first_epoch_bits
 from gns.coverage import Coverage
-from gns.records import load, write_summary
+from gns.records import load, read_summary, write_summary
+from gns.report.findings import findings
 from gns.sums import StepSums
 from gns.throughput import Speed, Throughput
 from tests.gns.commands import running
@@ -29,13 +31,6 @@ CURVE = Throughput(
 
 
 @pytest.fixture
-def gns(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: running.run(capsys, *arguments)
-
-
-@pytest.fixture
 def folder(tmp_path):
     """A run with everything recorded."""
     folder = running.recorded(tmp_path / "a", running.of(100, tokens=120))
@@ -48,6 +43,17 @@ def row(out, name):
     start = out.index("What this rests on")
     (line,) = (line for line in out[start:] if line.startswith(name))
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_the_batch_in_use_is_the_reports_where_steps_differ_in_size(gns, tmp_path):
+    """Nobody recorded it: the median of the steps, not their mean of 28, before a report and after one."""
+    steps = [
+        *running.of(100, count=30),
+        *(replace(s, step=s.step + 30) for s in running.of(100, 64, count=10)),
+    ]
+    running.recorded(tmp_path / "a", steps)
+    assert row(gns("advise", "a")[1], "batch in use") == ["batch in use", "16 examples a step", "the run"]
+    assert findings("a", steps, read_summary(tmp_path / "a")).batch_size == 16
 
 
 def test_everything_recorded_is_used_and_its_source_named(gns, folder):

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from gns import FrozenEstimate, load
-from gns.cli import main
 from gns.commands.probe import FRESH
 from gns.finetune import run
 from gns.preparation import FinetuneConfig, prepare
@@ -44,16 +43,12 @@ def trained(home, tmp_path_factory):
 
 
 @pytest.fixture
-def gns(capsys, monkeypatch, tmp_path):
+def gns(gns):
     """Run a command in an empty folder; give exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return end.value.code, said.out, said.err
+        code, out, err = gns(*arguments)
+        return code, "\n".join(out), "\n".join(err)
 
     return run
 

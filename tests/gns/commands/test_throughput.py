@@ -17,13 +17,6 @@ def home(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("home") / "llama")
 
 
-@pytest.fixture
-def gns(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: running.run(capsys, *arguments)
-
-
 def options(home, *more):
     return ["throughput", "--model", home, "--max-length", 32, "--rank", 4, "--largest", 4, *more]
 

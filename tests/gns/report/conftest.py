@@ -60,12 +60,6 @@ def runs() -> dict[str, list[StepSums]]:
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """No figures, which take seconds, for tests of what a report says."""
-    monkeypatch.setattr("gns.report.drawn", lambda found: [])
-
-
-@pytest.fixture
 def coverage() -> Coverage:
     """Most parameters measured, one with a hostile name left out."""
     return Coverage(dict.fromkeys(NAMES, 40), {f"model.{EVIL}": 80}, {f"model.{EVIL}": f"no rule {EVIL}"})
