@@ -35,7 +35,7 @@ from gns.curvature.products import METHODS
 from gns.curvature.result import Block, Cost, CurvatureEstimate
 from gns.ranks import world_size
 from gns.segments import SegmentsOf
-from gns.still import still
+from gns.still import gradient_hook, still
 
 __all__ = ["METHODS", "OPERATORS", "STATUSES", "CurvatureError", "CurvatureEstimate", "b_noise"]
 
@@ -104,8 +104,11 @@ def b_noise(
 
     Raises:
         CurvatureError: an argument does not fit, there are too few examples, no second derivative exists and
-            differencing was refused, a product is not finite, or the operator does not fit the loss.
-        RuntimeError: a monitor is attached to the model.
+            differencing was refused, a product is not finite, or the operator does not fit the loss; several
+            processes are under way, or a parameter's hook would act on the gradients.
+        ProbeError: there is no loss, or it is no differentiable scalar.
+        RuntimeError: a monitor is attached to the model, or the model wrote to a buffer over 64 MiB
+            (`StillError`).
         TypeError: `model` is no module.
         ValueError: nothing trainable can be measured.
 
@@ -146,12 +149,8 @@ def _check(model: nn.Module, asked: _Asked) -> None:
             f"{world_size()} processes are under way; B_noise is measured in one: call it in a process of "
             "its own"
         )
-    for name, p in model.named_parameters():
-        if p.requires_grad and getattr(p, "_post_accumulate_grad_hooks", None):
-            raise CurvatureError(
-                f"`{name}` has a hook that runs when its gradient is complete (an optimizer inside backward?)"
-                " and would act on the gradients measured here; remove it first"
-            )
+    if (hooked := gradient_hook(model)) is not None:
+        raise CurvatureError(hooked)
 
 
 def _divided(

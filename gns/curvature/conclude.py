@@ -161,12 +161,10 @@ def set_of(found: Contractions, known: Known, level: float) -> Set:
     size = max(abs(moments.x), abs(moments.y))
     m = _scaled(moments, 2.0 ** -math.ceil(math.log2(size or 1.0)))  # exact: cubes stay in range
     low, high, empty = honest_set(m, level)
-    t = float(stats.t.ppf((1 + level) / 2, m.df))
     enough = len(known.share) >= MIN_PROBES
-    se_x, se_y = math.sqrt(m.second[0] * m.k / m.df), m.se_y()
     if not enough:
         status = "collecting"
-    elif m.y < -t * se_y or m.x < -t * se_x:
+    elif indefinite(m, level):
         status = "indefinite"
     elif empty:
         status = "not detectable"
@@ -179,8 +177,14 @@ def set_of(found: Contractions, known: Known, level: float) -> Set:
         low=low,
         high=high,
         status=status,
-        detection_limit=detection_limit(m, level) if se_y > 0 else math.inf,
+        detection_limit=detection_limit(m, level) if m.se_y() > 0 else math.inf,
     )
+
+
+def indefinite(m: Moments, level: float) -> bool:
+    """Whether X or Y is significantly below 0, by Student's t at the level's two-sided quantile."""
+    t = float(stats.t.ppf((1 + level) / 2, m.df))
+    return m.y < -t * m.se_y() or m.x < -t * math.sqrt(m.second[0] * m.k / m.df)
 
 
 def _scaled(m: Moments, unit: float) -> Moments:
