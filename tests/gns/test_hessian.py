@@ -457,9 +457,13 @@ def test_checkpointed_layers_give_the_same_numbers():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
+    calls, runs = [], []
+    model.register_forward_pre_hook(lambda *_: calls.append(None))
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(None))
     for method in ("auto", "difference"):
         found = b_noise(model, batches, method=method)
         close(found.trace_h_sigma, plain.trace_h_sigma, rtol=2e-2)
+    assert len(runs) > 1.5 * len(calls), "each layer runs again in backward"
 
 
 # what is left behind
@@ -586,6 +590,13 @@ def test_what_does_not_fit_is_said(options, text):
     batches = [regression(12), regression(12, seed=1)]
     with pytest.raises(CurvatureError, match=text):
         b_noise(linear(), batches, **{"loss": half_squares, **options})
+
+
+def test_an_optimizer_inside_backward_is_refused():
+    model = linear()
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(CurvatureError, match=r"`weight` has a hook that runs when its gradient is complete"):
+        b_noise(model, [regression(12), regression(12, seed=1)], loss=half_squares)
 
 
 def test_one_example_is_too_few():
