@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,8 +26,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from experiments.rows import write
+from experiments.rows import provenance, read, write
 from gns.data import Collator, pad_id
+from gns.examples import IGNORED
 from gns.hessian import b_noise
 from gns.preparation import FinetuneConfig, prepare
 
@@ -79,7 +79,7 @@ class _Point:
     def gradient(self, batch: dict[str, torch.Tensor]) -> tuple[Vector, int]:
         """The gradient of a batch and its labelled tokens."""
         found = torch.autograd.grad(self.model(**batch).loss, self.parameters)
-        return list(found), int((batch["labels"][:, 1:] != -100).sum())
+        return list(found), int((batch["labels"][:, 1:] != IGNORED).sum())
 
     @torch.no_grad()
     def loss(self, direction: Vector | None = None, step: float = 0.0) -> float:
@@ -176,7 +176,7 @@ def measured(config: LineSearch) -> list[dict[str, Any]]:
         )
         print(size, rows[-1]["best"], rows[-1]["seconds"], flush=True)
     point.loss()
-    about = {"config": asdict(config), "torch": torch.__version__, "python": platform.python_version()}
+    about = {"config": asdict(config), "torch": torch.__version__} | provenance()
     return [row | about for row in rows]
 
 
@@ -322,8 +322,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--draw", action="store_true", help="draw from the rows that are there")
     parser.add_argument("--config", type=json.loads, default={}, help="fields of LineSearch as JSON")
     given = parser.parse_args(argv)
-    from experiments.rows import read
-
     if not given.draw:
         FOLDER.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from gns.largest import Largest
 from gns.looks import declared
 from gns.ranks import world_size
 from gns.segments import SegmentsOf
-from gns.still import still
+from gns.still import gradient_hook, still
 
 
 def probe(
@@ -87,6 +87,9 @@ def probe(
         ProbeError: an argument does not fit, several processes are under way, a parameter's hook would act on
             the gradients, or there is no loss.
         KeyboardInterrupt: Ctrl-C before the first batch was done.
+        RuntimeError: a monitor is attached to the model, or the model wrote to a buffer over 64 MiB
+            (`StillError`).
+        TypeError: `describe` is neither a tokenizer nor a function.
         ValueError: nothing trainable can be measured.
 
     Example:
@@ -170,12 +173,8 @@ def _check(model: nn.Module, level: float) -> None:
         raise ProbeError(
             f"{world_size()} processes are under way; a probe runs in one: call it in a process of its own"
         )
-    for name, p in model.named_parameters():
-        if p.requires_grad and getattr(p, "_post_accumulate_grad_hooks", None):
-            raise ProbeError(
-                f"`{name}` has a hook that runs when its gradient is complete (an optimizer inside "
-                "backward?) and would act on the probe's gradients; remove it first"
-            )
+    if (hooked := gradient_hook(model)) is not None:
+        raise ProbeError(hooked)
 
 
 def _whole(given: Mapping[str, tuple[int, int]]) -> None:

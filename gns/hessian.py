@@ -24,24 +24,22 @@ import torch
 from torch import nn
 
 from gns.calling import Loss, moved
-from gns.curvature.conclude import STATUSES, Known, Set, point_values, set_of
-from gns.curvature.contractions import OPERATORS, Builder, Contractions, contract, identity
+from gns.curvature.assemble import concluded, factor_or_other, known_of
+from gns.curvature.conclude import STATUSES, set_of
+from gns.curvature.contractions import OPERATORS, Builder, contract, identity
 from gns.curvature.errors import CurvatureError
 from gns.curvature.gathering import Sums, gather
 from gns.curvature.lanczos import lanczos
 from gns.curvature.parts import Point, fingerprint, pieces
 from gns.curvature.products import METHODS
-from gns.curvature.result import Block, Contribution, Cost, CurvatureEstimate
-from gns.estimate import format_count
+from gns.curvature.result import Block, Cost, CurvatureEstimate
 from gns.ranks import world_size
 from gns.segments import SegmentsOf
-from gns.still import still
-from gns.sums import factor_of
+from gns.still import gradient_hook, still
 
 __all__ = ["METHODS", "OPERATORS", "STATUSES", "CurvatureError", "CurvatureEstimate", "b_noise"]
 
 PARTS = 4  # of the examples for H: their spread is that of H
-ONE_PART = "All examples for H were taken as one: what H itself owes to them is not in the interval."
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,11 @@ def b_noise(
 
     Raises:
         CurvatureError: an argument does not fit, there are too few examples, no second derivative exists and
-            differencing was refused, a product is not finite, or the operator does not fit the loss.
-        RuntimeError: a monitor is attached to the model.
+            differencing was refused, a product is not finite, or the operator does not fit the loss; several
+            processes are under way, or a parameter's hook would act on the gradients.
+        ProbeError: there is no loss, or it is no differentiable scalar.
+        RuntimeError: a monitor is attached to the model, or the model wrote to a buffer over 64 MiB
+            (`StillError`).
         TypeError: `model` is no module.
         ValueError: nothing trainable can be measured.
 
@@ -148,12 +149,8 @@ def _check(model: nn.Module, asked: _Asked) -> None:
             f"{world_size()} processes are under way; B_noise is measured in one: call it in a process of "
             "its own"
         )
-    for name, p in model.named_parameters():
-        if p.requires_grad and getattr(p, "_post_accumulate_grad_hooks", None):
-            raise CurvatureError(
-                f"`{name}` has a hook that runs when its gradient is complete (an optimizer inside backward?)"
-                " and would act on the gradients measured here; remove it first"
-            )
+    if (hooked := gradient_hook(model)) is not None:
+        raise CurvatureError(hooked)
 
 
 def _divided(
@@ -226,7 +223,7 @@ def read(
     point = Point(model, {n: every[n] for n in sums.names}, loss, seed=asked.seed, **how)
     cut = pieces(for_h, asked.parts, whole=asked.segments is not None)  # rows of one example stay together
     found = contract(point, cut, sums, operator=asked.operator, method=asked.method)
-    result = concluded(sums, found, asked)
+    result = concluded(sums, found, level=asked.level, operator=asked.operator, seed=asked.seed)
     if asked.blocks:
         result = replace(result, blocks=_blocks(point, cut, sums, asked))
     if asked.spectrum:
@@ -236,160 +233,17 @@ def read(
     return replace(result, cost=Cost(end - start, gathered - start, len(for_g), found.products))
 
 
-def known_of(sums: Sums, rows: np.ndarray | None = None) -> Known:
-    """Give what is known without products, of some parameters or of all.
-
-    Args:
-        sums: of the gradients.
-        rows: numbers of the parameters.
-    """
-    chosen = np.arange(len(sums.names)) if rows is None else rows
-    eye = identity(sums)
-    centred = float(sums.centred_sq()[chosen].sum())
-    by_probe = sums.by_probe if rows is None else None
-    return Known(
-        centred=centred,
-        probe_sq=eye.probes[0][:, chosen].sum(1),
-        traces=None if sums.overlap else _traces(sums, centred, by_probe, eye.groups[0][:, chosen].sum(1)),
-        by_probe=by_probe,
-        share=sums.share,
-        sum_sq_weights=sums.sum_sq_weights,
-        n=sums.n,
-    )
-
-
-def _traces(sums: Sums, centred: float, by_probe: np.ndarray | None, along: np.ndarray) -> np.ndarray:
-    """Tₛ = Σ ‖c̃ᵢ − ãᵢḡ‖² over each probe's examples [S]; they add up to that over all.
-
-    Exact where the examples of a probe weigh the same; else Σ ãᵢc̃ᵢ is shared out by weight.
-
-    Args:
-        sums: of the gradients.
-        centred: Σₛ Tₛ.
-        by_probe: [S], Σ ‖c̃ᵢ‖²; None: shared out by weight.
-        along: [S], ḡₛᵀḡ.
-    """
-    if by_probe is None:
-        return centred * sums.share
-    each = np.divide(sums.sq_share, sums.share, out=np.zeros_like(along), where=sums.share > 0)
-    found = by_probe - 2 * each * along + sums.sq_share * along.sum()
-    return found + sums.share * (centred - found.sum())
-
-
-def concluded(sums: Sums, found: Contractions, asked: _Asked) -> CurvatureEstimate:
-    """Conclude from the contractions.
-
-    Args:
-        sums: of the gradients.
-        found: with the operator.
-        asked: how.
-    """
-    known, eye = known_of(sums), identity(sums)
-    noise, simple = set_of(found, known, asked.level), set_of(eye, known, asked.level)
-    contributions = _contributions(sums, found, eye, known)
-    groups = _joined(contributions, lambda name: factor_of(name) or "other")
-    heard: dict[str, float] = {}
-    for name, sq in sums.sq.items():
-        heard[factor_of(name) or "other"] = heard.get(factor_of(name) or "other", 0.0) + sq
-    loud = [factor for factor, sq in heard.items() if sq > 0]
-    block = loud[0] if len(loud) == 1 < len(heard) else None
-    notes = list(found.notes)
-    if len(found.mass) < 2:
-        notes.append(ONE_PART)
-    if sums.left_out:
-        notes.append(
-            f"{len(sums.left_out)} trainable parameter(s) are not in it, e.g. {_first(sums.left_out)}"
-        )
-    if block == "B":
-        notes.append("Factor A has no gradient here (B = 0): all numbers are those of factor B's block of H.")
-    return CurvatureEstimate(
-        b_noise=noise.ratio,
-        low=noise.low,
-        high=noise.high,
-        level=asked.level,
-        status=noise.status,
-        trace_h_sigma=noise.x,
-        g_h_g=noise.y,
-        detection_limit=noise.detection_limit,
-        method=found.method,
-        operator=asked.operator,
-        b_simple=simple.ratio,
-        b_simple_low=simple.low,
-        b_simple_high=simple.high,
-        b_simple_status=simple.status,
-        trace_sigma=simple.x,
-        grad_sq_norm=simple.y,
-        n_examples=sums.n,
-        n_hessian=len(found.mass),
-        probes=asked.probes,
-        groups={} if set(groups) == {"other"} else groups,
-        modules=_joined(contributions, _module_of),
-        block=block,
-        unit=_unit(sums),
-        warnings=tuple(notes),
-        seed=asked.seed,
-    )
-
-
-def _contributions(
-    sums: Sums, found: Contractions, eye: Contractions, known: Known
-) -> dict[str, Contribution]:
-    """What each parameter adds; empty where products are known as a whole only."""
-    x, y = point_values(found, known)
-    if len(x) != len(sums.names):
-        return {}
-    a, centred = sums.sum_sq_weights, sums.centred_sq()
-    q, t = eye.groups[0].sum(0), eye.weighted[0]
-    s = centred + 2 * t - a * q
-    grad = (q - s) / (1 - a)
-    trace = sums.n * (s - a * grad)
-    rows = zip(sums.names, x, y, trace, grad, strict=True)
-    return {name: Contribution(*(float(v) for v in values)) for name, *values in rows}
-
-
-def _joined(parts: dict[str, Contribution], key: Any) -> dict[str, Contribution]:
-    out: dict[str, Contribution] = {}
-    for name, c in parts.items():
-        k, before = key(name), out.get(key(name), Contribution(0.0, 0.0, 0.0, 0.0))
-        out[k] = Contribution(
-            before.trace_h_sigma + c.trace_h_sigma,
-            before.g_h_g + c.g_h_g,
-            before.trace_sigma + c.trace_sigma,
-            before.grad_sq_norm + c.grad_sq_norm,
-        )
-    return out
-
-
-def _module_of(parameter: str) -> str:
-    """Module path of a parameter, without LoRA's own part: model.layers.0.self_attn.q_proj."""
-    parts = parameter.split(".")
-    at = next((i for i, part in enumerate(parts) if part.startswith("lora_")), len(parts) - 1)
-    return ".".join(parts[:at])
-
-
-def _first(reasons: dict[str, str]) -> str:
-    name, why = next(iter(reasons.items()))
-    return f"{name}: {why}"
-
-
-def _unit(sums: Sums) -> str:
-    if sums.n_tokens is None:
-        return "examples"
-    return f"examples (mean {format_count(sums.n_tokens / sums.n)} tokens)"
-
-
 def _blocks(point: Point, cut: Sequence[Any], sums: Sums, asked: _Asked) -> dict[str, Block]:
     """Each factor as if it alone trained."""
     out = {}
-    factors = dict.fromkeys(factor_of(name) or "other" for name in sums.names)
-    for factor in factors:
-        names = [n for n in sums.names if (factor_of(n) or "other") == factor]
+    for factor in dict.fromkeys(map(factor_or_other, sums.names)):
+        names = [n for n in sums.names if factor_or_other(n) == factor]
         if not any(sums.sq[n] > 0 for n in names):
             continue
         part = sums.of(names)
         alone = replace(point, parameters={n: point.parameters[n] for n in names}, _kept={})
         found = contract(alone, cut, part, operator=asked.operator, method=asked.method)
-        s: Set = set_of(found, known_of(part), asked.level)
+        s = set_of(found, known_of(part, identity(part)), asked.level)
         out[factor] = Block(s.ratio, s.low, s.high, s.status, s.x, s.y)
     return out
 

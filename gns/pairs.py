@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -253,7 +253,7 @@ class Dependence:
     difference: float
     se: float
     p_value: float
-    trace_sigma: float = field(default=math.nan)
+    trace_sigma: float
 
     @property
     def b_simple_across(self) -> float:

@@ -97,4 +97,4 @@ def _estimate(data: Mapping[str, Any], **known: Any) -> FrozenEstimate:
 def _read(x: Any) -> Any:
     if isinstance(x, list):
         return tuple(_read(v) for v in x)
-    return float(x.lower().replace("infinity", "inf")) if x in ("NaN", "Infinity", "-Infinity") else x
+    return float(x) if x in ("NaN", "Infinity", "-Infinity") else x

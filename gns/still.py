@@ -49,6 +49,17 @@ def set_modes(model: nn.Module, *, dropout: bool) -> None:
         module.training = not isinstance(module, _MIXES) if dropout else _checkpointing(module)
 
 
+def gradient_hook(model: nn.Module) -> str | None:
+    """Say which trainable parameter has a hook that would act on gradients measured here; None: none has."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and getattr(p, "_post_accumulate_grad_hooks", None):
+            return (
+                f"`{name}` has a hook that runs when its gradient is complete (an optimizer inside backward?)"
+                " and would act on the gradients measured here; remove it first"
+            )
+    return None
+
+
 @dataclass(frozen=True)
 class RandomState:
     """States of the random generators that a forward pass may draw from."""

@@ -38,13 +38,8 @@ class Contractions:
     weighted: np.ndarray
     mass: np.ndarray
     method: str
-    products: float
+    products: int
     notes: tuple[str, ...] = ()
-
-    def scaled(self, times: float) -> Contractions:
-        """Give the same of an operator so many times larger."""
-        probes, groups, weighted = self.probes * times, self.groups * times, self.weighted * times
-        return replace(self, probes=probes, groups=groups, weighted=weighted)
 
     def total(self) -> Contractions:
         """Give the same summed over parameters."""
@@ -54,15 +49,13 @@ class Contractions:
         return replace(self, probes=probes, groups=groups, weighted=weighted)
 
 
-def identity(sums: Sums, times: float = 1.0) -> Contractions:
-    """The contractions with a multiple of the identity, by parameter: those of B_simple."""
+def identity(sums: Sums) -> Contractions:
+    """The contractions with the identity, by parameter: those of B_simple."""
     s = sums.probes
     probes = np.array([dots(u, u) for u in (sums.probe(i) for i in range(s))])
     groups = np.array([dots({n: p[i] for n, p in sums.parts.items()}, sums.mean) for i in range(s)])
     weighted = np.array(dots(sums.weighted, sums.mean))
-    return Contractions(
-        times * probes[None], times * groups[None], times * weighted[None], np.ones(1), "identity", 0
-    )
+    return Contractions(probes[None], groups[None], weighted[None], np.ones(1), "identity", 0)
 
 
 class Builder:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
+from gns.curvature.conclude import indefinite
 from gns.curvature.result import CurvatureReading
 from gns.moments import Moments, exact_unit
 from gns.sets import detection_limit, honest_set, status_of
@@ -69,8 +69,6 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
     ones = np.ones(len(readings))
     m = Moments.of(x * unit, y * unit, ones, ones)
     low, high, empty = honest_set(m, level)
-    t, se_x = float(stats.t.ppf((1 + level) / 2, m.df)), math.sqrt(m.second[0] * m.k / m.df)
-    negative = m.y < -t * m.se_y() or m.x < -t * se_x
     spent = [r.estimate.cost for r in readings if r.estimate.cost is not None]
     costs = [c.steps / c.batches for c in spent]  # the batches for g are the calls of one step
     return OverReadings(
@@ -78,7 +76,7 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
         b_noise=m.x / m.y if m.y > 0 else math.nan,
         low=low,
         high=high,
-        status="indefinite" if negative else status_of(m, high, empty),
+        status="indefinite" if indefinite(m, level) else status_of(m, high, empty),
         detection_limit=detection_limit(m, level),
         readings=len(readings),
         steps_each=float(np.median(costs)) if costs else math.nan,

@@ -118,7 +118,7 @@ def _names_between(loss: Tensor, out: Tensor) -> set[str]:
         if node is None or node is out.grad_fn or node in seen:
             continue
         seen.add(node)
-        found.add(type(node).__name__ if isinstance(type(node).__name__, str) else str(node))
+        found.add(type(node).__name__)
         todo += [n for n, _ in node.next_functions]
     return {name.removesuffix("0").removesuffix("Backward") for name in found}
 

@@ -51,7 +51,7 @@ class Cost:
     seconds: float
     gradient_seconds: float
     batches: int
-    products: float
+    products: int
 
     @property
     def steps(self) -> float:

@@ -72,9 +72,8 @@ class CurvatureWatch:
         if not wanted or len(self._now) >= CALLS or not self.model.training:
             return
         device = next((t.device.type for t in self.model.parameters()), "cpu")
-        named = {
-            k: v for k, v in kwargs.items() if k != "num_items_in_batch"
-        }  # of the whole step, not of a call
+        # the number of items is that of the whole step, not of a call
+        named = {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}
         cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self._now.append(_Call(_kept(args), _kept(named), cast))
 

@@ -75,7 +75,7 @@ def test_the_course_ends_with_all_readings():
     assert course[-1] == over_readings(readings(10))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("scale", [1e-120, 1e120])
 def test_the_scale_of_the_loss_does_not_matter(scale):
     every = readings(30)
     scaled = [reading(r.step, scale * r.estimate.trace_h_sigma, scale * r.estimate.g_h_g) for r in every]

@@ -50,7 +50,10 @@ def test_checkpointed_layers_give_the_same_sums(reentrant):
         warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable`", category=FutureWarning)
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
+    runs = []
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(None))
     a, b = gathered(plain, [tokens(8)]), gathered(model, [tokens(8)])
+    assert len(runs) == 2, "each layer runs again in backward"
     for name in a.names:
         close(b.signed[name], a.signed[name], torch.float32, rtol=1e-4, what=name)
 

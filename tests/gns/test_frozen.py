@@ -480,6 +480,29 @@ def test_a_loader_that_shuffles_draws_as_it_would_have():
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
+def test_data_drawn_as_they_come_are_those_of_the_users_generators():
+    """Each batch is drawn between two passes, which seed all generators for themselves."""
+
+    def seed():
+        torch.manual_seed(9), np.random.seed(9), random.seed(9)
+
+    def stream():
+        for _ in range(4):
+            yield torch.randn(3, 4) + np.random.rand() + random.random()
+
+    seed()
+    expected, seen = list(stream()), []
+
+    def loss(model, x):
+        seen.append(x.clone())
+        return mean_loss(model, x)
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    seed()
+    probe(model, stream(), loss=loss, dropout=True)
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
 class Buffers(nn.Module):
     """What a forward pass may do to buffers."""
 

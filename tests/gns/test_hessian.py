@@ -11,10 +11,11 @@ import torch
 import transformers
 from torch import nn
 
+from gns.curvature.assemble import concluded
 from gns.curvature.contractions import contract
 from gns.curvature.gathering import gather
 from gns.curvature.parts import Point
-from gns.hessian import CurvatureError, _Asked, b_noise, concluded
+from gns.hessian import CurvatureError, b_noise
 from gns.still import still
 from tests.gns.small_models import lora, tokens
 from tests.reference import dense_curvature as dense
@@ -27,22 +28,6 @@ def all_signs(n):
     return np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
 
 
-def asked(**how):
-    options = dict(
-        probes=8,
-        operator="hessian",
-        method="exact",
-        level=0.95,
-        seed=0,
-        weights="auto",
-        segments=None,
-        parts=1,
-        blocks=False,
-        spectrum=0,
-    )
-    return _Asked(**{**options, **how})
-
-
 def enumerated(model, for_g, for_h, loss=None, *, operator="hessian", method="exact", n, names=None):
     """(tr(HΣ), GᵀHG, contributions) over all sign vectors of n examples."""
     signs = all_signs(n)
@@ -53,7 +38,7 @@ def enumerated(model, for_g, for_h, loss=None, *, operator="hessian", method="ex
         every = dict(model.named_parameters())
         point = Point(model, {name: every[name] for name in sums.names}, loss)
         found = contract(point, for_h, sums, operator=operator, method=method)
-    return concluded(sums, found, asked(probes=len(signs), operator=operator))
+    return concluded(sums, found, level=0.95, operator=operator, seed=0)
 
 
 def tiny_gpt2(seed=0, warm=True):
@@ -155,7 +140,7 @@ def test_contributions_of_factors_and_modules_add_up_and_are_the_dense_ones():
     for parts in (found.groups, found.modules):
         close(sum(p.trace_h_sigma for p in parts.values()), found.trace_h_sigma, rtol=1e-10)
         close(sum(p.g_h_g for p in parts.values()), found.g_h_g, rtol=1e-10)
-    assert "base_model.model.transformer.h.0.attn.c_attn" in found.modules
+    assert "transformer.h.0.attn.c_attn" in found.modules  # as `gns.geometry.by_module` names it
 
 
 @pytest.mark.parametrize("kind", ["cross-entropy", "squares"])
@@ -472,9 +457,13 @@ def test_checkpointed_layers_give_the_same_numbers():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
+    calls, runs = [], []
+    model.register_forward_pre_hook(lambda *_: calls.append(None))
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(None))
     for method in ("auto", "difference"):
         found = b_noise(model, batches, method=method)
         close(found.trace_h_sigma, plain.trace_h_sigma, rtol=2e-2)
+    assert len(runs) > 1.5 * len(calls), "each layer runs again in backward"
 
 
 # what is left behind
@@ -601,6 +590,13 @@ def test_what_does_not_fit_is_said(options, text):
     batches = [regression(12), regression(12, seed=1)]
     with pytest.raises(CurvatureError, match=text):
         b_noise(linear(), batches, **{"loss": half_squares, **options})
+
+
+def test_an_optimizer_inside_backward_is_refused():
+    model = linear()
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(CurvatureError, match=r"`weight` has a hook that runs when its gradient is complete"):
+        b_noise(model, [regression(12), regression(12, seed=1)], loss=half_squares)
 
 
 def test_one_example_is_too_few():

@@ -139,9 +139,9 @@ def test_identical_examples_have_no_noise():
 def test_scale_goes_out_of_the_ratio():
     rng = np.random.default_rng(0)
     b = equal([1 + rng.standard_normal((4, 3)) for _ in range(25)])
-    one, other = from_batches(b), from_batches(b.scaled(1e-24))
+    one, other = from_batches(b), from_batches(b.scaled(1e-120))
     close([other.b_simple, other.low, other.high], [one.b_simple, one.low, one.high], rtol=1e-9)
-    close(other.trace_sigma, one.trace_sigma * 1e-24)
+    close(other.trace_sigma, one.trace_sigma * 1e-120)
 
 
 def test_a_better_known_sum_wins_over_the_sketch():

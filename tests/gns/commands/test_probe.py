@@ -96,6 +96,7 @@ def test_at_a_checkpoint_the_run_is_known(gns, trained, tmp_path, place):
     assert found.groups["A"].trace_sigma > 0 and found.examples_per_step == 4
     settings = json.loads((tmp_path / "p" / "summary.json").read_text())["settings"]
     assert (settings["max_length"], settings["batch_size"]) == (32, 4)
+    assert settings["held_out"] == read_config(trained).held_out > 0, "what was held out stays out"
 
 
 def test_the_adapter_is_the_trained_one_and_trains(trained):
