@@ -119,6 +119,12 @@ def status_of(moments: Moments, high: float, empty: bool) -> str:
     return "lower bound" if math.isinf(high) else "measured"
 
 
+def indefinite(moments: Moments, level: float) -> bool:
+    """Whether X or Y is significantly below 0: a noise scale in a metric that is none (a Hessian)."""
+    t, se_x = _quantile(moments, level), math.sqrt(moments.second[0] * moments.k / moments.df)
+    return moments.y < -t * moments.se_y() or moments.x < -t * se_x
+
+
 def detection_limit(moments: Moments, level: float) -> float:
     """Largest B that these steps could tell from infinity: X / (t · se(Y)), in examples."""
     se = moments.se_y()

@@ -26,11 +26,10 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from gns.curvature.contractions import Contractions
 from gns.moments import Moments
-from gns.sets import detection_limit, honest_set
+from gns.sets import detection_limit, honest_set, indefinite
 
 MIN_PROBES = 6  # fewer replicates are not trusted with their own spread; simulated, sets of 3 to 5 do cover
 STATUSES = ("measured", "lower bound", "not detectable", "collecting", "indefinite")
@@ -181,12 +180,6 @@ def set_of(found: Contractions, known: Known, level: float) -> Set:
         status=status,
         detection_limit=detection_limit(m, level) if m.se_y() > 0 else math.inf,
     )
-
-
-def indefinite(m: Moments, level: float) -> bool:
-    """Whether X or Y is significantly below 0, by Student's t at the level's two-sided quantile."""
-    t = float(stats.t.ppf((1 + level) / 2, m.df))
-    return m.y < -t * m.se_y() or m.x < -t * math.sqrt(m.second[0] * m.k / m.df)
 
 
 def _scaled(m: Moments, unit: float) -> Moments:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gns.curvature.conclude import indefinite
 from gns.curvature.result import CurvatureReading
 from gns.moments import Moments, exact_unit
-from gns.sets import detection_limit, honest_set, status_of
+from gns.sets import detection_limit, honest_set, indefinite, status_of
 
 
 @dataclass(frozen=True)
