@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from gns.checking import check_choice, check_whole
+
 ADAPTERS = ("lora", "rslora", "dora", "pissa", "milora", "full", "foundation")
 PROTOCOLS = ("epochs", "steps", "target")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -176,15 +178,11 @@ def _check(config: RunConfig) -> None:
         RunError: a value is out of range, or two contradict each other.
     """
     for name, known in _CHOICES.items():
-        if getattr(config, name) not in known:
-            raise RunError(f"{name} is {getattr(config, name)!r}; known: {', '.join(known)}")
+        check_choice(name, getattr(config, name), known, RunError)
     for names, least, none in ((_COUNTS, 1, False), (_COUNTS_OR_NONE, 1, True), (_FROM_ZERO, 0, False)):
         for name in names:
-            value = getattr(config, name)
-            if value is None and none:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RunError(f"{name} is {value!r}; a whole number, {least} or more, is needed")
+            if not (none and getattr(config, name) is None):
+                check_whole(name, getattr(config, name), least, error=RunError)
     if not (math.isfinite(config.lr) and config.lr > 0):
         raise RunError(f"lr is {config.lr}; a number above 0 is needed")
     for name in ("warmup", "beta1", "beta2", "dropout"):

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 from gns.estimate import Estimate, format_count
 from gns.finetune import Progress, Watcher
-from gns.monitor import GNSWarning
+from gns.notices import GNSWarning
 
 LINES = 10  # without a terminal: how many in all
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from gns.calling import Loss, ProbeError
+from gns.checking import check_whole
 from gns.frozenestimate import FrozenEstimate
 from gns.frozenrun import Run, StillMonitor, check_metric
 from gns.gradrows import MAX_BYTES, SIZE, GradientRows
@@ -102,7 +103,9 @@ def probe(
     most = _most(batches, max_batches)
     looks = _looks(relative_width, most)
     _check(model, level)
-    _whole({"seed": (seed, 0), "max_bytes": (max_bytes, 0), "sketch": (sketch, 1), "largest": (largest, 0)})
+    wholes = ("seed", seed, 0), ("max_bytes", max_bytes, 0), ("sketch", sketch, 1), ("largest", largest, 0)
+    for name, value, least in wholes:
+        check_whole(name, value, least, error=ProbeError)
     check_metric(model, metric, optimizer, largest)
     run = Run(
         model,
@@ -137,10 +140,8 @@ def probe(
 
 def _most(batches: Iterable[Any], max_batches: int | None) -> int | None:
     """Say how many batches there will be at the most, or None where nobody knows."""
-    if isinstance(max_batches, bool) or not (
-        max_batches is None or (isinstance(max_batches, int) and max_batches > 0)
-    ):
-        raise ProbeError(f"max_batches is {max_batches!r}; a whole number, 1 or more, is needed, or None")
+    if max_batches is not None:
+        check_whole("max_batches", max_batches, 1, error=ProbeError, more=", or None")
     try:
         there = len(batches) if isinstance(batches, Sized) else None
     except TypeError:  # a DataLoader over an iterable data set has a length in name only
@@ -175,13 +176,6 @@ def _check(model: nn.Module, level: float) -> None:
         )
     if (hooked := gradient_hook(model)) is not None:
         raise ProbeError(hooked)
-
-
-def _whole(given: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse what is no whole number, or below the least: name → (value, least)."""
-    for name, (value, least) in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ProbeError(f"{name} is {value!r}; a whole number, {least} or more, is needed")
 
 
 def _narrow(found: FrozenEstimate, width: float) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from gns.checking import check_choice, check_whole
 from gns.collect import Collector
 from gns.coverage import Coverage
 from gns.curvature.readingsfile import append_reading, write_readings
@@ -18,11 +18,13 @@ from gns.curvature.result import CurvatureReading
 from gns.curvature.watching import CurvatureWatch
 from gns.examples import WEIGHTS
 from gns.metrics import METRICS
+from gns.notices import GNSWarning as GNSWarning  # filters of users name it here
+from gns.notices import Notices
 from gns.openstep import Closed, OpenStep
 from gns.packing import pack, unpack
 from gns.plan import Plan, batch_norms, plan, trainable
 from gns.pooling import refusal, unwrapped
-from gns.reasons import BATCH_NORM, LATE, NO_CALL, NO_STATE, OTHER_METRIC, UNREACHED
+from gns.reasons import BATCH_NORM, LATE, OTHER_METRIC, UNREACHED
 from gns.reducers import MAX_BYTES
 from gns.segments import SegmentsOf
 from gns.summaries import Summaries
@@ -30,11 +32,6 @@ from gns.sums import Layout, StepSums
 from gns.taps import hooked
 
 ON_ERROR = ("warn", "raise")
-PATIENCE = 3  # steps without optimizer state before it is said
-
-
-class GNSWarning(UserWarning):
-    """Something about a measurement that its reader must know."""
 
 
 class GNSMonitor(Summaries):
@@ -105,15 +102,13 @@ class GNSMonitor(Summaries):
             ("max_bytes", max_bytes, "bytes"),
             ("curvature_every", 1 if curvature_every is None else curvature_every, "steps"),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; a whole number of {unit}, 1 or more, is needed")
+            check_whole(name, value, 1, unit)
         for name, value, known in (
             ("weights", weights, WEIGHTS),
             ("metric", metric, METRICS),
             ("on_error", on_error, ON_ERROR),
         ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
+            check_choice(name, value, known)
         if not (segments is None or isinstance(segments, str) or callable(segments)):
             raise TypeError(
                 f"segments is a {type(segments).__name__}; a function of (args, kwargs), the name of a "
@@ -121,17 +116,10 @@ class GNSMonitor(Summaries):
             )
         self.segments, self.max_bytes, self.metric = segments, max_bytes, metric
         self._given = model  # maybe an engine's wrapper
-        self.model, self.every, self.weights, self.scaler, self.on_error = (
-            unwrapped(model),
-            every,
-            weights,
-            scaler,
-            on_error,
-        )
-        self._sink, self._folder = (
-            _as_sink(sink),
-            None if callable(sink) or sink is None else Path(sink).parent,
-        )
+        self.model, self.every, self.weights = unwrapped(model), every, weights
+        self.scaler, self.on_error = scaler, on_error
+        self._sink = _as_sink(sink)
+        self._folder = None if callable(sink) or sink is None else Path(sink).parent
         self.curvature_every, self._curvature = curvature_every, deque[CurvatureReading](maxlen=history)
         self._history: deque[StepSums] = deque(maxlen=history)
         self._arriving: deque[OpenStep] = deque()
@@ -141,8 +129,7 @@ class GNSMonitor(Summaries):
         self._verified: frozenset[str] = frozenset()
         self._fired: frozenset[str] = frozenset()
         self._next_step = 0
-        self._warned: set[str] = set()
-        self._waited = 0  # steps without a metric, for want of optimizer state
+        self._notices = Notices()
         self._stopped: str | None = None
         self._layout = functools.cache(Layout)
 
@@ -176,7 +163,7 @@ class GNSMonitor(Summaries):
             scaler=self.scaler,
             on_step=self._arrive,
             on_error=self._fail,
-            on_notice=self._notice,
+            on_notice=self._notices.once,
             first_step=self._next_step,
             metric=metric,
         )
@@ -187,13 +174,13 @@ class GNSMonitor(Summaries):
                 weights=self.weights,
                 segments=self.segments,
                 on_reading=self._read,
-                on_notice=self._notice,
+                on_notice=self._notices.once,
             )
         self._collector.attach()
         if self._plan.reasons:
-            self._warn_unmeasured(self._plan.reasons)
+            self._notices.unmeasured(self._plan.reasons)
         for name in [name for name, norm in batch_norms(self.model) if norm.training][:1]:
-            self._notice(BATCH_NORM.format(name=f"`{name}`"))
+            self._notices.once(BATCH_NORM.format(name=f"`{name}`"))
         return self
 
     def detach(self) -> None:
@@ -247,11 +234,8 @@ class GNSMonitor(Summaries):
         self.flush()
         out = dict(self._excluded)
         if self._fired:
-            out |= {
-                e.name: UNREACHED
-                for e in self._plan.entries
-                if e.name not in self._fired and e.name not in out
-            }
+            silent = (e.name for e in self._plan.entries if e.name not in self._fired)
+            out = dict.fromkeys(silent, UNREACHED) | out
         late = trainable(self.model) if self.attached else {}
         known = {e.name for e in self._plan.entries} | self._plan.reasons.keys()
         late = {name: size for name, size in late.items() if name not in known}
@@ -309,7 +293,7 @@ class GNSMonitor(Summaries):
         steps = unpack(state)
         alike = [step for step in steps if step.metric == self.metric]
         if gone := len(steps) - len(alike):
-            self._notice(OTHER_METRIC.format(gone=gone, all=len(steps), metric=self.metric))
+            self._notices.once(OTHER_METRIC.format(gone=gone, all=len(steps), metric=self.metric))
         self._history.clear()
         self._history.extend(alike)
         self._unpack_looks({} if gone else state)
@@ -352,7 +336,7 @@ class GNSMonitor(Summaries):
                 self._collector.dead = True
         self._let_go |= len(self._history) == self._history.maxlen
         self._history.append(closed.sums)
-        self._tell(closed.sums)
+        self._notices.step(closed.sums)
         if self._sink is not None:
             self._sink(closed.sums)
 
@@ -360,25 +344,6 @@ class GNSMonitor(Summaries):
         self._curvature.append(reading)
         if self._folder is not None:
             append_reading(self._folder, reading)
-
-    def _tell(self, sums: StepSums) -> None:
-        """Warn, once each, of what is wrong with a step."""
-        self._waited += sums.reason == NO_STATE
-        if sums.reason == NO_STATE and self._waited <= PATIENCE:
-            return  # as it must be before the optimizer's first step
-        if sums.reason is not None:
-            if sums.reason not in self._warned:
-                self._warned.add(sums.reason)
-                text = f"optimizer step {sums.step} (and any like it) gives no estimate: {sums.reason}"
-                warnings.warn(text, GNSWarning, stacklevel=4)
-        elif not sums.call_seen:
-            self._notice(NO_CALL)
-
-    def _notice(self, text: str) -> None:
-        """Warn of something once."""
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, GNSWarning, stacklevel=4)
 
     def _exclude(self, reasons: dict[str, str]) -> None:
         """Leave parameters out of both sums, also of the steps measured before."""
@@ -390,7 +355,7 @@ class GNSMonitor(Summaries):
         self._history.clear()
         self._history.extend(kept)
         self._shown.clear()  # the sums have changed
-        self._warn_unmeasured(reasons)
+        self._notices.unmeasured(reasons)
 
     def _left(self, step: StepSums, reasons: dict[str, str]) -> Layout | None:
         """Give the layout of a step without some parameters: one object for all steps alike."""
@@ -398,25 +363,11 @@ class GNSMonitor(Summaries):
             return None
         return self._layout(tuple(name for name in step.layout.names if name not in reasons))
 
-    def _warn_unmeasured(self, reasons: dict[str, str]) -> None:
-        name, why = next(iter(reasons.items()))
-        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        warnings.warn(
-            f"{len(reasons)} trainable parameter(s) are not measured: {name}{more}: {why}. "
-            "`monitor.coverage()` lists them all",
-            GNSWarning,
-            stacklevel=3,
-        )
-
     def _fail(self, error: Exception) -> None:
         self._stopped = f"{type(error).__name__}: {error}"
         if self.on_error == "raise":
             raise error
-        warnings.warn(
-            f"GNSMonitor stands down after an error of its own, training goes on: {self._stopped}",
-            GNSWarning,
-            stacklevel=3,
-        )
+        self._notices.stands_down(self._stopped)
 
 
 def _as_sink(sink: Callable[[StepSums], None] | str | Path | None) -> Callable[[StepSums], None] | None:

@@ -30,7 +30,8 @@ import torch
 from torch import nn
 
 from gns.integrations.shared import Given, Readings, attached, monitor_or_options
-from gns.monitor import GNSMonitor, GNSWarning
+from gns.monitor import GNSMonitor
+from gns.notices import GNSWarning
 from gns.reasons import UNSEEN
 
 if TYPE_CHECKING:

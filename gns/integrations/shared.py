@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from gns.estimate import Estimate
-from gns.monitor import GNSMonitor, GNSWarning
+from gns.monitor import GNSMonitor
+from gns.notices import GNSWarning
 
 LOGGED = {
     "gns/b_simple": "b_simple",

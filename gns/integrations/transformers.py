@@ -32,7 +32,8 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from gns.estimate import Estimate
 from gns.integrations import trl
 from gns.integrations.shared import Given, Readings, attached, monitor_or_options
-from gns.monitor import GNSMonitor, GNSWarning
+from gns.monitor import GNSMonitor
+from gns.notices import GNSWarning
 
 
 class GNSCallback(TrainerCallback, ExportableState):

@@ -38,7 +38,7 @@ def test_the_hash_depends_on_every_field_but_the_engine():
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ({"adapter": "lokr"}, "adapter is 'lokr'; known: lora, rslora"),
+        ({"adapter": "lokr"}, "adapter is 'lokr'; known: 'lora', 'rslora'"),
         ({"rank": 0}, "rank is 0; a whole number, 1 or more"),
         ({"rank": True}, "rank is True"),
         ({"gns_every": -1}, "gns_every is -1; a whole number, 0 or more"),
