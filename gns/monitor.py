@@ -58,7 +58,8 @@ class GNSMonitor(Summaries):
             (see `gns.metrics`); a step without second moments is recorded as not usable.
         scaler: the `torch.amp.GradScaler` of the loop, so that its loss scale can be undone.
         curvature_every: read B_noise once in so many optimizer steps, see `gns.curvature.watching`; the model
-            must be given `labels` and return `loss`. Readings are in `curvature`.
+            must be given `labels` and return `loss`. Readings are in `curvature`. Under DDP all ranks read
+            together, each on its own calls.
         sink: receives each `StepSums` as it is measured: a callable, or a path that records are appended to.
         on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or
             "raise".

@@ -217,7 +217,7 @@ def gather(
             for p in model.parameters():
                 p.grad = None
             steps.collector.end_step()
-            _refuse(steps.done, k)
+            _refuse(steps.done, k, steps.left_out)
             kept.append(_batch(weigh, steps.done[-1], norms))
     for _ in range(len(batches), places.rounds):
         weigh.sit_out()
@@ -243,14 +243,16 @@ def _sq_norms(collector: Collector) -> np.ndarray:
     return np.concatenate(found) if found else np.zeros(0)
 
 
-def _refuse(history: Sequence[StepSums], k: int) -> None:
+def _refuse(history: Sequence[StepSums], k: int, left_out: dict[str, str]) -> None:
     """Let pass only a batch whose sums are what they should be; one example alone will do."""
     if len(history) != k + 1:
         raise CurvatureError(f"batch {k}: no gradient reached a measured parameter")
     step = history[-1]
     alone = step.n_examples == 1 or not (step.sum_sq_weights or 0) < 1
     if not step.finite or not (step.usable or (alone and step.rows is not None)):
-        raise CurvatureError(f"batch {k} cannot be used: {step.reason}")
+        first = next(iter(left_out.items()), None)
+        example = "" if first is None else f" (left out: {len(left_out)}, e.g. {first[0]}: {first[1]})"
+        raise CurvatureError(f"batch {k} cannot be used: {step.reason}{example}")
 
 
 def _batch(weigh: Weights, step: StepSums, norms: np.ndarray) -> _Batch:
