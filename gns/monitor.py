@@ -60,6 +60,8 @@ class GNSMonitor(Summaries):
         curvature_every: read B_noise once in so many optimizer steps, see `gns.curvature.watching`; the model
             must be given `labels` and return `loss`. Readings are in `curvature`. Under DDP all ranks read
             together, each on its own calls.
+        curvature_spectrum: products to spend in each such reading on λ_max and tr H; 0: none. Ten about
+            double the reading's cost.
         sink: receives each `StepSums` as it is measured: a callable, or a path that records are appended to.
         on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or
             "raise".
@@ -93,6 +95,7 @@ class GNSMonitor(Summaries):
         metric: str = "euclidean",
         scaler: Any = None,
         curvature_every: int | None = None,
+        curvature_spectrum: int = 0,
         sink: Callable[[StepSums], None] | str | Path | None = None,
         on_error: str = "warn",
         max_bytes: int = MAX_BYTES,
@@ -133,6 +136,7 @@ class GNSMonitor(Summaries):
             _as_sink(sink),
             None if callable(sink) or sink is None else Path(sink).parent,
         )
+        self._spectrum = _products(curvature_spectrum)
         self.curvature_every, self._curvature = curvature_every, deque[CurvatureReading](maxlen=history)
         self._history: deque[StepSums] = deque(maxlen=history)
         self._arriving: deque[OpenStep] = deque()
@@ -189,6 +193,7 @@ class GNSMonitor(Summaries):
                 segments=self.segments,
                 on_reading=self._read,
                 on_notice=self._notice,
+                spectrum=self._spectrum,
             )
         self._collector.attach()
         if self._plan.reasons:
@@ -418,6 +423,17 @@ class GNSMonitor(Summaries):
             GNSWarning,
             stacklevel=3,
         )
+
+
+def _products(count: Any) -> int:
+    """Let pass a number of products.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"curvature_spectrum is {count!r}; a whole number of products, 0 or more, is needed")
+    return count
 
 
 def _as_sink(sink: Callable[[StepSums], None] | str | Path | None) -> Callable[[StepSums], None] | None:

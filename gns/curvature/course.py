@@ -68,8 +68,6 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
     ones = np.ones(len(readings))
     m = Moments.of(x * unit, y * unit, ones, ones)
     low, high, empty = honest_set(m, level)
-    spent = [r.estimate.cost for r in readings if r.estimate.cost is not None]
-    costs = [c.steps / c.batches for c in spent]  # the batches for g are the calls of one step
     return OverReadings(
         step=readings[-1].step,
         b_noise=m.x / m.y if m.y > 0 else math.nan,
@@ -78,7 +76,7 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
         status="indefinite" if indefinite(m, level) else status_of(m, high, empty),
         detection_limit=detection_limit(m, level),
         readings=len(readings),
-        steps_each=float(np.median(costs)) if costs else math.nan,
+        steps_each=steps_each(readings),
     )
 
 
@@ -86,3 +84,40 @@ def so_far(readings: Sequence[CurvatureReading], *, level: float = 0.95) -> list
     """What the readings said together after each of them, from the third on."""
     found = (over_readings(readings[:k], level=level) for k in range(3, len(readings) + 1))
     return [each for each in found if each is not None]
+
+
+def steps_each(readings: Sequence[CurvatureReading]) -> float:
+    """What one reading cost, in training steps (all calls of one): the median; NaN where unknown."""
+    spent = [r.estimate.cost for r in readings if r.estimate.cost is not None]
+    costs = [c.steps / c.batches for c in spent]  # the batches for g are the calls of one step
+    return float(np.median(costs)) if costs else math.nan
+
+
+def cost_in_words(readings: Sequence[CurvatureReading]) -> str:
+    """What the readings of a training cost; nothing where that is unknown."""
+    each = steps_each(readings)
+    if math.isnan(each):
+        return ""
+    apart = np.diff([r.step for r in readings]) if len(readings) > 1 else [readings[0].step + 1]
+    share = 100 * each / float(np.median(apart))
+    count = f"{len(readings)} readings" if len(readings) > 1 else "1 reading"
+    return f"{count} of about {each:.0f} steps each: {share:.0f} % more time"
+
+
+def in_words(readings: Sequence[CurvatureReading], *, level: float = 0.95) -> list[str]:
+    """What the readings of a training say, in sentences for a report."""
+    if not readings:
+        return []
+    together, last = over_readings(readings, level=level), readings[-1]
+    said = [f"{together}." if together else f"{last.estimate}."]
+    if cost := cost_in_words(readings):
+        said.append(f"{cost}.")
+    found = last.estimate.largest_eigenvalue
+    if found is not None:
+        ceiling = last.estimate.max_learning_rate
+        said.append(
+            f"Largest eigenvalue of H at step {last.step}: λ_max ≥ {found:.3g} (a lower bound). Above a "
+            f"learning rate of 2/λ_max = {ceiling:.3g} plain gradient descent diverges along its direction; "
+            "optimizers that scale their steps, as AdamW does, have another ceiling."
+        )
+    return said

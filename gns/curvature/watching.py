@@ -51,6 +51,7 @@ class CurvatureWatch:
     Args:
         model: whose calls are kept.
         every: optimizer steps from one reading to the next.
+        spectrum: products of each reading to spend on λ_max and tr H.
         weights: of the examples in the loss, see `GNSMonitor`.
         segments: which rows or positions are which example, see there.
         on_reading: receives each reading.
@@ -66,8 +67,10 @@ class CurvatureWatch:
         segments: SegmentsOf | str | None,
         on_reading: Callable[[CurvatureReading], None],
         on_notice: Callable[[str], None],
+        spectrum: int = 0,
     ):
         self.model, self.every, self.weights, self.segments = model, every, weights, segments
+        self.spectrum = spectrum
         self.on_reading, self.on_notice = on_reading, on_notice
         self._before: list[_Call] = []  # calls of the step before
         self._now: list[_Call] = []
@@ -124,7 +127,8 @@ class CurvatureWatch:
             with torch.autocast(kind, dtype, enabled=enabled):
                 return value_of(model, batch, None)
 
-        asked = Asked(probes=probes, seed=step, weights=self.weights, segments=self.segments)
+        how = {"weights": self.weights, "segments": self.segments, "spectrum": self.spectrum}
+        asked = Asked(probes=probes, seed=step, **how)
         for_g, for_h = ([(call.args, call.kwargs) for call in calls] for calls in (now, before))
         return measured(self.model, for_g, for_h, asked, loss if now[0].autocast[2] else None, ranks)
 
