@@ -112,12 +112,13 @@ def in_words(readings: Sequence[CurvatureReading], *, level: float = 0.95) -> li
     said = [f"{together}." if together else f"{last.estimate}."]
     if cost := cost_in_words(readings):
         said.append(f"{cost}.")
-    found = last.estimate.largest_eigenvalue
-    if found is not None:
-        ceiling = last.estimate.max_learning_rate
+    found, ceiling = last.estimate.largest_eigenvalue, last.estimate.max_learning_rate
+    if found is not None and ceiling is not None and found > 0:
         said.append(
             f"Largest eigenvalue of H at step {last.step}: λ_max ≥ {found:.3g} (a lower bound). Above a "
             f"learning rate of 2/λ_max = {ceiling:.3g} plain gradient descent diverges along its direction; "
             "optimizers that scale their steps, as AdamW does, have another ceiling."
         )
+    elif found is not None:
+        said.append(f"H at step {last.step} showed no direction of positive curvature: it sets no ceiling.")
     return said
