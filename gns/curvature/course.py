@@ -1,7 +1,12 @@
 """B_noise over the readings of a training: tr(HΣ) and GᵀHG averaged over readings, then divided.
 
-Each reading gives an unbiased pair; their averages are taken before the ratio, as for B_simple, and readings
-are the replicates of the confidence set. A single reading on one batch is mostly noise.
+Each reading gives an unbiased pair; their averages are taken before the ratio, as for B_simple. The spread of
+the averages is made of what each reading knows of its own, over its probes and parts: so even a few readings,
+at weights that move on, give a set for the average over their points. Readings that do not know it are each
+other's replicates. A single reading on one batch is mostly noise.
+
+A slow test wants the 95 % sets of 4 readings, 8 probes on 16 examples each, to cover in 91 % where B_noise is
+10, 40 or 400. Source: tests/gns/test_curvature_coverage.py
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gns.curvature.result import CurvatureReading
+from gns.curvature.result import CurvatureEstimate, CurvatureReading
 from gns.moments import Moments, exact_unit
 from gns.sets import detection_limit, honest_set, indefinite, status_of
 
@@ -62,11 +67,7 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
     """
     if len(readings) < 2:
         return None
-    x = np.array([r.estimate.trace_h_sigma for r in readings])
-    y = np.array([r.estimate.g_h_g for r in readings])
-    unit = exact_unit(x, y)
-    ones = np.ones(len(readings))
-    m = Moments.of(x * unit, y * unit, ones, ones)
+    m = joined([r.estimate for r in readings])
     low, high, empty = honest_set(m, level)
     return OverReadings(
         step=readings[-1].step,
@@ -77,6 +78,26 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
         detection_limit=detection_limit(m, level),
         readings=len(readings),
         steps_each=steps_each(readings),
+    )
+
+
+def joined(estimates: Sequence[CurvatureEstimate]) -> Moments:
+    """The averages over readings of tr(HΣ) and GᵀHG, with their spread, up to a common power of two."""
+    x, y = np.array([(e.trace_h_sigma, e.g_h_g) for e in estimates]).T
+    unit = exact_unit(x, y)
+    known = [e.moments for e in estimates if e.moments is not None]
+    if len(known) < len(estimates):
+        ones = np.ones(len(x))
+        return Moments.of(x * unit, y * unit, ones, ones)
+    n, variances = len(x), np.array([np.array(m.second) * m.k / m.df for m in known]) * unit**2
+    theta = x.sum() / y.sum() if y.sum() > 0 else math.inf
+    at = np.array([1, -2 * theta, theta**2] if math.isfinite(theta) else [0, 0, 1])
+    each = variances @ at
+    df = each.sum() ** 2 / float(each**2 @ (1 / np.array([m.df for m in known])))  # Satterthwaite's
+    second = variances.sum(0) / n**2 * df / (df + 1)
+    third = np.sum([m.third for m in known], axis=0) * unit**3 / n**3
+    return Moments(
+        unit * float(x.mean()), unit * float(y.mean()), tuple(second.tolist()), tuple(third.tolist()), df + 1
     )
 
 
