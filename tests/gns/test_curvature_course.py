@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gns.curvature.course import in_words, over_readings, so_far
+from gns.curvature.course import in_words, joined, over_readings, so_far
 from gns.curvature.result import Cost, CurvatureEstimate, CurvatureReading
+from gns.moments import Moments
 from tests.reference.tolerances import close
 
 NAN = math.nan
@@ -53,6 +54,17 @@ def test_the_ratio_is_that_of_the_averages():
     close(found.b_noise, x / y, rtol=1e-12)
     assert found.low < 20 < found.high and found.status == "measured"
     assert found.steps_each == 10 and "40 readings, each about 10 training steps" in str(found)
+
+
+def test_the_spread_of_readings_that_know_it_is_added_not_seen_in_their_scatter():
+    known = Moments(0.0, 0.0, (6.0, 1.0, 0.5), (0.0,) * 4, 8.0)
+    far_apart = [reading(50 * k, 20.0 + 1000 * k, 2.0) for k in range(3)]
+    told = [replace(r, estimate=replace(r.estimate, moments=known)) for r in far_apart]
+    m = joined([r.estimate for r in told])
+    unit = m.y / 2.0
+    close(np.array(m.second) * m.k / m.df / unit**2, np.array(known.second) * 8 / 7 / 3, rtol=1e-12)
+    close(m.df, 21.0, rtol=1e-12)  # three times seven, as they are equally sure
+    assert over_readings(told).status == "measured" and over_readings(far_apart).status == "collecting"
 
 
 def test_the_cost_is_in_steps_of_the_training_not_in_calls():
