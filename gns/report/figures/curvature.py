@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator
 
 from gns.curvature.course import cost_in_words, so_far
 from gns.curvature.result import CurvatureReading
-from gns.estimate import format_count
 from gns.report.figures.look import LIGHT, Theme, canvas, in_look, limits, log_axis
 from gns.report.figures.training import Course
 
@@ -147,5 +146,6 @@ def _in_words(ratios: Sequence[Rows], readings: int) -> list[str]:
     for rows, which in zip(ratios, (f"all {readings} readings", "the last reading"), strict=True):
         if rows and math.isfinite(rows[-1][1]):
             _, value, low, high = rows[-1]
-            return [f"B_noise / B_simple {value:.2g} ({low:.2g} … {format_count(high)}) by {which}"]
+            found = f"≥ {low:.2g}" if math.isinf(high) else f"{value:.2g} ({low:.2g} … {high:.2g})"
+            return [f"B_noise / B_simple {found} by {which}"]
     return []
