@@ -1,6 +1,6 @@
 """B_noise without any second derivative: the best step size against the batch size.
 
-    python -m experiments.line_search            # measure (about 10 minutes on one core) and draw
+    python -m experiments.line_search            # measure (6 minutes on one core) and draw
     python -m experiments.line_search --draw     # draw from the rows that are there
 
 At frozen weights a step ε along the gradient of B examples changes the held-out loss by

@@ -117,6 +117,13 @@ def measure(
     curvature_every: Annotated[
         int | None, typer.Option(help="Read B_noise too, once in so many steps (default: never).")
     ] = None,
+    curvature_spectrum: Annotated[
+        int | None,
+        typer.Option(
+            help="Products a reading spends on the largest eigenvalue of the Hessian, for the learning-rate "
+            "ceiling 2/λ_max; ten about double its cost (default 0: none)."
+        ),
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints (default 50).")] = None,
     out: Out = None,
     resume: Annotated[

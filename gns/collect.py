@@ -70,6 +70,7 @@ class Collector:
         on_notice: receives what the user should know beyond steps.
         first_step: number of the next optimizer step.
         metric: in which norms are taken.
+        alone: measure this process's own examples, whatever other ranks there are.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class Collector:
         on_notice: Callable[[str], None] = warnings.warn,
         first_step: int = 0,
         metric: Metric = EUCLIDEAN,
+        alone: bool = False,
     ):
         self.model, self.taps, self.entries = unwrapped(model), plan.taps, plan.entries
         self._wrapper = model
-        self.every, self.scaler = every, scaler
+        self.every, self.scaler, self._alone = every, scaler, alone
         self.on_step, self.on_error, self.on_notice = on_step, on_error, on_notice
         self.dead = False
         self.step = first_step
@@ -298,7 +300,7 @@ class Collector:
         self.now.in_metric = self.weights.sq_norms(read)
         self.now.local = self.hidden
         if not self.hidden:
-            seed = len(self.entries) * self.step if world_size() > 1 else None
+            seed = len(self.entries) * self.step if self._ranks() > 1 else None
             self.now.mismatches = self.check.compare(gradients, seed)
         half = any(tap.activation_dtype is torch.float16 for tap in self.taps)
         self.now.loss_scaled = half and self.scaler is None
@@ -310,6 +312,9 @@ class Collector:
 
     def _gradients(self) -> list[Tensor | None]:
         return [None if g is None else local(g) for g in (e.parameter.grad for e in self.entries)]
+
+    def _ranks(self) -> int:
+        return 1 if self._alone else world_size()
 
     # the optimizer
 
@@ -390,7 +395,7 @@ class Collector:
         A wrapped optimizer also steps without one, but then another optimizer closed the step before.
         """
         known = self._closer in (None, id(optimizer)) and not self.hidden
-        return known and not self.boundary.pending and not in_backward() and world_size() > 1
+        return known and not self.boundary.pending and not in_backward() and self._ranks() > 1
 
     # the step
 
@@ -406,7 +411,7 @@ class Collector:
             names, reason = () if self.hidden else self.check.open_names(), close.reason
             if joined(self._wrapper):
                 reason, self.now.mismatches = JOINED, []
-            elif self.pool is None and world_size() > 1:
+            elif self.pool is None and self._ranks() > 1:
                 about = f"step {self.step}, every {self.every}, {self.weights.metric.name}"
                 self.pool = Pool(self.entries, about, weighs=self.weights.weighs)
             pool = self.pool if reason != JOINED else None

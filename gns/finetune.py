@@ -131,7 +131,11 @@ class _Run:
         runfolder.write_config(out, config)
         self.collator = Collator(pad_id(prepared.tokenizer))
         self.monitor = GNSMonitor(
-            prepared.model, every=config.every, sink=steps, curvature_every=config.curvature_every
+            prepared.model,
+            every=config.every,
+            sink=steps,
+            curvature_every=config.curvature_every,
+            curvature_spectrum=config.curvature_spectrum,
         )
         self.trainer = Trainer(
             prepared.model,

@@ -55,7 +55,10 @@ class GNSMonitor(Summaries):
             (see `gns.metrics`); a step without second moments is recorded as not usable.
         scaler: the `torch.amp.GradScaler` of the loop, so that its loss scale can be undone.
         curvature_every: read B_noise once in so many optimizer steps, see `gns.curvature.watching`; the model
-            must be given `labels` and return `loss`. Readings are in `curvature`.
+            must be given `labels` and return `loss`. Readings are in `curvature`. Under DDP all ranks read
+            together, each on its own calls.
+        curvature_spectrum: products to spend in each such reading on λ_max and tr H; 0: none. Ten about
+            double the reading's cost.
         sink: receives each `StepSums` as it is measured: a callable, or a path that records are appended to.
         on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or
             "raise".
@@ -89,6 +92,7 @@ class GNSMonitor(Summaries):
         metric: str = "euclidean",
         scaler: Any = None,
         curvature_every: int | None = None,
+        curvature_spectrum: int = 0,
         sink: Callable[[StepSums], None] | str | Path | None = None,
         on_error: str = "warn",
         max_bytes: int = MAX_BYTES,
@@ -103,6 +107,7 @@ class GNSMonitor(Summaries):
             ("curvature_every", 1 if curvature_every is None else curvature_every, "steps"),
         ):
             check_whole(name, value, 1, unit)
+        check_whole("curvature_spectrum", curvature_spectrum, 0, "products")
         for name, value, known in (
             ("weights", weights, WEIGHTS),
             ("metric", metric, METRICS),
@@ -120,6 +125,7 @@ class GNSMonitor(Summaries):
         self.scaler, self.on_error = scaler, on_error
         self._sink = _as_sink(sink)
         self._folder = None if callable(sink) or sink is None else Path(sink).parent
+        self._spectrum = curvature_spectrum
         self.curvature_every, self._curvature = curvature_every, deque[CurvatureReading](maxlen=history)
         self._history: deque[StepSums] = deque(maxlen=history)
         self._arriving: deque[OpenStep] = deque()
@@ -175,6 +181,7 @@ class GNSMonitor(Summaries):
                 segments=self.segments,
                 on_reading=self._read,
                 on_notice=self._notices.once,
+                spectrum=self._spectrum,
             )
         self._collector.attach()
         if self._plan.reasons:

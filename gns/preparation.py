@@ -55,6 +55,7 @@ class FinetuneConfig:
         seed: of the adapters' initial values and of the order of the data, 0 … 2³² − 1.
         every: measure one optimizer step in `every`.
         curvature_every: read B_noise once in so many optimizer steps; None: never.
+        curvature_spectrum: products to spend in each such reading on the largest eigenvalue of H; 0: none.
         held_out: examples kept out of training to tell the loss before and after; at most a tenth.
         save_every: optimizer steps between two checkpoints.
         trust_remote_code: run code that comes with the model.
@@ -78,6 +79,7 @@ class FinetuneConfig:
     held_out: int = 64
     save_every: int = 50
     curvature_every: int | None = None
+    curvature_spectrum: int = 0
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +102,11 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; 1 or more is needed")
         if self.curvature_every is not None and self.curvature_every < 1:
             raise ConfigError(f"curvature_every is {self.curvature_every}; 1 or more is needed, or None")
+        if self.curvature_spectrum < 0 or (self.curvature_spectrum and self.curvature_every is None):
+            raise ConfigError(
+                f"curvature_spectrum is {self.curvature_spectrum}, curvature_every {self.curvature_every}; 0 "
+                "or more is needed, and more than 0 only goes with readings of B_noise"
+            )
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"seed is {self.seed}; a number from 0 to {MAX_SEED} is needed")
         if not self.target_modules:

@@ -83,7 +83,7 @@ class Ranks:
     def __init__(self, what: str):
         self.size, self.rank = distributed.get_world_size(), distributed.get_rank()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        meet = _Meeting(_default_store(), self.rank, self.size, what)
+        meet = Meeting(what)
         # the thread knows the queue and the meeting only, so that a forgotten monitor ends it
         thread = threading.Thread(target=_serve, args=(self._queue, meet), name="gns-ranks", daemon=True)
         _serving[thread] = self._queue
@@ -123,7 +123,7 @@ def _leave() -> None:
         thread.join(MEET_SECONDS + REPLY_SECONDS)
 
 
-def _serve(requests: queue.SimpleQueue, meet: _Meeting) -> None:
+def _serve(requests: queue.SimpleQueue, meet: Meeting) -> None:
     """Answer requests one after another; after the first error, all with that error."""
     group: Any = None
     error: Exception | None = None
@@ -151,14 +151,23 @@ def _summed(group: Any, values: np.ndarray) -> np.ndarray:
     return vector.numpy()
 
 
-class _Meeting:
-    """The agreement of all ranks to measure together, and the group that they then make."""
+class Meeting:
+    """The agreement of all ranks to measure together, and the group that they then make.
 
-    def __init__(self, store: Any, rank: int, size: int, what: str):
-        self._rank, self._size, self._what = rank, size, what
+    Args:
+        what: what all ranks must have in common, compared as text.
+        name: of meetings of one kind, which every rank comes to in the same order.
+        not_all: what is said where not all ranks come, with `here`, `size` and `seconds`.
+        wait: seconds that a collective of the group may take; None: `REPLY_SECONDS`.
+    """
+
+    def __init__(self, what: str, *, name: str = "gns", not_all: str = NOT_ALL, wait: float | None = None):
+        self._rank, self._size, self._what = distributed.get_rank(), distributed.get_world_size(), what
+        self._not_all, self._wait = not_all, wait
+        store = _default_store()
         with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
             store = store.clone()  # a connection of our own: waiting on the shared one would block the user's
-        self._store = distributed.distributed_c10d.PrefixStore("gns", store)
+        self._store = distributed.distributed_c10d.PrefixStore(name, store)
 
     def __call__(self) -> Any:
         """Meet.
@@ -183,13 +192,13 @@ class _Meeting:
         here = [self._store.check([key]) for key in keys]
         mine = "go"
         if not all(here):
-            mine = NOT_ALL.format(here=sum(here), size=self._size, seconds=MEET_SECONDS)
+            mine = self._not_all.format(here=sum(here), size=self._size, seconds=MEET_SECONDS)
         elif len({self._store.get(key) for key in keys}) > 1:
             mine = OTHER_PARAMETERS
         agreed = self._store.compare_set(verdict, "", mine).decode()  # the first word stands, for all
         if agreed != "go":
             raise Refused(agreed)
-        timeout = datetime.timedelta(seconds=REPLY_SECONDS)
+        timeout = datetime.timedelta(seconds=self._wait or REPLY_SECONDS)
         place = distributed.distributed_c10d.PrefixStore(f"{turn}/group", self._store)
         return distributed.ProcessGroupGloo(place, self._rank, self._size, timeout)
 
@@ -207,7 +216,12 @@ def _default_store() -> Any:
 
 
 def _said(error: Exception) -> str:
+    return LOST.format(why=why(error, REPLY_SECONDS))
+
+
+def why(error: Exception, seconds: float) -> str:
+    """Say why a collective failed, from what gloo raised after so many seconds at the most."""
     words = str(error).lower()
     if "timed out" in words or "timeout" in words:
-        return LOST.format(why=f"no answer within {REPLY_SECONDS:.0f} s")
-    return LOST.format(why="a connection closed" if "closed" in words else f"{type(error).__name__}: {error}")
+        return f"no answer within {seconds:.0f} s"
+    return "a connection closed" if "closed" in words else f"{type(error).__name__}: {error}"

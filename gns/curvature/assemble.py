@@ -109,6 +109,7 @@ def concluded(
         block=block,
         unit=_unit(sums),
         warnings=tuple(notes),
+        moments=noise.moments,
         seed=seed,
     )
 

@@ -69,6 +69,7 @@ class Set:
     high: float
     status: str
     detection_limit: float
+    moments: Moments
 
 
 def _xy(r: np.ndarray, q: np.ndarray, t: np.ndarray, known: Known) -> tuple[np.ndarray, np.ndarray]:
@@ -179,6 +180,7 @@ def set_of(found: Contractions, known: Known, level: float) -> Set:
         high=high,
         status=status,
         detection_limit=detection_limit(m, level) if m.se_y() > 0 else math.inf,
+        moments=moments,
     )
 
 

@@ -31,6 +31,7 @@ class Contractions:
         method: how products were made.
         products: how many vectors were multiplied, over the examples of all parts.
         notes: what to know of them.
+        weight: of all parts, in examples or tokens.
     """
 
     probes: np.ndarray
@@ -40,6 +41,7 @@ class Contractions:
     method: str
     products: int
     notes: tuple[str, ...] = ()
+    weight: float = 1.0
 
     def total(self) -> Contractions:
         """Give the same summed over parameters."""
@@ -150,6 +152,21 @@ def contract(point: Point, pieces: Sequence[Any], sums: Sums, *, operator: str, 
         method=build.method,
         products=sums.probes + 1,
         notes=tuple(dict.fromkeys(build.notes)),
+        weight=float(mass.sum()),
+    )
+
+
+def joined(found: Sequence[Contractions]) -> Contractions:
+    """Join the contractions with one operator, taken on the parts of several processes."""
+    mass = np.concatenate([c.weight * c.mass for c in found])
+    return replace(
+        found[0],
+        probes=np.concatenate([c.probes for c in found]),
+        groups=np.concatenate([c.groups for c in found]),
+        weighted=np.concatenate([c.weighted for c in found]),
+        mass=mass / mass.sum(),
+        notes=tuple(dict.fromkeys(note for c in found for note in c.notes)),
+        weight=float(mass.sum()),
     )
 
 

@@ -1,7 +1,12 @@
 """B_noise over the readings of a training: tr(HΣ) and GᵀHG averaged over readings, then divided.
 
-Each reading gives an unbiased pair; their averages are taken before the ratio, as for B_simple, and readings
-are the replicates of the confidence set. A single reading on one batch is mostly noise.
+Each reading gives an unbiased pair; their averages are taken before the ratio, as for B_simple. The spread of
+the averages is made of what each reading knows of its own, over its probes and parts: so even a few readings,
+at weights that move on, give a set for the average over their points. Readings that do not know it are each
+other's replicates. A single reading on one batch is mostly noise.
+
+A slow test wants the 95 % sets of 4 readings, 8 probes on 16 examples each, to cover in 91 % where B_noise is
+10, 40 or 400. Source: tests/gns/test_curvature_coverage.py
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gns.curvature.result import CurvatureReading
+from gns.curvature.result import CurvatureEstimate, CurvatureReading
 from gns.moments import Moments, exact_unit
 from gns.sets import detection_limit, honest_set, indefinite, status_of
 
@@ -62,14 +67,8 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
     """
     if len(readings) < 2:
         return None
-    x = np.array([r.estimate.trace_h_sigma for r in readings])
-    y = np.array([r.estimate.g_h_g for r in readings])
-    unit = exact_unit(x, y)
-    ones = np.ones(len(readings))
-    m = Moments.of(x * unit, y * unit, ones, ones)
+    m = joined([r.estimate for r in readings])
     low, high, empty = honest_set(m, level)
-    spent = [r.estimate.cost for r in readings if r.estimate.cost is not None]
-    costs = [c.steps / c.batches for c in spent]  # the batches for g are the calls of one step
     return OverReadings(
         step=readings[-1].step,
         b_noise=m.x / m.y if m.y > 0 else math.nan,
@@ -78,7 +77,27 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
         status="indefinite" if indefinite(m, level) else status_of(m, high, empty),
         detection_limit=detection_limit(m, level),
         readings=len(readings),
-        steps_each=float(np.median(costs)) if costs else math.nan,
+        steps_each=steps_each(readings),
+    )
+
+
+def joined(estimates: Sequence[CurvatureEstimate]) -> Moments:
+    """The averages over readings of tr(HΣ) and GᵀHG, with their spread, up to a common power of two."""
+    x, y = np.array([(e.trace_h_sigma, e.g_h_g) for e in estimates]).T
+    unit = exact_unit(x, y)
+    known = [e.moments for e in estimates if e.moments is not None]
+    if len(known) < len(estimates):
+        ones = np.ones(len(x))
+        return Moments.of(x * unit, y * unit, ones, ones)
+    n, variances = len(x), np.array([np.array(m.second) * m.k / m.df for m in known]) * unit**2
+    theta = x.sum() / y.sum() if y.sum() > 0 else math.inf
+    at = np.array([1, -2 * theta, theta**2] if math.isfinite(theta) else [0, 0, 1])
+    each = variances @ at
+    df = each.sum() ** 2 / float(each**2 @ (1 / np.array([m.df for m in known])))  # Satterthwaite's
+    second = variances.sum(0) / n**2 * df / (df + 1)
+    third = np.sum([m.third for m in known], axis=0) * unit**3 / n**3
+    return Moments(
+        unit * float(x.mean()), unit * float(y.mean()), tuple(second.tolist()), tuple(third.tolist()), df + 1
     )
 
 
@@ -86,3 +105,41 @@ def so_far(readings: Sequence[CurvatureReading], *, level: float = 0.95) -> list
     """What the readings said together after each of them, from the third on."""
     found = (over_readings(readings[:k], level=level) for k in range(3, len(readings) + 1))
     return [each for each in found if each is not None]
+
+
+def steps_each(readings: Sequence[CurvatureReading]) -> float:
+    """What one reading cost, in training steps (all calls of one): the median; NaN where unknown."""
+    spent = [r.estimate.cost for r in readings if r.estimate.cost is not None]
+    costs = [c.steps / c.batches for c in spent]  # the batches for g are the calls of one step
+    return float(np.median(costs)) if costs else math.nan
+
+
+def cost_in_words(readings: Sequence[CurvatureReading]) -> str:
+    """What the readings of a training cost; nothing where that is unknown."""
+    each = steps_each(readings)
+    if math.isnan(each):
+        return ""
+    apart = np.diff([r.step for r in readings]) if len(readings) > 1 else [readings[0].step + 1]
+    share = 100 * each / float(np.median(apart))
+    count = f"{len(readings)} readings" if len(readings) > 1 else "1 reading"
+    return f"{count} of about {each:.0f} steps each: {share:.0f} % more time"
+
+
+def in_words(readings: Sequence[CurvatureReading], *, level: float = 0.95) -> list[str]:
+    """What the readings of a training say, in sentences for a report."""
+    if not readings:
+        return []
+    together, last = over_readings(readings, level=level), readings[-1]
+    said = [f"{together}." if together else f"{last.estimate}."]
+    if cost := cost_in_words(readings):
+        said.append(f"{cost}.")
+    found, ceiling = last.estimate.largest_eigenvalue, last.estimate.max_learning_rate
+    if found is not None and ceiling is not None and found > 0:
+        said.append(
+            f"Largest eigenvalue of H at step {last.step}: λ_max ≥ {found:.3g} (a lower bound). Above a "
+            f"learning rate of 2/λ_max = {ceiling:.3g} plain gradient descent diverges along its direction; "
+            "optimizers that scale their steps, as AdamW does, have another ceiling."
+        )
+    elif found is not None:
+        said.append(f"H at step {last.step} showed no direction of positive curvature: it sets no ceiling.")
+    return said

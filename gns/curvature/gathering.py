@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gns.calling import Loss, loss_of
 from gns.collect import Collector
 from gns.curvature.errors import CurvatureError
-from gns.curvature.signs import Weights
+from gns.curvature.signs import Weighed, Weights, n_tokens, shares
+from gns.curvature.together import Alone, Places
 from gns.gather import sum_dtype
 from gns.openstep import OpenStep
 from gns.plan import Plan, plan
@@ -125,6 +126,7 @@ class _Steps:
             on_step=self._close,
             on_error=_raise,
             on_notice=lambda text: None,
+            alone=True,
         )
 
     def _close(self, step: OpenStep) -> None:
@@ -146,6 +148,21 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What is kept of a batch besides the sums of its gradients.
+
+    Args:
+        weighed: how it was.
+        sq: measured parameter → mₖ² Σ ‖cᵢ‖².
+        each: [S], mₖ² Σ ‖cᵢ‖² over each probe's examples and all parameters; None where not known.
+    """
+
+    weighed: Weighed
+    sq: dict[str, float]
+    each: np.ndarray | None
+
+
 def gather(
     model: nn.Module,
     batches: Sequence[Any],
@@ -156,21 +173,23 @@ def gather(
     weights: str = "auto",
     segments: SegmentsOf | str | None = None,
     signs: np.ndarray | None = None,
+    places: Places | None = None,
 ) -> Sums:
     """Run each batch forward and backward once, and collect the weighted sums of its examples' gradients.
 
     Args:
         model: held still by the caller.
-        batches: for g.
+        batches: for g, of this process.
         loss: (model, batch) → scalar; None: the model's own.
         probes: S.
         seed: of the signs and of what the model draws.
         weights: of the examples in the loss, see `GNSMonitor`.
         segments: which rows or positions are which example, see `GNSMonitor`.
         signs: [S, N], instead of random ones.
+        places: of the batches among those of all processes; None: there are no others.
 
     Returns:
-        The sums, on the parameters' device, in float32 or float64.
+        The sums over all processes' batches, on the parameters' device, in float32 or float64.
 
     Raises:
         CurvatureError: too few examples, gradients that are not finite, or a loss the taps cannot follow.
@@ -180,25 +199,29 @@ def gather(
     """
     if hooked(model):
         raise RuntimeError("a GNSMonitor is attached to this model; call its detach() first")
-    weigh = Weights(probes, len(batches), seed, signs)
-    each: list[np.ndarray] = []
+    places = Places([len(batches)], Alone()) if places is None else places
+    weigh = Weights(probes, places.total, seed, signs, numbers=places.numbers, sizes=places.sizes)
+    kept: list[_Batch] = []
     with _Steps(model, weights, segments) as steps:
         leaves = _leaves(steps.plan, 2 * probes + 1)
         steps.collector.calls.weigh = weigh
         totals = {name: torch.zeros_like(leaf).detach() for name, leaf in leaves.items()}
         for k, batch in enumerate(batches):
-            with seeded(mixed(seed, k)):
+            with seeded(mixed(seed, places.numbers[k])):
                 loss_of(model, batch, loss).backward()
             weigh.next_batch()
             for name, leaf in leaves.items():
                 if leaf.grad is not None:
                     totals[name] += leaf.grad
-            each.append(_sq_norms(steps.collector))
+            norms = _sq_norms(steps.collector)
             for p in model.parameters():
                 p.grad = None
             steps.collector.end_step()
-            _refuse(steps.done, k)
-    return _concluded(weigh, totals, steps.done, each, steps.left_out)
+            _refuse(steps.done, k, steps.left_out)
+            kept.append(_batch(weigh, steps.done[-1], norms))
+    for _ in range(len(batches), places.rounds):
+        weigh.sit_out()
+    return _concluded(places.ranks, totals, kept, _measured(steps), steps.left_out, given=signs is not None)
 
 
 def _leaves(plan: Plan, k: int) -> dict[str, Tensor]:
@@ -220,52 +243,73 @@ def _sq_norms(collector: Collector) -> np.ndarray:
     return np.concatenate(found) if found else np.zeros(0)
 
 
-def _refuse(history: Sequence[StepSums], k: int) -> None:
+def _refuse(history: Sequence[StepSums], k: int, left_out: dict[str, str]) -> None:
     """Let pass only a batch whose sums are what they should be; one example alone will do."""
     if len(history) != k + 1:
         raise CurvatureError(f"batch {k}: no gradient reached a measured parameter")
     step = history[-1]
     alone = step.n_examples == 1 or not (step.sum_sq_weights or 0) < 1
     if not step.finite or not (step.usable or (alone and step.rows is not None)):
-        raise CurvatureError(f"batch {k} cannot be used: {step.reason}")
+        first = next(iter(left_out.items()), None)
+        example = "" if first is None else f" (left out: {len(left_out)}, e.g. {first[0]}: {first[1]})"
+        raise CurvatureError(f"batch {k} cannot be used: {step.reason}{example}")
+
+
+def _batch(weigh: Weights, step: StepSums, norms: np.ndarray) -> _Batch:
+    assert step.rows is not None and step.layout is not None
+    scale = weigh.done[-1].mass ** 2 / step.n_examples
+    sq = {name: scale * float(m) for name, (m, _) in zip(step.layout.names, step.rows, strict=True)}
+    return _Batch(weigh.done[-1], sq, weigh.by_probe(norms) if len(norms) == step.n_examples else None)
+
+
+def _measured(steps: _Steps) -> tuple[str, ...]:
+    """Parameters that could be measured in all of this process's batches."""
+    layout = steps.done[-1].layout
+    return () if layout is None else layout.names
 
 
 def _concluded(
-    weigh: Weights,
+    ranks: Alone,
     totals: dict[str, Tensor],
-    steps: Sequence[StepSums],
-    each: list[np.ndarray],
+    kept: list[_Batch],
+    measured: tuple[str, ...],
     left_out: dict[str, str],
+    *,
+    given: bool,
 ) -> Sums:
-    share, sign_share, sq_share = weigh.concluded()
-    layout = steps[-1].layout
-    if layout is None or not layout.names:
+    found = ranks.all((kept, measured, left_out))
+    left_out = {name: why for _, _, reasons in found for name, why in reasons.items()}
+    names = [name for name in measured if all(name in others for _, others, _ in found)]
+    if not names:
         why = next(iter(left_out.values()), "no parameter has a gradient")
         raise CurvatureError(f"no trainable parameter can be measured: {why}")
-    mass, s = sum(weigh.masses), weigh.probes
-    sq = dict.fromkeys(layout.names, 0.0)
-    for step, m in zip(steps, weigh.masses, strict=True):
-        assert step.rows is not None and step.layout is not None
-        for name, (mean_sq_norm, _) in zip(step.layout.names, step.rows, strict=True):
-            if name in sq:
-                sq[name] += (m / mass) ** 2 * float(mean_sq_norm) / step.n_examples
-    sums = {name: totals[name] / mass for name in layout.names}
-    by_probe = None
-    if all(len(e) == step.n_examples for e, step in zip(each, steps, strict=True)):
-        found = weigh.by_probe(each)
-        if abs(found.sum() - sum(sq.values())) <= EACH_RTOL * sum(sq.values()):
-            by_probe = found
+    batches = sorted((b for of_rank, _, _ in found for b in of_rank), key=lambda b: b.weighed.number)
+    weighed = [b.weighed for b in batches]
+    share, sign_share, sq_share = shares(weighed, given=given)
+    mass, s = sum(b.mass for b in weighed), len(share)
+    sq = {name: sum(b.sq.get(name, 0.0) for b in batches) / mass**2 for name in names}
+    sums = {name: totals[name] for name in names}
+    ranks.add(sums)
+    for total in sums.values():
+        total /= mass
     return Sums(
         signed={name: t[:s] for name, t in sums.items()},
         parts={name: t[s : 2 * s] for name, t in sums.items()},
         weighted={name: t[2 * s] / mass for name, t in sums.items()},
         sq=sq,
-        by_probe=by_probe,
+        by_probe=_by_probe([b.each for b in batches], mass, sum(sq.values())),
         share=share,
         sign_share=sign_share,
         sq_share=sq_share,
-        overlap=weigh.signs is not None,
-        n=weigh.n,
-        n_tokens=weigh.n_tokens,
+        overlap=given,
+        n=sum(b.n for b in weighed),
+        n_tokens=n_tokens(weighed),
         left_out=left_out,
     )
+
+
+def _by_probe(each: Sequence[np.ndarray | None], mass: float, total: float) -> np.ndarray | None:
+    """Σ ‖c̃ᵢ‖² over each probe's examples [S], if it is known of all and adds up to the total."""
+    known = [e for e in each if e is not None]
+    found = sum(known, np.zeros(1)) / mass**2
+    return found if len(known) == len(each) and abs(found.sum() - total) <= EACH_RTOL * total else None

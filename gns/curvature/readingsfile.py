@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gns.curvature.result import Block, Contribution, Cost, CurvatureEstimate, CurvatureReading
+from gns.moments import Moments
 from gns.stepsfile import RecordsError, number, write_atomically
 
 CURVATURE = "curvature.jsonl"
@@ -45,6 +46,10 @@ def _numbers(x: Any) -> Any:
     return float(x) if isinstance(x, str) and x in WORDS else x
 
 
+def _tupled(x: Any) -> Any:
+    return tuple(x) if isinstance(x, list) else x
+
+
 def _reading(record: dict[str, Any]) -> CurvatureReading:
     if (record["format"], record["version"]) != (FORMAT, VERSION):
         raise ValueError("another format")
@@ -53,6 +58,8 @@ def _reading(record: dict[str, Any]) -> CurvatureReading:
         data[name] = {key: kind(**part) for key, part in data[name].items()}
     data["cost"] = None if data["cost"] is None else Cost(**data["cost"])
     data["warnings"] = tuple(data["warnings"])
+    if data.get("moments") is not None:  # readings of earlier versions have none
+        data["moments"] = Moments(**{key: _tupled(value) for key, value in data["moments"].items()})
     rate = record["learning_rate"]
     return CurvatureReading(int(record["step"]), rate, CurvatureEstimate(**data))
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from gns.estimate import format_count
+from gns.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class CurvatureEstimate:
         cost: of the reading.
         unit: what one example is.
         warnings: sentences on what to know of it.
+        moments: tr(HΣ) and GᵀHG with their spread, from which readings are joined.
         seed: of the signs.
     """
 
@@ -129,6 +131,7 @@ class CurvatureEstimate:
     cost: Cost | None = None
     unit: str = "examples"
     warnings: tuple[str, ...] = ()
+    moments: Moments | None = field(default=None, repr=False)
     seed: int = 0
 
     @property

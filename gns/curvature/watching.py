@@ -4,6 +4,9 @@ Every k-th optimizer step, when its gradients are complete and before the weight
 step give g and those of the step before give H: other examples. Not the other way round: the weights have
 just moved against the gradients of the step before, which so say too little of GᵀHG, by about
 2·rate·tr(H²Σ)/n.
+
+Under DDP every rank gives the calls that it made, and all get the reading over all of them. A rank that has
+none to give says so, and no rank has a reading then.
 """
 
 from __future__ import annotations
@@ -17,15 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from gns.calling import ProbeError, value_of
+from gns.curvature.errors import CurvatureError
 from gns.curvature.result import CurvatureEstimate, CurvatureReading
+from gns.curvature.together import Alone, NotAll, everyone
 from gns.examples import row_map
 from gns.guard import in_backward
+from gns.ranks import world_size
 from gns.segments import SegmentsOf
 from gns.taps import hooks_of, is_ours
 
 CALLS = 8  # of one step that are kept; the rest of a step with more micro-batches is not used
 PROBES = 8
 FAILED = "no B_noise at optimizer step {step} (training goes on, later failures are not told): {error}"
+IDLE = "this data-parallel rank did not call the model in training mode in this step, or the one before"
 NO_LOSS = ". curvature_every needs a model that is given `labels` and returns `loss`"
 
 
@@ -44,6 +51,7 @@ class CurvatureWatch:
     Args:
         model: whose calls are kept.
         every: optimizer steps from one reading to the next.
+        spectrum: products of each reading to spend on λ_max and tr H.
         weights: of the examples in the loss, see `GNSMonitor`.
         segments: which rows or positions are which example, see there.
         on_reading: receives each reading.
@@ -59,12 +67,15 @@ class CurvatureWatch:
         segments: SegmentsOf | str | None,
         on_reading: Callable[[CurvatureReading], None],
         on_notice: Callable[[str], None],
+        spectrum: int = 0,
     ):
         self.model, self.every, self.weights, self.segments = model, every, weights, segments
+        self.spectrum = spectrum
         self.on_reading, self.on_notice = on_reading, on_notice
         self._before: list[_Call] = []  # calls of the step before
         self._now: list[_Call] = []
         self._failed = False
+        self._apart = False  # the ranks do not measure together
 
     def call(self, step: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Keep a call made in a step, if a reading will want it."""
@@ -84,11 +95,14 @@ class CurvatureWatch:
         """Read, if it is time; nothing may be under way. Errors are told once, and training goes on."""
         before, now = self._before, self._now
         self._before, self._now = now, []
-        if not self._due(step) or in_backward() or not before or not now:
+        if not self._due(step) or in_backward() or self._apart:
+            return
+        if (not before or not now) and world_size() == 1:
             return
         try:
             self.on_reading(CurvatureReading(step, learning_rate, self._read(step, before, now)))
         except Exception as error:
+            self._apart = isinstance(error, NotAll)
             if not self._failed:
                 self._failed = True
                 text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -96,26 +110,27 @@ class CurvatureWatch:
                 self.on_notice(FAILED.format(step=step, error=text + why))
 
     def _read(self, step: int, before: list[_Call], now: list[_Call]) -> CurvatureEstimate:
-        from gns.hessian import b_noise
+        with everyone() as ranks:
+            if not before or not now:
+                raise CurvatureError(IDLE)
+            n = sum(ranks.all(sum(self._examples(call) for call in now)))
+            with unhooked(self.model):
+                return self._measured(step, before, now, max(2, min(PROBES, n)), ranks)
+
+    def _measured(
+        self, step: int, before: list[_Call], now: list[_Call], probes: int, ranks: Alone
+    ) -> CurvatureEstimate:
+        from gns.hessian import Asked, measured
 
         def loss(model: Any, batch: Any) -> Tensor:
             kind, dtype, enabled = now[0].autocast
             with torch.autocast(kind, dtype, enabled=enabled):
                 return value_of(model, batch, None)
 
-        cast = now[0].autocast[2]
-        n = sum(self._examples(call) for call in now)
-        with unhooked(self.model):
-            return b_noise(
-                self.model,
-                [(call.args, call.kwargs) for call in now],
-                hessian_batches=[(call.args, call.kwargs) for call in before],
-                probes=max(2, min(PROBES, n)),
-                loss=loss if cast else None,
-                weights=self.weights,
-                segments=self.segments,
-                seed=step,
-            )
+        how = {"weights": self.weights, "segments": self.segments, "spectrum": self.spectrum}
+        asked = Asked(probes=probes, seed=step, **how)
+        for_g, for_h = ([(call.args, call.kwargs) for call in calls] for calls in (now, before))
+        return measured(self.model, for_g, for_h, asked, loss if now[0].autocast[2] else None, ranks)
 
     def _examples(self, call: _Call) -> int:
         rows = row_map(self.model, call.args, call.kwargs, self.weights, self.segments)

@@ -59,7 +59,8 @@ DRAWINGS = (
         "curvature",
         "B_noise, which weighs gradient noise by the curvature of the loss, beside B_simple, which does "
         "not. The batch size law is B_noise's; B_simple stands in for it as far as their ratio stays put. "
-        "Each band is a confidence set of its point alone; under arrows it has no upper end.",
+        "Each bar and each band is a confidence set of its point alone; a reading of one batch is mostly "
+        "noise. Bars of the ratio leave out how sure B_simple is.",
         lambda f, run, theme: figures.curvature(f.curvature, run, f.result.level, theme=theme),
         training=True,
     ),

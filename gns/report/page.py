@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from gns._version import __version__
+from gns.curvature.course import in_words
 from gns.estimate import format_count
 from gns.report import tables
 from gns.report.circumstances import circumstances
@@ -105,6 +106,7 @@ def html(found: Findings, images: Sequence[Image]) -> str:
         factors=[tables.factor_row(*named) for named in [("all", result), *result.groups.items()]],
         averages=[] if found.frozen else tables.averages(result, found.progress),
         figures=by_place["evidence"],
+        curvature=in_words(found.curvature, level=result.level),
         places=by_place["places"],
         coverage=tables.covered(found.coverage),
         left_out=tables.left_out(found.steps),

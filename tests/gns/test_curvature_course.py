@@ -1,12 +1,14 @@
 """Readings of B_noise over a training: averaged first, then divided."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from gns.curvature.course import over_readings, so_far
+from gns.curvature.course import in_words, joined, over_readings, so_far
 from gns.curvature.result import Cost, CurvatureEstimate, CurvatureReading
+from gns.moments import Moments
 from tests.reference.tolerances import close
 
 NAN = math.nan
@@ -54,8 +56,33 @@ def test_the_ratio_is_that_of_the_averages():
     assert found.steps_each == 10 and "40 readings, each about 10 training steps" in str(found)
 
 
+def test_the_spread_of_readings_that_know_it_is_added_not_seen_in_their_scatter():
+    known = Moments(0.0, 0.0, (6.0, 1.0, 0.5), (0.0,) * 4, 8.0)
+    far_apart = [reading(50 * k, 20.0 + 1000 * k, 2.0) for k in range(3)]
+    told = [replace(r, estimate=replace(r.estimate, moments=known)) for r in far_apart]
+    m = joined([r.estimate for r in told])
+    unit = m.y / 2.0
+    close(np.array(m.second) * m.k / m.df / unit**2, np.array(known.second) * 8 / 7 / 3, rtol=1e-12)
+    close(m.df, 21.0, rtol=1e-12)  # three times seven, as they are equally sure
+    assert over_readings(told).status == "measured" and over_readings(far_apart).status == "collecting"
+
+
 def test_the_cost_is_in_steps_of_the_training_not_in_calls():
     assert over_readings([reading(50 * k, 20.0, 1.0, cost=12.0, calls=4) for k in range(3)]).steps_each == 12
+
+
+@pytest.mark.parametrize(
+    ("largest", "text"),
+    [(4.0, "λ_max ≥ 4 (a lower bound). Above a learning rate of 2/λ_max = 0.5 plain"), (-1.0, "no ceiling")],
+)
+def test_what_readings_say_in_words(largest, text):
+    found = readings(4)
+    last = replace(found[-1], estimate=replace(found[-1].estimate, largest_eigenvalue=largest))
+    said = in_words([*found[:-1], last])
+    assert said[0].startswith("B_noise = ") and said[0].endswith("; collecting.")
+    assert said[1] == "4 readings of about 10 steps each: 19 % more time."
+    assert text in said[2] and len(said) == 3
+    assert in_words([]) == [] and in_words(found[:1])[0].startswith("B_noise ≥ 0 examples")
 
 
 def test_few_readings_are_collected_and_negative_curvature_is_said():

@@ -1,12 +1,15 @@
 """How often the confidence set of B_noise holds the truth, by simulation of Gaussian examples."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gns.curvature.conclude import Known, _joined, set_of
 from gns.curvature.contractions import Contractions
+from gns.curvature.course import joined
+from gns.sets import honest_set
 
 
 def simulate(rng, *, level=0.95, **cell):
@@ -60,6 +63,18 @@ def coverage(repeats, seed=0, **cell):
     return hits / repeats, bounded / repeats
 
 
+def of_several(repeats, readings, seed=0, **cell):
+    """Coverage of the set of several readings, and how often it has an upper end."""
+    rng, hits, bounded = np.random.default_rng(seed), 0, 0
+    for _ in range(repeats):
+        found = [simulate(rng, **cell) for _ in range(readings)]
+        each = [SimpleNamespace(trace_h_sigma=s.x, g_h_g=s.y, moments=s.moments) for s, _ in found]
+        low, high, _ = honest_set(joined(each), 0.95)
+        hits += low <= found[0][1] <= high
+        bounded += np.isfinite(high)
+    return hits / repeats, bounded / repeats
+
+
 CELL = dict(d=64, n=256, m=32, probes=8, parts=4, b_noise=40.0, spectrum=1, noise_of_h=1.0)
 
 
@@ -88,6 +103,21 @@ def test_spread_is_that_of_independent_sources_added():
     found = _joined(5.0, 2.0, [(a, b), (c, d)])
     assert abs(found.se_y() ** 2 - (b @ b * 8 / 7 + d @ d * 4 / 3)) < 1e-12
     assert 3 < found.df < 10
+
+
+FEW = {**CELL, "n": 16, "m": 16}
+
+
+def test_readings_together_cover_and_reach_further_than_one():
+    alone, together = of_several(300, 1, **FEW), of_several(300, 4, **FEW)
+    assert together[0] > 0.90 and together[1] > alone[1] + 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("b_noise", [10.0, 40.0, 400.0])
+@pytest.mark.parametrize("spectrum", [0, 1, 2])
+def test_readings_together_cover_in_every_cell(b_noise, spectrum):
+    assert of_several(1000, 4, **{**FEW, "b_noise": b_noise, "spectrum": spectrum})[0] > 0.91
 
 
 @pytest.mark.slow

@@ -209,6 +209,23 @@ def test_readings_are_written_and_read_back(tmp_path):
         read_readings(tmp_path / "run")
 
 
+def test_the_largest_eigenvalue_is_read_where_it_is_asked_for_and_stands_in_the_report(tmp_path):
+    model = lora("llama").train()
+    with GNSMonitor(model, curvature_every=2, curvature_spectrum=6) as monitor:
+        for _ in loop(model, 2):
+            pass
+        (found,) = monitor.curvature
+        page = monitor.report(tmp_path).read_text()
+    trained = lora("llama").train()
+    list(loop(trained, 1))
+    how = {"hessian_batches": [tokens(8, seed=0)], "seed": 1, "spectrum": 6}
+    expected = b_noise(trained, [tokens(8, seed=1)], **how)
+    close(found.estimate.largest_eigenvalue, expected.largest_eigenvalue, rtol=1e-6)
+    assert found.estimate.largest_eigenvalue > 0
+    assert f"λ_max ≥ {expected.largest_eigenvalue:.3g}" in page
+    assert f"2/λ_max = {expected.max_learning_rate:.3g}" in page and "1 reading of about" in page
+
+
 def test_few_rows_make_few_probes_and_say_so():
     model = lora("llama").train()
     with GNSMonitor(model, curvature_every=2) as monitor:

@@ -303,6 +303,7 @@ def test_the_configuration_survives_its_file(whole, config):
         ({"epochs": 1}, "steps is 8 and epochs is 1; give one of the two"),
         ({"schedule": "sawtooth"}, "schedule is 'sawtooth'; known: constant, cosine, linear"),
         ({"dtype": "int8"}, "dtype is 'int8'; known: auto, float32, bfloat16, float16"),
+        ({"curvature_spectrum": 3}, "curvature_spectrum is 3, curvature_every None; 0 or more"),
         ({"seed": -1}, "seed is -1; a number from 0 to 4294967295 is needed"),
         ({"seed": 2**32}, "seed is 4294967296; a number from 0 to 4294967295"),
         ({"target_modules": ()}, "target_modules names no layer"),

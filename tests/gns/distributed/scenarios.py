@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from gns import GNSMonitor
 from tests.gns.distributed.cases import BY_NAME, Case, losses, net, optimizer_of, rows
+from tests.gns.distributed.curvature import CURVATURE
 from tests.gns.distributed.faults import FAULTS
 from tests.gns.distributed.real import REAL
 
@@ -115,7 +116,12 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     found = {}
-    everything = {**{name: partial(run, case) for name, case in BY_NAME.items()}, **REAL, **FAULTS}
+    everything = {
+        **{name: partial(run, case) for name, case in BY_NAME.items()},
+        **REAL,
+        **FAULTS,
+        **CURVATURE,
+    }
     for name in names or everything:
         try:
             with warnings.catch_warnings(record=True) as caught:
