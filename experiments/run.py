@@ -138,6 +138,7 @@ def _made(prepared: Prepared, engine: str) -> dict[str, Any]:
     course.evaluated(prepared.validation_loss())
     remarks: list[str] = []
     if not course.over:
+        torch.manual_seed(config.seed)  # of the dropout, whatever loading has drawn
         remarks = heard(lambda: train(prepared, course, monitor))
     gns = None if monitor is None or not course.steps else readings(monitor, remarks)
     return finished(prepared, course) | {"gns": gns}
