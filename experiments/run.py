@@ -254,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.out is not None:
             write(chosen.out, row)
         print(summary(row))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return EXIT_FAILED if row["status"] == "failed" else 0
 
 

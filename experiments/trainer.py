@@ -41,7 +41,7 @@ def train(prepared: Prepared, course: Course, monitor: GNSMonitor | None) -> Non
     """
     with tempfile.TemporaryDirectory() as folder:  # the Trainer wants one, and nothing is written
         settings = _settings(prepared.config, folder, on_cpu=prepared.device.type == "cpu")
-        if settings.device != prepared.device:
+        if not _same(settings.device, prepared.device):
             raise RunError(
                 f"engine trainer computes on {settings.device} and {prepared.device} is asked for; choose by "
                 "CUDA_VISIBLE_DEVICES, or take engine loop"
@@ -54,6 +54,11 @@ def train(prepared: Prepared, course: Course, monitor: GNSMonitor | None) -> Non
             return
         with GNSCallback.install(trainer, monitor):
             trainer.train()
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one; a CPU is, whatever its number."""
+    return one.type == other.type and (one.type == "cpu" or (one.index or 0) == (other.index or 0))
 
 
 def shares(numbers: Sequence[int], processes: int, micro_batch: int | None) -> list[list[list[int]]]:

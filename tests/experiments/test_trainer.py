@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from experiments.configs import RunError
 from experiments.run import run
-from experiments.trainer import _Sampler, shares
+from experiments.trainer import _same, _Sampler, shares
 from tests.experiments.small_runs import config
 
 pytestmark = pytest.mark.usefixtures("sentences")
@@ -72,9 +73,18 @@ def test_a_trainer_that_fails_is_a_row(tiny_base, monkeypatch):
     assert row["status"] == "failed" and row["error"].startswith("RuntimeError: no memory (")
 
 
+@pytest.mark.parametrize(
+    "one, other, same",
+    [("cpu", "cpu:0", True), ("cuda", "cuda:0", True), ("cuda:1", "cuda:0", False), ("cpu", "cuda", False)],
+)
+def test_devices_are_compared_as_what_they_are(one, other, same):
+    assert _same(torch.device(one), torch.device(other)) is same
+
+
 def test_another_device_than_the_trainers_is_named(tiny_base, monkeypatch):
-    row = run(config(tiny_base, engine="trainer"), device="meta")
-    assert row["status"] == "failed"
+    monkeypatch.setattr("experiments.trainer._same", lambda one, other: False)
+    row = run(config(tiny_base, engine="trainer"), device="cpu")
+    assert row["status"] == "failed" and "engine trainer computes on cpu and cpu is asked for" in row["error"]
 
 
 @pytest.mark.parametrize(
