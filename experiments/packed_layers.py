@@ -1,10 +1,10 @@
 """Stacked adapters: the LoRA factors of S runs side by side on one frozen base.
 
-The batch holds S·B rows, those of slot s from row s·B on. A frozen layer runs once on all of them; the factors,
-A [S, r, I] and B [S, O, r], are batched matrix products. Rows are independent of each other, so one backward
-pass of the summed losses of the slots gives each slot its own gradient. (`torch.func.vmap` over stacked
-adapters would do the same; folding the slots into the batch keeps fused attention and needs no functional
-form of the model.)
+The batch holds S·B rows, those of slot s from row s·B on. A frozen layer runs once on all of them; the
+factors, A [S, r, I] and B [S, O, r], are batched matrix products. Rows are independent of each other, so one
+backward pass of the summed losses of the slots gives each slot its own gradient. (`torch.func.vmap` over
+stacked adapters would do the same; folding the slots into the batch keeps fused attention and needs no
+functional form of the model.)
 
 All numbers of a slot lie in one row of a `Stack`; the layers hold views of it, and so do their gradients.
 An optimizer then works on one [S, P] tensor, whatever the number of layers.
@@ -95,8 +95,7 @@ class Stack:
 class _Adapted(torch.autograd.Function):
     """y = x Wᵀ + s · (x Aᵀ) Bᵀ by slots, W frozen: the low-rank part is added in place, forward and backward.
 
-    Left to autograd, each of the two sums would be a pass over a tensor of its own; on a small model that is a
-    tenth of the step.
+    Left to autograd, each of the two sums would be a pass over a tensor of its own.
 
     With h = x Aᵀ and dh = s · dy B: dx = dy W + dh A, dA = dhᵀ x, dB = s · dyᵀ h.
     """
@@ -139,7 +138,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[S·B, ..., I] → [S·B, ..., O], in the dtype of the base or, under autocast, in that of autocast."""
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.base_layer.weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(kind)
+            if torch.is_autocast_enabled(kind)
+            else self.base_layer.weight.dtype
+        )
         with torch.autocast(kind, enabled=False):
             rows = x.reshape(len(self.lora_A), -1, x.shape[-1]).to(dtype)  # [S, rows of a slot, I]
             return self._adapted(rows, dtype).view(*x.shape[:-1], -1)
@@ -157,8 +160,8 @@ class PackedLinear(nn.Module):
 class PackedDora(PackedLinear):
     """The same with a magnitude for each output: m / |W + s B A|, by rows, times the adapted output.
 
-    The norm counts as a constant in backward (Liu et al. 2024, arXiv:2402.09353, §4.3), as in `peft`. It comes
-    from |w|² + 2s·b(Aw) + s²·b(AAᵀ)bᵀ, so that no slot's whole weight is ever built.
+    The norm counts as a constant in backward (Liu et al. 2024, arXiv:2402.09353, §4.3), as in `peft`. It
+    comes from |w|² + 2s·b(Aw) + s²·b(AAᵀ)bᵀ, so that no slot's whole weight is ever built.
 
     Args:
         base: the frozen layer.
@@ -199,7 +202,9 @@ def adapters_of(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             continue
         base = module.get_base_layer()
         if not isinstance(base, nn.Linear) or len(module.lora_A) != 1:
-            raise RunError(f"`{name}` ({type(base).__name__}) cannot be packed: one adapter on a linear layer is")
+            raise RunError(
+                f"`{name}` ({type(base).__name__}) cannot be packed: one adapter on a linear layer is"
+            )
         seen |= {id(p) for n, p in module.named_parameters() if n.startswith(FACTORS)}
         yield name, module
     for name, parameter in model.named_parameters():

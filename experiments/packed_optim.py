@@ -1,4 +1,4 @@
-"""AdamW and SGD on the stacked numbers of S runs, each slot with its own learning rate, betas, decay and clip.
+"""AdamW and SGD on the stacked numbers of S runs, each slot with its own settings.
 
 The arithmetic is that of `torch.optim`, in the same order; a slot's settings are a column [S, 1].
 """
@@ -43,7 +43,8 @@ class StackedOptimizer:
         columns = [
             self._column(column)
             for column in zip(
-                *(_settings(c, lr, self._steps) for c, lr in zip(self._configs, rates, strict=True)), strict=True
+                *(_settings(c, lr, self._steps) for c, lr in zip(self._configs, rates, strict=True)),
+                strict=True,
             )
         ]
         for rows in self._parts():
