@@ -166,23 +166,24 @@ class Ledger:
         """Let a claimed run wait again, as if it had not been started."""
         self._again(claim.trial, claim.config, claim.lease["starts"] - 1)
 
-    def settle(self, rows: Mapping[str, Row]) -> list[Row]:
+    def settle(self, rows: Callable[[], Mapping[str, Row]]) -> list[Row]:
         """Bring the ledger in line with the rows and with who is alive; then `refresh`.
 
         Trials whose row is there are finished; runs whose owner is gone wait again.
 
         Args:
-            rows: hash → row on disk.
+            rows: reads hash → row from the disk. Called when it is known who is gone: a row that its worker
+                wrote with its last breath is then there.
 
         Returns:
             Rows of runs that killed their worker `MOST_STARTS` times, not on disk yet: append, settle again.
         """
         hopeless: list[Row] = []
         self._strike()
-        for hash, trial in self._trials.items():
-            row, config = rows.get(hash), self.configs[hash]
-            if trial.state == TrialState.COMPLETE or self._busy(trial):
-                continue
+        open = {h: t for h, t in self._trials.items() if t.state != TrialState.COMPLETE and not self._busy(t)}
+        written = rows() if open else {}
+        for hash, trial in open.items():
+            row, config = written.get(hash), self.configs[hash]
             if _status(trial) != "failed" and row is not None and row["status"] in RESULTS:
                 if trial.state == TrialState.FAIL:  # abandoned, and final: its run needs another trial
                     self._finish(self._add(config, _starts(trial)), row)
@@ -349,6 +350,10 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
 
     def manual(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # or the driver begins late, at the first write
+        # No wait for the disk at each commit. A power cut may take back the last few, which `settle` makes
+        # good: rows are on the disk, and claims of another boot lapse.
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
 
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
