@@ -44,7 +44,6 @@ except ImportError as error:
     ) from error
 
 FORMAT = 1  # of what is kept in a study; another number is refused
-LEASE = 300.0  # seconds; the clocks of several machines may differ by much less than this
 MOST_STARTS = 5  # of one run, before it is recorded as failed
 _AXES: dict[str, BaseDistribution] = {  # what Optuna's own plots can show
     "lr": FloatDistribution(1e-9, 1e3, log=True),
@@ -83,7 +82,8 @@ class Ledger:
         preset: name of the study.
         configs: runs of the sweep.
         extend: take in runs that the ledger does not know yet; those no longer asked for are left alone.
-        length: seconds after which a claim that was not renewed is void.
+        length: seconds after which a claim that was not renewed is void; clocks of several machines may
+            differ by much less than this.
 
     Raises:
         RunError: the database cannot be opened, or belongs to another version or to another sweep.
@@ -96,7 +96,7 @@ class Ledger:
         configs: Sequence[RunConfig],
         *,
         extend: bool = False,
-        length: float = LEASE,
+        length: float = 300.0,
     ) -> None:
         self.url, self.preset, self.length = url, preset, length
         self.configs = {config.hash: config for config in configs}

@@ -31,6 +31,7 @@ from experiments.worker import Job
 
 SWEEPS = Path("runs/sweeps")
 ENGINE = "experiments.engines"
+LEASE = 300.0  # seconds; see `experiments.ledger`
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,14 +102,13 @@ def job_of(
     *,
     workers: int = 2,
     device: str | None = None,
-    engine: str = ENGINE,
-    lease: float = 300.0,
+    engine: str | None = None,
 ) -> Job:
     """Say where a sweep's ledger and rows are, and who works on it."""
     folder = (out or SWEEPS / preset.name).resolve()
     url = ledger or f"sqlite:///{folder / 'ledger.db'}"
     rows = folder / "rows.jsonl"
-    return Job(url, preset.name, preset.configs, rows, workers, device, engine, lease)
+    return Job(url, preset.name, preset.configs, rows, workers, device, engine or ENGINE, LEASE)
 
 
 def write_configs(path: Path, configs: Sequence[RunConfig]) -> None:

@@ -20,6 +20,7 @@ from experiments.configs import RunConfig, RunError
 from experiments.rowsfile import Row
 
 PATIENCE = 600.0  # seconds that a finished row waits for space on the disk, or for the database
+PAUSE = 5.0  # seconds between two tries
 T = TypeVar("T")
 
 
@@ -136,13 +137,13 @@ def _keep(ledger: Any, claim: Any, row: Row, path: Path) -> None:
         ledger.finish(claim, row)
 
 
-def _patiently(work: Callable[[], T], patience: float = PATIENCE, pause: float = 5.0) -> T:
+def _patiently(work: Callable[[], T]) -> T:
     """Do what needs space on the disk, or the database; where there is none, say so and try again.
 
     Raises:
         RunError: there was none all the time.
     """
-    until = time.monotonic() + patience
+    until = time.monotonic() + PATIENCE
     said = False
     while True:
         try:
@@ -151,10 +152,10 @@ def _patiently(work: Callable[[], T], patience: float = PATIENCE, pause: float =
             if time.monotonic() > until:
                 raise
             if not said:
-                wait = f"a finished run waits up to {patience:.0f} s for it"
+                wait = f"a finished run waits up to {PATIENCE:.0f} s for it"
                 print(f"\nworker {os.getpid()}: {error}; {wait}", file=sys.stderr, flush=True)
                 said = True
-            time.sleep(pause)
+            time.sleep(PAUSE)
 
 
 @contextmanager
