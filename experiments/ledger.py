@@ -34,7 +34,8 @@ from experiments.rowsfile import RESULTS, Row
 
 try:
     import optuna
-    import sqlalchemy
+    import sqlalchemy.event
+    import sqlalchemy.exc
     from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
     from optuna.trial import FrozenTrial, TrialState
 except ImportError as error:

@@ -53,7 +53,10 @@ def started(path, out, workers=2, lease=300.0):
 
 
 def workers_of(sweeping):
-    return [p for p in psutil.Process(sweeping.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    try:
+        return [p for p in psutil.Process(sweeping.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    except psutil.Error:  # one of them, or the sweep, ended meanwhile
+        return []
 
 
 def test_200_runs_killed_at_random_and_resumed_lose_none_and_repeat_none(tmp_path):
