@@ -32,9 +32,10 @@ from experiments import loop, rows
 from experiments.configs import RunConfig, RunError
 from experiments.course import Course
 from experiments.evaluation import token_mean
-from experiments.prepared import Prepared, device_of, plain, prepare
+from experiments.prepared import Data, Prepared, device_of, plain, prepare
 from experiments.readings import readings
 from experiments.seeding import seeded
+from experiments.tasks import Item
 from experiments.tasks.accuracy import answers
 from gns.monitor import GNSMonitor, GNSWarning
 from gns.sources import first_line
@@ -181,19 +182,29 @@ def finished(prepared: Prepared, course: Course) -> dict[str, Any]:
         return row
     data = prepared.data
     losses = prepared.item_losses(data.test)
-    right = items_right(prepared) if data.answered else []
-    return row | {
+    return row | tested(data, losses, items_right(prepared))
+
+
+def tested(data: Data, losses: Sequence[float], right: Sequence[int]) -> dict[str, Any]:
+    """Give what a row says of the test split.
+
+    Args:
+        data: of the run.
+        losses: of each item of the split, nats per token.
+        right: 0 or 1 for each item that was answered.
+    """
+    return {
         "test_loss": token_mean(losses, data.test),
         "test_losses": [float(f"{loss:.6g}") for loss in losses],
         "accuracy": sum(right) / len(right) if right else None,
-        "items_right": right or None,
+        "items_right": list(right) or None,
     }
 
 
 def items_right(prepared: Prepared) -> list[int]:
     """Let the model answer the items that have an answer, and compare."""
     config, data = prepared.config, prepared.data
-    asked = [item for item in data.answered if item.answer is not None]
+    asked = askable(data)
     if not asked:
         return []
     with prepared.autocast():
@@ -204,6 +215,16 @@ def items_right(prepared: Prepared) -> list[int]:
             max_new_tokens=config.max_length,
             batch_size=32,
         )
+    return compared(data, asked, given)
+
+
+def askable(data: Data) -> list[Item]:
+    """Give the items to be answered that have an answer."""
+    return [item for item in data.answered if item.answer is not None]
+
+
+def compared(data: Data, asked: Sequence[Item], given: Sequence[str]) -> list[int]:
+    """Say of each answer whether it is right, 0 or 1."""
     return [int(data.task.right(item, text)) for item, text in zip(asked, given, strict=True)]
 
 
