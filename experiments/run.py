@@ -46,12 +46,12 @@ def run(config: RunConfig, *, device: str | None = None) -> dict[str, Any]:
         Its row, of plain JSON: see `experiments.outcome`. Nothing but KeyboardInterrupt is raised.
     """
     engine = engine_of(config)
-    if engine == "packed":
-        from experiments.packed import run_packed
-
-        return run_packed([config], device=device)[0]
     row, started = header(config, engine), time.monotonic()
     try:
+        if engine == "packed":
+            from experiments.packed import run_packed
+
+            return run_packed([config], device=device)[0]
         where = device_of(device)
         row["device"] = device_name(where)
         with seeded(config.seed, where):

@@ -95,6 +95,7 @@ def test_an_interrupt_leaves_and_a_rerun_gives_the_row_as_if_it_had_not_been(tin
         ({"rank": 9}, "rank 9 is larger than layer `model.layers.0.self_attn.k_proj`"),
         ({"max_length": 3}, "no token to learn within max_length 3"),
         ({"adapter": "foundation", "init": "nowhere"}, "init nowhere: no adapter_config.json"),
+        ({"adapter": "full", "engine": "packed"}, "adapter 'full' has weights of its own"),
     ],
 )
 def test_what_is_wrong_with_a_run_is_its_row(tiny_base, changed, said):
