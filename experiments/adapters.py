@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from experiments.configs import RunConfig, RunError
+from experiments.seeding import seeded
 
 FAST_SVD = 2_048  # layers wider than this are decomposed by random projections: exact takes minutes a layer
 _FLAGS = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -58,9 +59,6 @@ def adapted(model: Any, config: RunConfig) -> nn.Module:
                 _to_minor(name, layer)
     if config.adapter == "foundation":
         _load(found, config)
-    for parameter in found.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     return found
 
 
@@ -108,11 +106,10 @@ def _with_lora(model: Any, layers: dict[str, nn.Module], config: RunConfig) -> n
         task_type="CAUSAL_LM",
         **_FLAGS.get(config.adapter, {}),
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with seeded(config.seed, next(model.parameters()).device), warnings.catch_warnings():
         # peft asks transformers for the old name of a property
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        torch.manual_seed(config.seed)
-        return peft.get_peft_model(model, lora)
+        return peft.get_peft_model(model, lora)  # makes adapters float32 by itself
 
 
 def _to_minor(where: str, layer: LoraLayer) -> None:

@@ -18,10 +18,13 @@ class Sentences:
 
     name: ClassVar[str] = "sentences"
     answered: bool = True
+    prompted: bool = True
 
     def _item(self, i: int) -> Item:
         prompt, response = tiny.sentences(2, seed=i, longest=9)
-        return Item(f"{prompt} ", response, response.split()[0] if self.answered else None)
+        return Item(
+            f"{prompt} " if self.prompted else "", response, response.split()[0] if self.answered else None
+        )
 
     def train(self, n: int, seed: int) -> list[Item]:
         return [self._item(100_000 * (seed + 1) + i) for i in range(n)]

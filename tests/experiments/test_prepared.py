@@ -17,19 +17,20 @@ pytestmark = pytest.mark.usefixtures("sentences")
 CPU = torch.device("cpu")
 
 
-def test_data_are_the_tasks_without_a_label_for_the_first_token(tiny_base):
-    given = config(tiny_base, data_seed=3, generate=2)
-    data, (_, tokenizer) = data_of(given), load_base(given)
+@pytest.mark.parametrize("prompted", [True, False])
+def test_data_are_the_tasks_without_a_label_for_the_first_token(tiny_base, prompted):
+    given = config(tiny_base, data_seed=3, generate=2, dials={"prompted": prompted})
+    data, (_, tokenizer), task = data_of(given), load_base(given), Sentences(prompted=prompted)
     for rows, items in (
-        (data.train, Sentences().train(30, 3)),
-        (data.validation, Sentences().held_out("validation", 6)),
-        (data.test, Sentences().held_out("test", 6)),
+        (data.train, task.train(30, 3)),
+        (data.validation, task.held_out("validation", 6)),
+        (data.test, task.held_out("test", 6)),
     ):
         expected = encoded(items, tokenizer, given.max_length)
         assert [row.input_ids for row in rows] == [row.input_ids for row in expected]
         assert [row.labels[1:] for row in rows] == [row.labels[1:] for row in expected]
         assert all(row.labels[0] == NO_LOSS for row in rows)
-    assert data.answered == Sentences().held_out("test", 2)
+    assert data.answered == task.held_out("test", 2)
 
 
 def test_runs_that_differ_in_training_only_share_their_data(tiny_base):
