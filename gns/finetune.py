@@ -198,7 +198,7 @@ class _Run:
             "steps_planned": self.prepared.n_steps,
             "optimizer": self.trainer.args.optim.value,  # type: ignore[union-attr]
             "max_grad_norm": self.trainer.args.max_grad_norm,
-            "dropout": _dropout(model),
+            "dropout": dropout_of(model),
             "precision": f"{self.config.base_dtype} base, float32 adapters".removeprefix("torch."),
             "device": str(model.device),
         }
@@ -335,7 +335,7 @@ def _arguments(config: FinetuneConfig, n_steps: int, folder: Path) -> TrainingAr
     return arguments
 
 
-def _dropout(model: Any) -> float:
+def dropout_of(model: Any) -> float:
     """Largest dropout probability in a model and its adapters: of its modules, and of functions by config."""
     kinds = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.AlphaDropout)
     found = [m.p for m in model.modules() if isinstance(m, kinds)]

@@ -1,0 +1,1 @@
+"""From rows to numbers with intervals. Pure functions: rows in, frozen records out, no file, no figure."""

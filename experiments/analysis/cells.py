@@ -1,0 +1,90 @@
+"""Rows of a sweep sorted into cells: what is the same but for batch size, learning rate and seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Row = Mapping[str, Any]
+Floats = NDArray[np.float64]
+AXES = ("batch_size", "lr")
+SEEDS = ("seed", "data_seed")
+# what follows from the batch size, or does not move a result
+IGNORED = (*AXES, *SEEDS, "engine", "micro_batch")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All runs of one configuration, over J batch sizes, learning rates and S seeds.
+
+    Args:
+        fields: of the configuration, task dials as `dials.NAME`; without `IGNORED`.
+        batches: [J], examples a step, rising.
+        rates: learning rates, rising; all that occur at any batch size, L of them.
+        seeds: (seed, data_seed), S of them.
+        validation: [J, L, S], nats per token at the end of the run; infinite where it diverged, NaN where
+            there is no result.
+        test: the same on the test split.
+    """
+
+    fields: Mapping[str, Any]
+    batches: tuple[int, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[tuple[int, int], ...]
+    validation: Floats
+    test: Floats
+
+    def tried(self, j: int) -> NDArray[np.intp]:
+        """Give the places of the learning rates that every seed has a row of at batch j, diverged or not."""
+        return np.flatnonzero(~np.isnan(self.validation[j]).any(axis=-1))
+
+
+def fields_of(row: Row) -> dict[str, Any]:
+    """Give a row's configuration with the task's dials beside the other fields."""
+    config = dict(row["config"])
+    return config | {f"dials.{key}": value for key, value in config.pop("dials").items()}
+
+
+def cells(rows: Iterable[Row]) -> list[Cell]:
+    """Sort rows into cells, in the order in which they come up.
+
+    Failed runs are no results. Seeds that a cell has at some batch sizes only are left NaN at the others.
+    """
+    groups: dict[tuple, list[tuple[dict[str, Any], Row]]] = {}
+    for row in rows:
+        if row["status"] == "failed":
+            continue
+        fields = fields_of(row)
+        key = tuple(sorted((k, repr(v)) for k, v in fields.items() if k not in IGNORED))
+        groups.setdefault(key, []).append((fields, row))
+    return [_cell(members) for members in groups.values()]
+
+
+def varied(found: Sequence[Cell]) -> list[str]:
+    """Name the fields in which cells differ, in the order of a configuration."""
+    names = list(dict.fromkeys(name for cell in found for name in cell.fields))
+    return [name for name in names if len({repr(cell.fields.get(name)) for cell in found}) > 1]
+
+
+def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
+    """Put the rows of one configuration into arrays."""
+    batches = sorted({fields["batch_size"] for fields, _ in members})
+    rates = sorted({fields["lr"] for fields, _ in members})
+    seeds = sorted({(fields["seed"], fields["data_seed"]) for fields, _ in members})
+    validation = np.full((len(batches), len(rates), len(seeds)), math.nan)
+    test = validation.copy()
+    for fields, row in members:
+        seed = (fields["seed"], fields["data_seed"])
+        at = batches.index(fields["batch_size"]), rates.index(fields["lr"]), seeds.index(seed)
+        if row["status"] == "diverged":
+            validation[at] = test[at] = math.inf
+        else:
+            validation[at] = row["validation"][-1]["loss"]
+            test[at] = row["test_loss"]
+    kept = {k: v for k, v in members[0][0].items() if k not in IGNORED}
+    return Cell(kept, tuple(batches), tuple(rates), tuple(seeds), validation, test)

@@ -1,0 +1,197 @@
+"""The batch curve of a cell: loss over batch size at the best learning rate; its optimum and its end.
+
+The learning rate is chosen on validation data, the loss is that of the test split at the chosen rate, in the
+data and in each bootstrap replicate: so the intervals hold the uncertainty of the choice as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from experiments.analysis.cells import Cell, Floats
+from experiments.analysis.resampling import DRAWS, LEVEL, interval, means, replicates
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """A number with its interval.
+
+    Args:
+        value: of the data; NaN where there is none.
+        low: lower end.
+        high: upper end; may be infinite.
+        note: what a reader must know, as "at the largest batch"; "" for nothing.
+        draws: [R], bootstrap replicates, for what is computed from this; may be empty.
+    """
+
+    value: float
+    low: float
+    high: float
+    note: str = ""
+    draws: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss over batch size.
+
+    Args:
+        cell: it is of.
+        batches: [J], those with at least one learning rate that every seed survived.
+        validation: [J], nats per token at the chosen rates.
+        loss: [J], of the test split.
+        rates: [J], the chosen learning rates, refined by a parabola in log₂ where both neighbours were tried.
+        rate_edges: [J]; "" where the best rate has a worse one, or a diverged one, on both sides; else "low",
+            "high" or "single": the grid ends there and should be extended.
+        validation_draws: [R, J].
+        draws: [R, J], of `loss`.
+        rate_draws: [R, J], of `rates`.
+    """
+
+    cell: Cell
+    batches: Floats
+    validation: Floats
+    loss: Floats
+    rates: Floats
+    rate_edges: tuple[str, ...]
+    validation_draws: Floats
+    draws: Floats
+    rate_draws: Floats
+
+    def ends(self, level: float = LEVEL) -> tuple[Floats, Floats]:
+        """Give the interval of each loss, [J] and [J]; without what a seed does to all batches alike."""
+        pairs = [interval(column, level) for column in self.draws.T]
+        return np.array([low for low, _ in pairs]), np.array([high for _, high in pairs])
+
+
+def curve(cell: Cell, draws: int = DRAWS, seed: int = 0) -> Curve:
+    """Tune each batch size of a cell.
+
+    Raises:
+        ValueError: no run of the cell has a loss.
+    """
+    validation = means(cell.validation)
+    best = _best(validation)
+    kept = np.flatnonzero(~np.isnan(best))
+    if not len(kept):
+        raise ValueError(
+            f"cell {dict(cell.fields)}: every run diverged or is missing; lower its learning rates"
+        )
+    new_validation, new_test = replicates(cell, best, draws, seed)
+    new_best = np.array([_best(each) for each in new_validation])
+    log_rates = np.log2(cell.rates)
+
+    def at(losses: Floats, places: Floats) -> Floats:
+        picked = np.take_along_axis(losses, places[..., None].astype(int), axis=-1)[..., 0]
+        return picked
+
+    fill, new_fill = np.nan_to_num(best), np.nan_to_num(new_best)
+    rates = _refined(validation, log_rates, fill)
+    rate_draws = np.array([_refined(v, log_rates, b) for v, b in zip(new_validation, new_fill, strict=True)])
+    return Curve(
+        cell,
+        np.array(cell.batches, dtype=float)[kept],
+        at(validation, fill)[kept],
+        at(means(cell.test), fill)[kept],
+        rates[kept],
+        tuple(_edge(validation[j], int(best[j])) for j in kept),
+        at(new_validation, new_fill)[:, kept],
+        at(new_test, new_fill)[:, kept],
+        rate_draws[:, kept],
+    )
+
+
+def optimum(found: Curve) -> Estimated:
+    """Locate the batch size of the smallest loss, by a parabola in log₂ B through the three lowest points.
+
+    Returns:
+        Examples a step. Its note says if it lies on the edge of the grid, in the data or in the interval:
+        then the end beyond which nothing was tried is 0 or infinite.
+    """
+    return _located(found, lambda losses: _lowest(np.log2(found.batches), losses))
+
+
+def largest_within(found: Curve, delta: float = 0.01) -> Estimated:
+    """Give B_max(δ), the largest batch whose tuned loss is within δ of the best.
+
+    Between two batch sizes the loss is a line in log₂ B. A curve that stays within δ to its end gives
+    infinity with a note: the largest batch that was tried is then a lower bound.
+
+    Args:
+        found: the curve.
+        delta: δ, nats per token.
+
+    Returns:
+        Examples a step.
+    """
+    return _located(found, lambda losses: _last(np.log2(found.batches), losses, delta))
+
+
+def _located(found: Curve, locate: Callable[[Floats], float]) -> Estimated:
+    """Find a place in log₂ B, in the data and in each replicate."""
+    value = locate(found.loss)
+    draws = np.array([locate(each) for each in found.draws])
+    low, high = interval(draws)
+    notes = []
+    for name, sign in (("smallest", -1), ("largest", 1)):
+        if value == sign * math.inf:
+            notes.append(f"at the {name} batch")
+        elif (low if sign < 0 else high) == sign * math.inf:
+            notes.append(f"the interval reaches the {name} batch")
+    return Estimated(2.0**value, 2.0**low, 2.0**high, ", ".join(notes), np.exp2(draws))
+
+
+def _lowest(x: Floats, losses: Floats) -> float:
+    """Place of the minimum; ± infinity where it is an edge of the grid."""
+    j = int(np.argmin(losses))
+    if j in (0, len(x) - 1):
+        return math.inf if j else -math.inf
+    return _vertex(x[j - 1 : j + 2], losses[j - 1 : j + 2])
+
+
+def _last(x: Floats, losses: Floats, delta: float) -> float:
+    """Place where the curve leaves, for good, what is within delta of its minimum; infinity if nowhere."""
+    bound = losses.min() + delta
+    j = int(np.flatnonzero(losses <= bound)[-1])
+    if j == len(x) - 1:
+        return math.inf
+    share = (bound - losses[j]) / (losses[j + 1] - losses[j])
+    return float(x[j] + share * (x[j + 1] - x[j]))
+
+
+def _best(validation: Floats) -> Floats:
+    """[J], place of the smallest loss among [J, L]; NaN where none is finite."""
+    finite = np.where(np.isfinite(validation), validation, math.inf)
+    return np.where(np.isfinite(finite).any(axis=-1), finite.argmin(axis=-1), math.nan)
+
+
+def _edge(validation: Floats, place: int) -> str:
+    """Say on which side of the best rate the grid ends; a diverged neighbour is a worse one."""
+    tried = np.flatnonzero(~np.isnan(validation))
+    low, high = place == tried[0], place == tried[-1]
+    return "single" if low and high else "low" if low else "high" if high else ""
+
+
+def _refined(validation: Floats, log_rates: Floats, places: Floats) -> Floats:
+    """[J], learning rates at the vertices of parabolas through the best rates and their tried neighbours."""
+    rates = []
+    for losses, place in zip(validation, places.astype(int), strict=True):
+        tried = list(np.flatnonzero(np.isfinite(losses)))
+        at = tried.index(place) if place in tried else -1
+        inner = 0 < at < len(tried) - 1
+        near = tried[at - 1 : at + 2] if inner else [place]
+        rates.append(2.0 ** (_vertex(log_rates[near], losses[near]) if inner else log_rates[place]))
+    return np.array(rates)
+
+
+def _vertex(x: Floats, y: Floats) -> float:
+    """Lowest point of the parabola through three points, the middle one the lowest; flat: the middle."""
+    left, right = (y[0] - y[1]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    if left + right <= 0:
+        return float(x[1])
+    middle = (x[0] + x[1]) / 2, (x[1] + x[2]) / 2  # where the slopes are -left and right
+    return float(middle[0] + (middle[1] - middle[0]) * left / (left + right))

@@ -1,0 +1,206 @@
+"""Lines, laws and surfaces fitted to measured batch sizes, learning rates and losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from experiments.analysis.cells import Cell, Floats
+from experiments.analysis.curves import Curve, Estimated
+from experiments.analysis.resampling import LEVEL, interval, means, replicates
+
+OCTAVES = np.arange(-8.0, 24.0, 0.05)  # log₂ of the noise scales that a law is tried with
+LAWS: dict[str, Callable[[Floats, Floats], Floats]] = {
+    # (B, B_n) → ε/ε_max
+    "surge": lambda b, noise: 2 / (np.sqrt(noise / b) + np.sqrt(b / noise)),
+    "sgd": lambda b, noise: 1 / (1 + noise / b),
+    "sqrt": lambda b, noise: np.sqrt(b),
+    "constant": lambda b, noise: np.ones_like(b * noise),
+}
+
+
+@dataclass(frozen=True)
+class LawFit:
+    """A law of the best learning rate over batch size.
+
+    Args:
+        law: name in `LAWS`.
+        peak: ε_max; for "sqrt" the rate at batch 1, for "constant" the rate.
+        noise: B_n, examples; NaN where the law has none. Infinite ends: the data do not bend.
+        misfit: root mean square of log₂ (measured/fitted), over the degrees of freedom that are left.
+    """
+
+    law: str
+    peak: float
+    noise: Estimated
+    misfit: float
+
+    def rate(self, batches: Floats) -> Floats:
+        """Give ε at batch sizes, the law with its fitted figures."""
+        noise = self.noise.value if math.isfinite(self.noise.value) else 1.0
+        return self.peak * LAWS[self.law](np.asarray(batches, dtype=float), np.float64(noise))
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Validation loss as a quadratic in (log₂ B, log₂ ε) near its smallest value.
+
+    Args:
+        center: (log₂ B, log₂ ε) that coordinates are counted from.
+        coefficients: of 1, x, y, x², xy, y².
+        batch: B of the minimum, examples; its note says "no minimum" where the quadratic has none.
+        rate: ε of the minimum.
+        misfit: root mean square residual, nats per token.
+        points: runs it was fitted to, means over seeds.
+    """
+
+    center: tuple[float, float]
+    coefficients: Floats
+    batch: Estimated
+    rate: Estimated
+    misfit: float
+    points: int
+
+
+def slope(x: Sequence[float] | Floats, y: Sequence[float] | Floats, level: float = LEVEL) -> Estimated:
+    """Fit y = a + b·x by least squares; b with Student's interval.
+
+    Raises:
+        ValueError: fewer than three points, or all x are one.
+    """
+    at, to = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(at) < 3 or np.ptp(at) == 0:
+        raise ValueError(f"a slope with an interval needs three points at two places; seen x = {at.tolist()}")
+    fit = stats.linregress(at, to)
+    width = stats.t.ppf((1 + level) / 2, len(at) - 2) * fit.stderr
+    return Estimated(fit.slope, fit.slope - width, fit.slope + width)
+
+
+def exponent(sizes: Sequence[float], found: Sequence[Estimated], level: float = LEVEL) -> Estimated:
+    """Fit B ∝ Nᵏ to batch sizes with bootstrap draws; the interval comes from the draws.
+
+    Args:
+        sizes: [K], data sizes N.
+        found: [K], as from `largest_within`.
+        level: of the interval.
+
+    Returns:
+        k. A batch size beyond the grid, in the data or in a draw, says only "at least": there the exponent is
+        NaN, and the note says in what share of the draws.
+    """
+    log_sizes = np.log(np.asarray(sizes, dtype=float))
+    draws = np.log(np.stack([each.draws for each in found]))  # [K, R]
+    values = np.log(np.array([each.value for each in found]))
+    if len(log_sizes) < 2 or np.ptp(log_sizes) == 0:
+        raise ValueError(f"an exponent needs two data sizes; seen {list(sizes)}")
+    centered = log_sizes - log_sizes.mean()
+    weights = centered / (centered @ centered)
+    with np.errstate(invalid="ignore"):  # ∞ − ∞
+        slopes, value = weights @ draws, float(weights @ values)
+    slopes = np.where(np.isfinite(slopes), slopes, math.nan)
+    lost = float(np.isnan(slopes).mean())
+    note = f"beyond the grid in {lost:.0%} of the draws" if lost else ""
+    low, high = interval(slopes, level) if lost < 1 else (-math.inf, math.inf)
+    return Estimated(value if math.isfinite(value) else math.nan, low, high, note, slopes)
+
+
+def fit_law(law: str, found: Curve) -> LawFit:
+    """Fit a law to the best learning rates of a curve, in log₂.
+
+    ε_max has a closed form at each B_n, so B_n is searched on a grid of 20 values an octave.
+
+    Args:
+        law: "surge": ε = 2ε_max/(√(B_n/B) + √(B/B_n)), for Adam, whose B_n is not tr(HΣ)/GᵀHG (Li et al.
+            2024, arXiv:2405.14578). "sgd": ε = ε_max/(1 + B_n/B) (McCandlish et al. 2018, arXiv:1812.06162,
+            eq. 2.6). "sqrt" and "constant" to compare with.
+        found: the curve.
+    """
+    log_rates, batches = np.log2(found.rates), found.batches
+    has_noise = law in ("surge", "sgd")
+    octaves = OCTAVES if has_noise else np.zeros(1)
+    shapes = np.atleast_2d(np.log2(LAWS[law](batches, np.exp2(octaves)[:, None])))  # [G, J]
+    place, peak, misfit = _fitted(shapes, log_rates)
+    free = len(batches) - 1 - has_noise
+    left = math.sqrt(misfit / free) if free > 0 else math.nan
+    if not has_noise:
+        return LawFit(law, 2.0**peak, Estimated(math.nan, math.nan, math.nan), left)
+    drawn = np.array([_open(octaves, _fitted(shapes, each)[0]) for each in np.log2(found.rate_draws)])
+    low, high = interval(drawn)
+    value = 2.0 ** float(octaves[place])
+    note = "" if 0 < place < len(octaves) - 1 else "the rates do not bend within the grid"
+    return LawFit(law, 2.0**peak, Estimated(value, 2.0**low, 2.0**high, note, np.exp2(drawn)), left)
+
+
+def surface(cell: Cell, window: float = 0.1, draws: int = 500, seed: int = 0) -> Surface:
+    """Fit a quadratic to validation losses within `window` of the smallest.
+
+    Args:
+        cell: whose runs.
+        window: nats per token; runs above are left out, and diverged ones: a quadratic fits near a minimum.
+        draws: bootstrap replicates; 0: no intervals.
+        seed: of the draws.
+
+    Raises:
+        ValueError: fewer than seven points, or all at two batch sizes or learning rates.
+    """
+    losses = means(cell.validation)
+    near = np.isfinite(losses) & (losses <= np.min(losses[np.isfinite(losses)], initial=math.inf) + window)
+    x, y = np.meshgrid(np.log2(cell.batches), np.log2(cell.rates), indexing="ij")
+    x, y = x[near], y[near]
+    center = (float(x.mean()), float(y.mean())) if len(x) else (0.0, 0.0)
+    x, y = x - center[0], y - center[1]
+    design = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+    if len(x) < 7 or np.linalg.matrix_rank(design) < 6:
+        raise ValueError(
+            f"a quadratic surface needs seven runs at three batch sizes and three learning rates within "
+            f"{window} nats of the best; seen {len(x)}"
+        )
+    solve = np.linalg.pinv(design)
+    coefficients = solve @ losses[near]
+    left = losses[near] - design @ coefficients
+    chosen = np.full(len(cell.batches), math.nan)
+    for j, row in enumerate(np.where(near, losses, math.inf)):
+        chosen[j] = row.argmin() if np.isfinite(row).any() else math.nan
+    drawn = replicates(cell, chosen, draws, seed)[0][:, near] @ solve.T if draws else coefficients[None]
+    places = np.array([_stationary(each) for each in drawn]) + center
+    batch, rate = _stationary(coefficients) + np.array(center)
+    batches, rates = (_from_log(v, d) for v, d in ((batch, places[:, 0]), (rate, places[:, 1])))
+    misfit = math.sqrt(float(left @ left) / (len(x) - 6))
+    return Surface(center, coefficients, batches, rates, misfit, len(x))
+
+
+def _from_log(value: float, draws: Floats) -> Estimated:
+    """Give a place and its draws out of log₂."""
+    low, high = interval(draws)
+    lost = float(np.isnan(draws).mean())
+    note = "no minimum" if math.isnan(value) else f"no minimum in {lost:.0%} of the draws" if lost else ""
+    return Estimated(2.0**value, 2.0**low, 2.0**high, note, np.exp2(draws))
+
+
+def _stationary(coefficients: Floats) -> Floats:
+    """(x, y) of a quadratic's minimum; NaN where it has none."""
+    _, bx, by, cxx, cxy, cyy = coefficients
+    hessian = np.array([[2 * cxx, cxy], [cxy, 2 * cyy]])
+    if np.linalg.eigvalsh(hessian)[0] <= 0:
+        return np.full(2, math.nan)
+    return -np.linalg.solve(hessian, [bx, by])
+
+
+def _fitted(shapes: Floats, log_rates: Floats) -> tuple[int, float, float]:
+    """Place of the best shape, its log₂ peak, and its sum of squares."""
+    left = log_rates - shapes
+    peaks = left.mean(axis=-1)
+    squares = ((left - peaks[:, None]) ** 2).sum(axis=-1)
+    place = int(squares.argmin())
+    return place, float(peaks[place]), float(squares[place])
+
+
+def _open(octaves: Floats, place: int) -> float:
+    """Give log₂ B_n, infinite at an end of what was tried."""
+    if place == 0:
+        return -math.inf
+    return math.inf if place == len(octaves) - 1 else float(octaves[place])

@@ -1,0 +1,45 @@
+"""Which runs are executed together, and how: the one place where a sweep meets what trains.
+
+A sweep takes the two functions from a module by name, so that a test can give another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.configs import RunConfig
+
+
+def companions(config: RunConfig, waiting: Sequence[RunConfig], device: str | None) -> list[RunConfig]:
+    """Choose the runs that pay when they are executed in one program with a run.
+
+    Args:
+        config: run that was claimed.
+        waiting: others that could be.
+        device: to run on; None: the best there is.
+
+    Returns:
+        None of them, where the machine is saturated by one run, or the run's engine is another.
+    """
+    if config.engine not in ("auto", "packed"):
+        return []
+    from experiments import packed  # torch: not needed to list or merge
+
+    alike = [other for other in waiting if packed.packable(config, other)]
+    return alike[: packed.best_width(config, device) - 1] if alike else []
+
+
+def execute(configs: Sequence[RunConfig], device: str | None) -> list[dict[str, Any]]:
+    """Execute one run, or several in one program; give their rows in order.
+
+    Raises:
+        KeyboardInterrupt: someone wants to stop; no row is given.
+    """
+    if len(configs) > 1:
+        from experiments import packed
+
+        return packed.run_packed(configs, device=device)
+    from experiments import run
+
+    return [run.run(config, device=device) for config in configs]

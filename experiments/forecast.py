@@ -1,0 +1,135 @@
+"""How long a sweep takes: a model of a run's time, corrected by the sweep's own times as they come in.
+
+A run of S steps over E examples of T tokens, with V evaluations of n examples and g generated answers, takes
+
+    start + a·S + c·T·(E + n·(V + 1)/3) + d·g        seconds on one worker
+
+a: overhead of a step; c: seconds per token, forward and backward (a forward pass alone is a third of it);
+d: seconds per answer. For the shipped bases they were measured, on one core; see `CORE`. For an accelerator c
+is 4·P/throughput (LoRA: forward pass and gradients of inputs) at a throughput that is assumed and said here,
+and the estimate is worth as much as that assumption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.configs import RunConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a scale's presets are meant to run on.
+
+    Args:
+        name: in words.
+        workers: runs at once.
+        start: seconds before a run's first step.
+        step: a, seconds, of a base that was not measured.
+        flops: assumed throughput of one worker, floating-point operations a second.
+        answer: d, seconds.
+    """
+
+    name: str
+    workers: int
+    start: float
+    step: float
+    flops: float
+    answer: float
+
+
+MACHINES = {
+    "smoke": Machine("2 cores", 2, 0.5, 0.02, 2e10, 0.01),
+    "laptop": Machine("2 cores", 2, 0.5, 0.02, 2e10, 0.01),
+    "gpu": Machine("1 GPU at 100 TFLOP/s", 1, 2.0, 0.03, 1e14, 0.01),
+    "paper": Machine("8 GPUs at 300 TFLOP/s", 8, 60.0, 0.1, 3e14, 0.5),
+}
+# base → (a, c), measured by `python -m experiments.forecast ROWS.jsonl` on one core of an AMD EPYC (Zen 4)
+CORE: dict[str, tuple[float, float]] = {}
+PARAMETERS = {
+    "math-25m": 25e6,
+    "math-100m": 100e6,
+    "meta-llama/Llama-2-7b-hf": 6.7e9,
+    "meta-llama/Llama-2-13b-hf": 13.0e9,
+    "Qwen/Qwen3-0.6B": 0.6e9,
+    "google/gemma-3-1b-pt": 1.0e9,
+}
+# task → tokens of an example, measured with the bases' own tokenizer, and assumed for the hub's
+TOKENS = {"wordmath": 60.0, "stdlib": 128.0, "metamath-gsm8k": 250.0, "codefeedback-humaneval": 400.0}
+
+
+def run_seconds(config: RunConfig, scale: str) -> float:
+    """Estimate the time of one run, seconds on one worker.
+
+    Args:
+        config: of the run.
+        scale: key of `MACHINES`.
+    """
+    machine = MACHINES[scale]
+    step, token = CORE.get(config.base, (machine.step, _per_token(config.base, machine)))
+    length = min(TOKENS.get(config.task, 128.0) * config.dials.get("merged", 1), config.max_length)
+    examples = min(config.n_steps * config.batch_size, config.n_steps * config.n_train)
+    if config.protocol != "steps":
+        examples = config.epochs * config.n_train
+    evaluated = config.n_eval * (config.evals + 2) / 3  # before the first step, and the test split
+    train = 1.5 if config.adapter == "full" else 1.0  # gradients of the weights as well
+    work = token * length * (train * examples + evaluated)
+    return machine.start + step * config.n_steps + work + machine.answer * config.generate
+
+
+def sweep_seconds(configs: Iterable[RunConfig], scale: str, workers: int | None = None) -> float:
+    """Estimate the time of a sweep on its scale's machine, seconds."""
+    return sum(run_seconds(c, scale) for c in configs) / (workers or MACHINES[scale].workers)
+
+
+class Tally:
+    """Remaining time of a sweep: the model's, times how wrong it was for the runs that are over.
+
+    Args:
+        configs: all runs of the sweep.
+        scale: key of `MACHINES`.
+        workers: runs at once.
+    """
+
+    def __init__(self, configs: Sequence[RunConfig], scale: str, workers: int) -> None:
+        self.expected = {config.hash: run_seconds(config, scale) for config in configs}
+        self.workers = workers
+        self.took = self.expected_took = 0.0
+        self.open = dict(self.expected)
+
+    def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take in the times of runs that are over."""
+        for row in rows:
+            expected = self.open.pop(row["hash"], None)
+            seconds = row.get("seconds")
+            if expected is not None and seconds and row["status"] == "done":
+                self.took += seconds
+                self.expected_took += expected
+
+    def left(self, open_runs: int) -> float:
+        """Estimate the remaining time, seconds.
+
+        Args:
+            open_runs: runs without a row, those included whose rows are written elsewhere.
+        """
+        if not open_runs or not self.open:
+            return 0.0
+        factor = self.took / self.expected_took if self.expected_took else 1.0
+        share = min(1.0, open_runs / len(self.open))
+        return factor * share * sum(self.open.values()) / min(self.workers, open_runs)
+
+
+def words(seconds: float) -> str:
+    """Say a time with two digits that matter: "45 s", "12 min", "3.4 h", "2.1 days"."""
+    for unit, size, least in (("days", 86_400, 2 * 86_400), ("h", 3_600, 5_400), ("min", 60, 90)):
+        if seconds >= least:
+            return f"{seconds / size:.{0 if seconds / size >= 10 else 1}f} {unit}"
+    return f"{math.ceil(seconds)} s"
+
+
+def _per_token(base: str, machine: Machine) -> float:
+    """Estimate c of a base that was not measured: 4·P/throughput."""
+    return 4 * PARAMETERS.get(base, 1e9) / machine.flops

@@ -1,0 +1,164 @@
+"""Many LoRA runs of one base in one program: a sweep at small batches wastes the machine run by run.
+
+A slot is one run, with its own learning rate, seed, data order, betas, decay, schedule and clip; the slots
+share base, adapter kind, rank, batch size and the number of steps. Each slot's row is what its solo twin's
+would be, to rounding (`tests/experiments/test_packed.py`). How: see `experiments.packed_layers`.
+
+    groups(configs, width)   what can share a program
+    run_packed(group)        a row each, engine "packed"
+    best_width(config)       how many slots pay on this machine (`experiments.packed_width`)
+
+A slot that is over (diverged, or at its target) leaves the program; the others go on without it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from experiments.configs import RunConfig, RunError
+from experiments.outcome import device_name, header, one_line
+from experiments.packed_program import Program, Slot
+from experiments.packed_width import best_width
+from experiments.prepared import data_of, device_of, plain
+
+__all__ = ["best_width", "groups", "packable", "refusal", "run_packed"]
+
+KINDS = ("lora", "rslora", "dora", "pissa", "milora", "foundation")
+FREE = (  # what may differ between slots; how many steps they make may not
+    *(
+        "lr",
+        "seed",
+        "data_seed",
+        "beta1",
+        "beta2",
+        "beta2_batch",
+        "weight_decay",
+        "warmup",
+        "schedule",
+        "clip",
+    ),
+    *("n_train", "epochs", "steps", "target_loss", "dials", "engine"),
+)
+Progress = Callable[[int, int], None]
+
+
+def refusal(config: RunConfig) -> str | None:
+    """Say why a run cannot be packed; None where it can."""
+    if config.adapter not in KINDS:
+        return (
+            f"adapter {config.adapter!r} has weights of its own on every layer; packed are {', '.join(KINDS)}"
+        )
+    if config.gns_every:
+        return f"gns_every is {config.gns_every}; the monitor reads one run at a time"
+    if config.dropout:
+        return f"dropout is {config.dropout}; its random numbers would not be the solo run's"
+    return None
+
+
+def packable(a: RunConfig, b: RunConfig) -> bool:
+    """Whether two runs can share a program; of one run and itself, whether it can be packed at all."""
+    return refusal(a) is None and refusal(b) is None and _shared(a) == _shared(b)
+
+
+def _shared(config: RunConfig) -> tuple[Any, ...]:
+    """Give what slots of one program have in common."""
+    fixed = tuple(getattr(config, f.name) for f in fields(config) if f.name not in FREE)
+    asked = _dials(config) if config.generate else ""  # answers are generated for the same items
+    return *fixed, config.n_steps, asked
+
+
+def _dials(config: RunConfig) -> str:
+    return json.dumps(dict(config.dials), sort_keys=True)
+
+
+def groups(configs: Sequence[RunConfig], width: int | Callable[[RunConfig], int]) -> list[list[RunConfig]]:
+    """Sort runs into programs, none larger than `width`, in the order of their first runs.
+
+    Runs that see the same examples come together: their rows have the same lengths, so nothing is padded for
+    another's sake. Groups of a kind are of nearly equal size.
+
+    Args:
+        configs: of any kinds; one that cannot be packed is a group of its own.
+        width: most slots of a program, or a function that says so for a kind of run, such as `best_width`.
+    """
+    kinds: dict[Any, list[RunConfig]] = {}
+    for i, config in enumerate(configs):
+        kinds.setdefault(i if refusal(config) else _shared(config), []).append(config)
+    found: list[list[RunConfig]] = []
+    for kind in kinds.values():
+        most = 1 if len(kind) == 1 else max(1, width(kind[0]) if callable(width) else width)
+        order = sorted(kind, key=lambda c: (c.data_seed, c.n_train, _dials(c)))
+        n_groups = -(-len(order) // most)
+        bounds = [len(order) * i // n_groups for i in range(n_groups + 1)]
+        found += [order[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    return found
+
+
+def run_packed(
+    configs: Sequence[RunConfig], *, device: str | None = None, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """Make the runs of one program.
+
+    Args:
+        configs: runs that can share it.
+        device: of torch; None: an accelerator if there is one.
+        progress: hears (steps made, steps to make) after each step.
+
+    Returns:
+        A row for each, in their order, as `experiments.run.run` gives it; `seconds` is the run's share of the
+        program's time. What goes wrong is "failed" in the rows concerned; only KeyboardInterrupt is raised.
+        Runs that do not fit into the memory of an accelerator together are made in two halves.
+    """
+    rows, started = [header(config, "packed") for config in configs], time.monotonic()
+    try:
+        where = device_of(device)
+        found = _made(configs, where, progress)
+        found = [{"device": device_name(where)} | each for each in found]
+    except torch.OutOfMemoryError as error:
+        if len(configs) > 1:
+            half = len(configs) // 2
+            torch.cuda.empty_cache()
+            parts = configs[:half], configs[half:]
+            return [row for part in parts for row in run_packed(part, device=device, progress=progress)]
+        found = [_failed(error)] * len(configs)
+    except (Exception, SystemExit) as error:
+        found = [_failed(error)] * len(configs)
+    seconds = round((time.monotonic() - started) / max(1, len(configs)), 3)
+    return [plain(row | each | {"seconds": seconds}) for row, each in zip(rows, found, strict=True)]
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    return {"status": "failed", "error": one_line(error)}
+
+
+def _made(
+    configs: Sequence[RunConfig], device: torch.device, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Make the runs whose data are there; the others are rows with the error.
+
+    Raises:
+        RunError: the runs cannot be packed, or not together.
+    """
+    for config in configs:
+        if why := refusal(config):
+            raise RunError(f'this run cannot be packed: {why}; run it with engine "loop"')
+        if not packable(configs[0], config):
+            raise RunError(f"runs {configs[0].hash} and {config.hash} cannot share a program; see `groups`")
+    found: dict[int, dict[str, Any]] = {}
+    slots: dict[int, Slot] = {}
+    for i, config in enumerate(configs):
+        try:
+            slots[i] = Slot(config, data_of(config))
+        except Exception as error:
+            found[i] = _failed(error)
+    if slots:
+        program = Program(list(slots.values()), device)
+        program.train(progress)
+        found |= zip(slots, program.results(), strict=True)
+    return [found[i] for i in range(len(configs))]

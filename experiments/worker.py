@@ -1,0 +1,193 @@
+"""One worker of a sweep: claims runs, executes them, keeps their rows, until none is left."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiments import rowsfile
+from experiments.configs import RunConfig, RunError
+from experiments.rowsfile import Row
+
+PATIENCE = 600.0  # seconds that a finished row waits for space on the disk, or for the database
+PAUSE = 5.0  # seconds between two tries
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told.
+
+    Args:
+        url: of the ledger.
+        preset: name of the sweep.
+        configs: its runs.
+        rows: file that rows are added to.
+        workers: how many there are on this machine.
+        device: to run on; None: the best there is.
+        engine: module that executes runs, with the two functions of `experiments.engines`.
+        lease: seconds after which a claim that was not renewed is void.
+    """
+
+    url: str
+    preset: str
+    configs: tuple[RunConfig, ...]
+    rows: Path
+    workers: int
+    device: str | None
+    engine: str
+    lease: float
+
+
+def main(job: Job) -> None:
+    """Work as a process of its own, and exit with 0, 1 (said why) or 130 (stopped)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        work(job)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RunError as error:
+        print(f"\nworker {os.getpid()}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def work(job: Job) -> None:
+    """Execute runs until every run of the sweep has a row.
+
+    Raises:
+        RunError: ledger or rows cannot be used.
+        KeyboardInterrupt: someone wants to stop; what was claimed waits again.
+    """
+    from experiments.ledger import Ledger  # optuna: only where a ledger is used
+
+    engine = importlib.import_module(job.engine)
+    ledger = Ledger(job.url, job.preset, job.configs, length=job.lease)
+    while True:
+        claims = _claimed(ledger, engine, job)
+        if claims:
+            _execute(ledger, claims, engine, job)
+            continue
+        began = time.monotonic()
+        if hopeless := ledger.settle(lambda: rowsfile.results(rowsfile.read(job.rows))):
+            rowsfile.append(job.rows, hopeless)
+            continue
+        counts = ledger.counts()
+        if not counts["waiting"] and not counts["running"]:
+            return
+        if not ledger.waiting():  # others are at work; should they be killed, their runs are this worker's
+            time.sleep(max(min(2.0, job.lease / 4), 10 * (time.monotonic() - began)))
+
+
+def _claimed(ledger: Any, engine: Any, job: Job) -> list[Any]:
+    """Claim a run and what pays to be executed with it; leave the other workers their share."""
+    claims = ledger.claim(ledger.waiting())
+    if claims:
+        waiting = ledger.waiting()
+        share = math.ceil((len(waiting) + 1) / job.workers) - 1
+        if share:
+            others = engine.companions(claims[0].config, waiting, job.device)
+            claims += ledger.claim(others, min(share, len(others)))
+    return claims
+
+
+def _execute(ledger: Any, claims: Sequence[Any], engine: Any, job: Job) -> None:
+    """Execute what was claimed and keep the rows; on a stop, give back what has none."""
+    try:
+        with _renewed(ledger, claims, job.lease / 5):
+            for claim, row in zip(claims, _rows(engine, claims, job.device), strict=True):
+                _patiently(lambda claim=claim, row=row: _keep(ledger, claim, row, job.rows))
+    except KeyboardInterrupt:
+        written = rowsfile.results(rowsfile.read(job.rows))
+        for claim in claims:
+            if claim.config.hash in written:
+                ledger.finish(claim, written[claim.config.hash])
+            else:
+                ledger.release(claim)
+        raise
+
+
+def _rows(engine: Any, claims: Sequence[Any], device: str | None) -> list[Row]:
+    """Give the rows of claimed runs; whatever goes wrong inside of a run is a row too."""
+    configs = [claim.config for claim in claims]
+    try:
+        return engine.execute(configs, device)
+    except Exception as error:  # an engine that breaks must not stop the runs after it
+        said = f"{type(error).__name__}: {error}"
+        return [
+            {"hash": c.hash, "config": c.to_dict(), "status": "failed", "error": said, "seconds": None}
+            for c in configs
+        ]
+
+
+def _keep(ledger: Any, claim: Any, row: Row, path: Path) -> None:
+    """Write a row and finish its trial, unless another worker was given the run meanwhile."""
+    if ledger.holds(claim):
+        rowsfile.append(path, [row])
+        ledger.finish(claim, row)
+
+
+def _patiently(work: Callable[[], T]) -> T:
+    """Do what needs space on the disk, or the database; where there is none, say so and try again.
+
+    Raises:
+        RunError: there was none all the time.
+    """
+    until = time.monotonic() + PATIENCE
+    said = False
+    while True:
+        try:
+            return work()
+        except RunError as error:
+            if time.monotonic() > until:
+                raise
+            if not said:
+                wait = f"a finished run waits up to {PATIENCE:.0f} s for it"
+                print(f"\nworker {os.getpid()}: {error}; {wait}", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(PAUSE)
+
+
+@contextmanager
+def _renewed(ledger: Any, claims: Sequence[Any], every: float) -> Generator[None, None, None]:
+    """Renew claims from a thread; end this process if the sweep that started it is gone."""
+    done, parent = threading.Event(), os.getppid()
+
+    def renew() -> None:
+        while not done.wait(min(every, 5.0)):
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            if time.monotonic() - renewed[0] >= every:
+                renewed[0] = time.monotonic()
+                try:
+                    for claim in claims:
+                        ledger.holds(claim)
+                except RunError:
+                    pass  # the next renewal may succeed; if none does, the claim lapses, and `holds` says so
+
+    renewed = [time.monotonic()]
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _stop(*_: Any) -> None:
+    """Turn the first signal into KeyboardInterrupt; further ones must not disturb the giving back."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -1,0 +1,37 @@
+"""Rows become arrays: nothing is mixed, lost or invented."""
+
+import math
+
+import numpy as np
+
+from experiments.analysis.cells import cells, varied
+from tests.experiments.analysis.synthetic import rows
+
+
+def test_cells_differ_in_what_is_no_axis_and_no_seed():
+    made = rows(seeds=2, rank=8) + rows(seeds=2, rank=16, dials={"noise": 0.2}) + rows(seeds=2, rank=16)
+    found = cells(made)
+    assert [(c.fields["rank"], c.fields.get("dials.noise")) for c in found] == [
+        (8, None),
+        (16, 0.2),
+        (16, None),
+    ]
+    assert varied(found) == ["rank", "dials.noise"]
+    assert found[0].validation.shape == (8, 9, 2)
+
+
+def test_each_run_is_at_its_place_in_whatever_order_rows_come():
+    made = rows(sigma=0.1)
+    (found,) = cells(reversed(made))
+    for row in made:
+        config = row["config"]
+        at = found.batches.index(config["batch_size"]), found.rates.index(config["lr"]), config["seed"]
+        assert (found.validation[at], found.test[at]) == (row["validation"][-1]["loss"], row["test_loss"])
+
+
+def test_diverged_runs_are_censored_and_failed_ones_are_no_results():
+    made = rows(seeds=2, diverges=3e-3)
+    made[0] = made[0] | {"status": "failed", "error": "no memory", "validation": None, "test_loss": None}
+    (found,) = cells(made)
+    assert math.isnan(found.validation[0, 0, 0]) and np.isinf(found.validation[:, -1]).all()
+    assert list(found.tried(0)) == list(range(1, 9)) and list(found.tried(1)) == list(range(9))

@@ -1,0 +1,112 @@
+"""Batch curves: the truth comes back, intervals cover it, edges and divergence are said."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.analysis.cells import cells
+from experiments.analysis.curves import curve, largest_within, optimum
+from experiments.analysis.resampling import interval
+from tests.experiments.analysis.synthetic import RATES, best_rate, rows
+
+
+def only(made, **more):
+    (cell,) = cells(made)
+    return curve(cell, **more)
+
+
+def test_without_noise_the_bowl_comes_back_exactly():
+    moving = only(rows(rate_of=best_rate), draws=20)  # best rates between those of the grid
+    assert moving.rates[1:-1] == pytest.approx([best_rate(b) for b in moving.batches[1:-1]])
+    assert optimum(only(rows(best=2**3.3), draws=20)).value == pytest.approx(2**3.3)
+    # δ = 0.02·(log₂ B/best)², counted from the loss at batch 8, read off a line between 16 and 32
+    tuned = only(rows(best=2**3.3), draws=20)
+    grid = 0.02 * (np.log2(tuned.batches) - 3.3) ** 2
+    expected = 2 ** float(np.interp(grid[3] + 0.03, grid[4:6], [4, 5]))
+    assert largest_within(tuned, 0.03).value == pytest.approx(expected)
+
+
+def test_the_rate_is_chosen_on_validation_and_scored_on_test():
+    made = rows(seeds=2)
+    for row in made:
+        if row["config"]["lr"] == RATES[2]:
+            row["validation"] = [{"loss": 0.5}]
+            row["test_loss"] = 7.0
+    found = only(made, draws=5)
+    assert found.loss == pytest.approx(7.0) and found.validation == pytest.approx(0.5)
+
+
+def test_a_rate_that_any_seed_diverged_at_is_not_chosen_but_closes_the_grid():
+    found = only(rows(rate_of=lambda batch: 1e-3 * 2**0.5, diverges=1.6e-3), draws=20)
+    assert found.rate_edges == ("",) * 8  # its upper neighbour diverged
+    assert found.rates == pytest.approx(1e-3 * 2**0.5)
+    assert only(rows(rate_of=lambda batch: 1.0), draws=5).rate_edges == ("high",) * 8
+    assert only(rows(rate_of=lambda batch: 1e-9), draws=5).rate_edges == ("low",) * 8
+    assert only(rows(rates=[1e-3]), draws=5).rate_edges == ("single",) * 8
+    made = rows(seeds=2, diverges=1e-9)
+    with pytest.raises(ValueError, match="every run diverged or is missing; lower its learning rates"):
+        only(made)
+
+
+def test_batches_at_which_all_runs_diverged_are_left_out():
+    made = [
+        r | {"status": "diverged", "test_loss": None} if r["config"]["batch_size"] == 1 else r for r in rows()
+    ]
+    assert list(only(made, draws=5).batches) == [2, 4, 8, 16, 32, 64, 128]
+
+
+@pytest.mark.parametrize(
+    "best, low, note", [(0.25, 0.0, "at the smallest batch"), (512, math.inf, "at the largest batch")]
+)
+def test_a_minimum_on_the_edge_is_said(best, low, note):
+    place = optimum(only(rows(best=best, sigma=0.001), draws=50))
+    assert place.value == low and note in place.note
+
+
+def test_a_curve_that_stays_within_delta_gives_a_lower_bound():
+    found = largest_within(only(rows(best=1, flat=9.0), draws=20))
+    assert found.value == math.inf and found.note == "at the largest batch"
+
+
+def test_a_seed_that_moves_the_whole_curve_does_not_widen_the_interval():
+    narrow, wide = (optimum(only(rows(sigma=0.002, shift=s, seeds=2))) for s in (0.0, 5.0))
+    assert np.log2(wide.high / wide.low) == pytest.approx(np.log2(narrow.high / narrow.low), rel=1e-6)
+
+
+def test_one_seed_gives_no_interval_and_does_not_pretend_to():
+    place = optimum(only(rows(seeds=1, sigma=0.01), draws=20))
+    assert place.low == place.value == place.high
+
+
+def covered(measure, truth, seeds, repeats=60, **more):
+    hits = 0
+    for n in range(repeats):
+        found = measure(only(rows(seeds=seeds, n=n, rates=RATES[2:7], **more), draws=200, seed=n))
+        hits += found.low <= truth <= found.high
+    return hits, repeats
+
+
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_intervals_of_the_optimum_cover_it(seeds):
+    """Of 60 intervals that cover with 95 %, fewer than 51 hit once in a thousand times."""
+    hits, repeats = covered(optimum, 8.0, seeds, sigma=0.01)
+    assert stats.binom.cdf(hits, repeats, 0.95) > 1e-3, hits
+
+
+def test_intervals_of_the_largest_batch_cover_it():
+    """Curvature 0.02 per octave²: the loss at batch 32, two octaves from the best, is 0.08 above it."""
+    hits, repeats = covered(lambda found: largest_within(found, 0.08), 32.0, 3, sigma=0.005)
+    assert stats.binom.cdf(hits, repeats, 0.93) > 1e-3, hits
+
+
+def test_control_intervals_that_are_too_narrow_fail_that_test():
+    def narrow(found):
+        place = optimum(found)
+        low, high = interval(place.draws, 0.6)
+        return dataclasses.replace(place, low=low, high=high)
+
+    hits, repeats = covered(narrow, 8.0, 2, sigma=0.01, repeats=40)
+    assert stats.binom.cdf(hits, repeats, 0.95) < 1e-3, hits

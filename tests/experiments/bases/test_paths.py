@@ -1,0 +1,48 @@
+import pytest
+
+from experiments.bases import BASES, base_path, paths
+from experiments.configs import RunError
+from gns.corpus import base_model_path
+
+
+def test_the_demo_base_is_the_packages():
+    assert base_path("1m") == base_model_path()
+
+
+def test_shipped_comes_before_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(paths, "MADE", tmp_path / "made")
+    for folder in (tmp_path / "made" / "math-1m", tmp_path / "shipped" / "math-1m"):
+        with pytest.raises(
+            RunError, match="base math-25m: no model.safetensors in .*experiments.bases math-25m"
+        ):
+            base_path("math-25m")
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        assert base_path("math-1m") == folder
+
+
+def test_folders_and_hub_names_pass(tmp_path):
+    assert base_path(str(tmp_path)) == tmp_path
+    assert base_path("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert base_path("gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "base ./nowhere: no such folder; known rows: 1m, 25m"),
+        ("a/b/c", "base a/b/c: no such folder"),
+        ("math-1M", "no base 'math-1M'; known rows: .*math-1m"),
+        ("maths-1m", "no base 'maths-1m'; known rows"),
+    ],
+)
+def test_what_is_not_there_is_named(name, message):
+    with pytest.raises(RunError, match=message):
+        base_path(name)
+
+
+def test_rows_are_named_as_they_are_keyed():
+    assert all(name == config.name for name, config in BASES.items())
+    maths = [config for name, config in BASES.items() if name.startswith("math-")]
+    assert len({(c.vocab_size, c.primer, c.single_digits, c.tokenizer or c.name) for c in maths}) == 1

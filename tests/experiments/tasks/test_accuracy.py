@@ -1,0 +1,102 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from experiments.tasks import Item
+from experiments.tasks.accuracy import answers
+from experiments.tasks.items import prompt_ids
+from gns.corpus import base_model_path
+
+PROMPTS = ["def ", "import os\nimport ", "class Reader:\n    def __init__(self, source):\n        self.", "x"]
+ITEMS = [Item(prompt, "-", None) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(base_model_path())
+
+
+@pytest.fixture(scope="module")
+def model():
+    # float64: a tie between two tokens that rounding could break differently is then out of question
+    return AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float64)
+
+
+def one_by_one(model, tokenizer, item, most):
+    """Slow twin: no padding, no cache, the whole text again for every token."""
+    ids, new = prompt_ids(item, tokenizer), []
+    for _ in range(most):
+        with torch.no_grad():
+            new.append(
+                int(model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax())
+            )
+        if new[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_batch_answers_as_one_by_one(batch_size, model, tokenizer):
+    found = answers(model, tokenizer, ITEMS, max_new_tokens=12, batch_size=batch_size)
+    assert found == [one_by_one(model, tokenizer, item, 12) for item in ITEMS]
+    assert len(set(found)) > 1
+
+
+def test_an_unmasked_padding_would_be_noticed(model, tokenizer):
+    """The control: with padding that attention sees, some answer differs."""
+    real = model.forward
+
+    def unmasked(*, attention_mask, **given):
+        return real(attention_mask=torch.ones_like(attention_mask), **given)
+
+    expected = answers(model, tokenizer, ITEMS, max_new_tokens=12, batch_size=8)
+    model.forward = unmasked
+    try:
+        assert answers(model, tokenizer, ITEMS, max_new_tokens=12, batch_size=8) != expected
+    finally:
+        model.forward = real
+
+
+def test_an_answer_ends_at_its_end_token_and_the_loop_with_the_last(tokenizer):
+    model = Scripted(tokenizer.eos_token_id, ends=[2, 4])
+    items = [Item("a", "-"), Item("a b c d e f g", "-")]
+    found = answers(model, tokenizer, items, max_new_tokens=50, batch_size=2)
+    assert [len(tokenizer(text)["input_ids"]) - 1 for text in found] == [2, 4]
+    assert model.calls == 5  # the longest answer and its end token, not 50
+
+
+def test_a_limit_ends_what_does_not_end(tokenizer):
+    model = Scripted(tokenizer.eos_token_id, ends=[99])
+    assert answers(model, tokenizer, [Item("a", "-")], max_new_tokens=3, batch_size=1) == ["!!!"]
+    assert answers(model, tokenizer, [], max_new_tokens=3, batch_size=1) == []
+
+
+def test_settings_of_the_model_and_its_mode_are_left_alone(model, tokenizer):
+    plain = answers(model, tokenizer, ITEMS, max_new_tokens=12, batch_size=4)
+    before = model.generation_config
+    model.generation_config = GenerationConfig(repetition_penalty=1.5, do_sample=True, temperature=5.0)
+    model.train()
+    try:
+        assert answers(model, tokenizer, ITEMS, max_new_tokens=12, batch_size=4) == plain
+        assert model.training
+    finally:
+        model.generation_config = before
+        model.eval()
+
+
+class Scripted(torch.nn.Module):
+    """Says "!" until the step at which each row ends."""
+
+    def __init__(self, end, ends):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.end, self.ends, self.calls = end, ends, 0
+
+    def forward(self, input_ids, **given):
+        logits = torch.zeros(*input_ids.shape, 2_048)
+        logits[..., 3] = 1  # the first token after the three marks is "!"
+        for row, end in enumerate(self.ends):
+            if self.calls >= end:
+                logits[row, -1, self.end] = 2
+        self.calls += 1
+        return type("Out", (), {"logits": logits, "past_key_values": None})()
