@@ -51,8 +51,7 @@ def _panel(axes: Axes, curve: Curve) -> QuadMesh:
     cell = curve.cell
     losses = cell.validation.mean(axis=-1)  # [J, L]
     above = losses - losses[np.isfinite(losses)].min()
-    colours = matplotlib.colormaps["cividis_r"].copy()
-    colours.set_bad("white")
+    colours = matplotlib.colormaps["cividis_r"].with_extremes(bad="white")
     shown = np.ma.masked_invalid(np.where(np.isinf(above), math.nan, above).T)
     x, y = np.arange(len(cell.batches)), np.arange(len(cell.rates))
     mesh = axes.pcolormesh(x, y, shown, cmap=colours, vmin=0, vmax=DEEP, shading="nearest")

@@ -1,4 +1,4 @@
-"""Figures of sweeps: drawn from rows alone, whatever the rows lack, and every number of the table is the rows'."""
+"""Figures of sweeps: drawn from rows alone, whatever the rows lack; the table's numbers are the rows'."""
 
 import gzip
 import json
@@ -89,7 +89,8 @@ def test_cells_are_named_by_what_tells_them_apart():
 
 @pytest.fixture
 def preset():
-    text = 'scale = "smoke"\ntitle = "T"\nfigures = ["curves"]\n[defaults]\nbase = "1m"\ntask = "wordmath"\nn_train = 64\n'
+    text = 'scale = "smoke"\ntitle = "T"\nfigures = ["curves"]\n'
+    text += '[defaults]\nbase = "1m"\ntask = "wordmath"\nn_train = 64\n'
     text += "[grid]\nbatch_size = [1, 2, 4]\nlr = [1e-3, 2e-3]"
     return grids.parsed("x", tomllib.loads(text), "x.toml")
 
