@@ -54,16 +54,15 @@ def train(prepared: Prepared, course: Course) -> None:
 def _backward(prepared: Prepared, numbers: Sequence[int], tokens: int) -> float:
     """Accumulate the gradient of the mean over all tokens of a step, and give that mean.
 
-    Each micro-batch's own mean is weighted by its share of the tokens, so that the sum is the whole batch's.
+    Each micro-batch's sum is divided by the tokens of the step, which the model is told: so the gradients add
+    up to the whole batch's, and the monitor knows how the examples weigh.
     """
     total = torch.zeros((), device=prepared.device, dtype=torch.float64)
     size = prepared.config.micro_batch or len(numbers)
+    told = {"num_items_in_batch": tokens} if size < len(numbers) else {}
     for start in range(0, len(numbers), size):
-        part = numbers[start : start + size]
         with prepared.autocast():
-            loss = prepared.model(**prepared.batch(part)).loss
-        share = sum(n_labels(prepared.data.train[i]) for i in part) / tokens
-        loss = loss * share if share < 1 else loss
+            loss = prepared.model(**prepared.batch(numbers[start : start + size]), **told).loss
         loss.backward()
         total += loss.detach()
     return float(total)

@@ -23,8 +23,11 @@ import torch
 
 from experiments.configs import RunConfig, RunError
 from experiments.packed_program import Program, Slot
+from experiments.packed_width import best_width
 from experiments.prepared import data_of, device_of, plain
 from experiments.run import device_name, header, one_line
+
+__all__ = ["best_width", "groups", "packable", "refusal", "run_packed"]
 
 KINDS = ("lora", "rslora", "dora", "pissa", "milora", "foundation")
 FREE = (  # what may differ between slots; how many steps they make may not

@@ -83,7 +83,7 @@ class Program:
         """Make the steps of all slots, each until its own course is over."""
         self._evaluate()
         while self.live:
-            made = self._step()
+            made = self.step()
             self._part([slot.course.diverged for slot in self.live])
             self._evaluate()
             if progress is not None:
@@ -100,7 +100,7 @@ class Program:
                 found[id(slot)] |= tested(slot.data, own, right)
         return [found[id(slot)] for slot in self.slots]
 
-    def _step(self) -> int:
+    def step(self) -> int:
         """Make one step of the live slots and let their courses know; gives how many that were."""
         batches = [[slot.data.train[i] for i in next(slot.numbers)] for slot in self.live]
         tokens = [sum(map(n_labels, rows)) for rows in batches]

@@ -139,6 +139,7 @@ def _made(prepared: Prepared, engine: str) -> dict[str, Any]:
     course.evaluated(prepared.validation_loss())
     remarks: list[str] = []
     if not course.over:
+        torch.manual_seed(config.seed)  # of the dropout, whatever loading has drawn
         remarks = heard(lambda: train(prepared, course, monitor))
     gns = None if monitor is None or not course.steps else readings(monitor, remarks)
     return finished(prepared, course) | {"gns": gns}
@@ -274,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.out is not None:
             write(chosen.out, row)
         print(summary(row))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return EXIT_FAILED if row["status"] == "failed" else 0
 
 

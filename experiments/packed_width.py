@@ -1,0 +1,141 @@
+"""How many slots pay on this machine: a few steps of the solo loop and of packed programs, timed."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from experiments import loop
+from experiments.configs import RunConfig
+from experiments.course import Course
+from experiments.packed_program import Program, Slot
+from experiments.prepared import data_of, device_of, prepare
+
+WIDTHS = (2, 4, 8, 16, 32, 64)
+PAYS = 1.05  # a wider program must give so many times the examples a second: padding and memory grow too
+STEPS, REPEATS = 2, 3  # timed; the fastest counts, for what else runs on the machine only slows it
+EXAMPLES = 16  # of a solo run in one timing, at the least
+
+Clock = Callable[[int], float]
+
+
+class _Untested(Course):
+    """The course of a run that is only timed: no evaluation."""
+
+    @property
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+
+def timed(config: RunConfig) -> RunConfig:
+    """Give a run of the same steps without an end, a target or more data than it needs."""
+    n_train = min(config.n_train, max(64, 16 * config.batch_size))
+    return replace(
+        config,
+        protocol="steps",
+        steps=10**6,
+        epochs=1,
+        target_loss=None,
+        n_train=n_train,
+        n_eval=1,
+        generate=0,
+    )
+
+
+def solo_clock(config: RunConfig, device: torch.device) -> Clock:
+    """Make a solo run and give what times so many of its steps, in seconds; its first step is made."""
+    config = timed(config)
+    prepared = prepare(config, device)
+
+    def steps(n: int) -> float:
+        course = _Untested(replace(config, steps=n))
+        return _seconds(lambda: loop.train(prepared, course), device)
+
+    steps(1)
+    return steps
+
+
+def packed_clock(config: RunConfig, width: int, device: torch.device) -> Clock:
+    """Make a program of so many slots and give what times its steps, in seconds; its first step is made."""
+    config = timed(config)
+    program = Program([Slot(config, data_of(config)) for _ in range(width)], device)
+
+    def steps(n: int) -> float:
+        return _seconds(lambda: [program.step() for _ in range(n)], device)
+
+    steps(1)
+    return steps
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def best_width(config: RunConfig, device: str | None = None) -> int:
+    """Say how many slots of a kind of run pay; 1: the solo loop is as fast, as on a machine at its limit.
+
+    Widths are tried in turn until one is not `PAYS` times as fast as the best before it, or does not fit into
+    memory. Takes seconds on a small model; kept for runs of the same base, shape and batch.
+
+    Args:
+        config: of the kind; one that can be packed.
+        device: of torch; None: an accelerator if there is one.
+    """
+    kind = replace(
+        RunConfig(config.base, config.task, config.dials),
+        n_train=timed(config).n_train,
+        **{
+            name: getattr(config, name)
+            for name in (
+                *("adapter", "init", "rank", "alpha", "batch_size", "micro_batch", "optimizer"),
+                *("max_length", "dtype", "trust_remote_code"),
+            )
+        },
+    )
+    return _best_width(_Key(kind), str(device_of(device)), torch.get_num_threads())
+
+
+class _Key:
+    """A configuration as a key: its dials are a mapping, which has no hash."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def __hash__(self) -> int:
+        return hash(self.config.hash)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.config.hash == other.config.hash
+
+
+@functools.lru_cache(maxsize=256)
+def _best_width(key: _Key, device: str, threads: int) -> int:
+    """Time until a wider program does not pay; the number of threads is part of the key only."""
+    config, where = key.config, torch.device(device)
+    solo = max(STEPS, -(-EXAMPLES // config.batch_size))
+    best, rate = 1, solo / _fastest(solo_clock(config, where), solo)
+    for width in WIDTHS:
+        try:
+            now = STEPS * width / _fastest(packed_clock(config, width, where), STEPS)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if now < PAYS * rate:
+            break
+        best, rate = width, now
+    return best
+
+
+def _fastest(clock: Clock, steps: int) -> float:
+    return min(clock(steps) for _ in range(REPEATS))

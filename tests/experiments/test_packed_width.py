@@ -1,0 +1,64 @@
+"""Which width is chosen, from clocks that are made up; real clocks on a tiny base."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from experiments import packed_width
+from experiments.packed_width import best_width, packed_clock, solo_clock
+from tests.experiments.small_runs import config
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    """Replace the clocks: seconds a step of a program of each width, 1 for the solo loop."""
+    asked = []
+
+    def set_(seconds):
+        def packed(given, width, device):
+            asked.append(width)
+            if width not in seconds:
+                raise torch.OutOfMemoryError("out of memory")
+            return lambda n: n * seconds[width]
+
+        monkeypatch.setattr(packed_width, "solo_clock", lambda *_: lambda n: n * seconds[1])
+        monkeypatch.setattr(packed_width, "packed_clock", packed)
+        packed_width._best_width.cache_clear()
+        return asked
+
+    yield set_
+    packed_width._best_width.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "seconds, chosen, tried",
+    [
+        ({1: 1.0, 2: 1.95, 4: 1.0}, 1, [2]),  # saturated: two at once take twice as long
+        ({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.7}, 4, [2, 4, 8]),
+        ({1: 1.0, 2: 1.1}, 2, [2, 4]),  # no memory for four
+        ({1: 1.0, **{w: 1.0 for w in packed_width.WIDTHS}}, 64, list(packed_width.WIDTHS)),
+    ],
+)
+def test_the_widest_that_pays_is_chosen(clocks, seconds, chosen, tried):
+    asked = clocks(seconds)
+    assert best_width(config("x"), "cpu") == chosen
+    assert asked == tried
+
+
+def test_runs_of_one_kind_are_timed_once(clocks):
+    asked = clocks({1: 1.0, 2: 1.99})
+    first = config("x", dials={"answered": True})
+    for changed in ({}, {"lr": 3.0}, {"seed": 4, "data_seed": 4}, {"epochs": 3}, {"evals": 3, "n_eval": 9}):
+        best_width(dataclasses.replace(first, **changed), "cpu")
+    assert asked == [2]
+    best_width(dataclasses.replace(first, batch_size=2), "cpu")
+    best_width(dataclasses.replace(first, rank=2), "cpu")
+    assert asked == [2, 2, 2]
+
+
+@pytest.mark.usefixtures("sentences")
+def test_real_clocks_run_and_count_steps(tiny_base):
+    given = config(tiny_base, protocol="target", target_loss=0.1)
+    for clock in (solo_clock(given, torch.device("cpu")), packed_clock(given, 2, torch.device("cpu"))):
+        assert 0 < clock(1) and clock(6) > clock(1)
