@@ -3,8 +3,8 @@
 The kernel limits processor time and memory and lets no byte into a file; on Linux a filter of system calls
 refuses signals, processes, sockets and the removal of files. An audit hook, which a program cannot take off
 again, refuses the same and more from inside: opening to write, foreign code. The interpreter is isolated, in
-an empty folder, without the environment. This stops accidents and clumsy programs, not an attacker who knows the
-interpreter.
+an empty folder, without the environment. This stops accidents and clumsy programs, not an attacker who knows
+the interpreter.
 """
 
 from __future__ import annotations
