@@ -53,9 +53,9 @@ def adapted(model: Any, config: RunConfig) -> nn.Module:
     _refuse_rank(layers, config.rank)
     found = _with_lora(model, layers, config)
     if config.adapter == "milora":
-        for layer in found.modules():
+        for name, layer in found.named_modules():
             if isinstance(layer, LoraLayer):
-                _to_minor(layer)
+                _to_minor(name, layer)
     if config.adapter == "foundation":
         _load(found, config)
     for parameter in found.parameters():
@@ -115,10 +115,13 @@ def _with_lora(model: Any, layers: dict[str, nn.Module], config: RunConfig) -> n
         return peft.get_peft_model(model, lora)
 
 
-def _to_minor(layer: LoraLayer) -> None:
+def _to_minor(where: str, layer: LoraLayer) -> None:
     """Turn a fresh adapter into MiLoRA's: B·A are the minor singular directions, W the residual.
 
     With W = U S Vᵀ and scale s, of the last r columns: B = U √(S/s), A = √(S/s) Vᵀ, W ← W − s B A.
+
+    Raises:
+        RunError: the new parts do not add up to the old weight, to the rounding of its dtype.
 
     Source: Wang et al. 2024, arXiv:2406.09044.
     Slow twin: tests/experiments/test_adapters.py, by numpy in float64.
@@ -130,9 +133,13 @@ def _to_minor(layer: LoraLayer) -> None:
     rank = layer.r[name]
     root = (s[-rank:] / scale).sqrt()
     a, b = root[:, None] * vt[-rank:], u[:, -rank:] * root
+    added = scale * b @ a
+    base.data = _turned(weight - added, layer).to(base.dtype)
+    off = (_turned(base.data.float(), layer) + added - weight).abs().max()
+    if not off <= 4 * torch.finfo(base.dtype).eps * weight.abs().max():
+        raise RunError(f"`{where}`: its singular directions do not give it back, off by {off.item():.2g}")
     layer.lora_A[name].weight.data = a.contiguous()
     layer.lora_B[name].weight.data = b.contiguous()
-    base.data = _turned(weight - scale * b @ a, layer).to(base.dtype)
 
 
 def _turned(weight: Tensor, layer: LoraLayer) -> Tensor:

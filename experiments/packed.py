@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from experiments.configs import RunConfig, RunError
+from experiments.outcome import device_name, header, one_line
 from experiments.packed_program import Program, Slot
 from experiments.packed_width import best_width
 from experiments.prepared import data_of, device_of, plain
-from experiments.run import device_name, header, one_line
 
 __all__ = ["best_width", "groups", "packable", "refusal", "run_packed"]
 

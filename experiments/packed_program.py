@@ -14,10 +14,10 @@ from experiments.configs import RunConfig, RunError
 from experiments.course import Course
 from experiments.evaluation import eval_batch, token_mean
 from experiments.order import batches_of
+from experiments.outcome import askable, compared, tested
 from experiments.packed_layers import LearnedRows, Stack, State, pack, state_of, token_losses
 from experiments.packed_optim import StackedOptimizer
 from experiments.prepared import Data, Prepared, prepare
-from experiments.run import askable, compared, tested
 from experiments.schedules import lr_at
 from experiments.tasks.accuracy import answers
 from gns.data import NO_LOSS, Row

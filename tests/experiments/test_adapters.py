@@ -120,6 +120,28 @@ def test_singular_directions_against_numpy(kind, part, family):
         np.testing.assert_allclose(residual, weight - expected, atol=1e-5 * s[0])
 
 
+def test_a_residual_that_does_not_add_up_is_named(monkeypatch):
+    svd = torch.linalg.svd
+
+    def wrong(weight, **options):
+        u, s, vt = svd(weight, **options)
+        return u, torch.full_like(s, 1e6), vt
+
+    monkeypatch.setattr(torch.linalg, "svd", wrong)
+    with pytest.raises(RunError, match=r"layers.0.self_attn.q_proj`: its singular directions do not give"):
+        adapted(_base(), dataclasses.replace(RUN, adapter="milora"))
+
+
+@pytest.mark.parametrize("kind", ["pissa", "milora"])
+def test_a_bfloat16_base_is_given_back_to_its_own_rounding(kind):
+    weights = {name: m.weight.detach().float() for name, m in linear_layers(_base(dtype=torch.bfloat16))}
+    model = adapted(_base(dtype=torch.bfloat16), dataclasses.replace(RUN, adapter=kind))
+    for name, weight in weights.items():
+        layer = model.get_submodule(f"base_model.model.{name}")
+        again = layer.get_base_layer().weight.float() + layer.get_delta_weight("default")
+        assert (again - weight).abs().max() <= 2**-8 * weight.abs().max()
+
+
 def test_a_wide_layer_is_decomposed_by_random_projections_from_the_seed(monkeypatch):
     monkeypatch.setattr("experiments.adapters.FAST_SVD", 8)
     config = dataclasses.replace(RUN, adapter="pissa")

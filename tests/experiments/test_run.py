@@ -10,9 +10,10 @@ import torch
 from experiments import loop
 from experiments import run as running
 from experiments.configs import RunConfig, RunError
+from experiments.outcome import one_line, summary
 from experiments.prepared import Prepared
 from experiments.readings import steps_of
-from experiments.run import one_line, run, summary
+from experiments.run import run
 from gns.estimate import estimate
 from gns.monitor import GNSWarning
 from tests.experiments.small_runs import config, without_times
@@ -94,6 +95,7 @@ def test_an_interrupt_leaves_and_a_rerun_gives_the_row_as_if_it_had_not_been(tin
         ({"rank": 9}, "rank 9 is larger than layer `model.layers.0.self_attn.k_proj`"),
         ({"max_length": 3}, "no token to learn within max_length 3"),
         ({"adapter": "foundation", "init": "nowhere"}, "init nowhere: no adapter_config.json"),
+        ({"adapter": "full", "engine": "packed"}, "adapter 'full' has weights of its own"),
     ],
 )
 def test_what_is_wrong_with_a_run_is_its_row(tiny_base, changed, said):
@@ -174,6 +176,13 @@ def test_runs_of_one_seed_share_their_data_and_their_first_loss(tiny_base):
     small, large = run(given), run(dataclasses.replace(given, batch_size=24, lr=0.3))
     assert small["validation"][0] == large["validation"][0]
     assert small["tokens_seen"] == large["tokens_seen"]
+
+
+def test_a_packed_run_of_one_is_the_loops(tiny_base):
+    given = config(tiny_base, generate=2)
+    mine, packed = run(given), run(dataclasses.replace(given, engine="packed"))
+    assert (packed["status"], packed["engine"], set(packed)) == ("done", "packed", KEYS)
+    assert packed["test_losses"] == pytest.approx(mine["test_losses"], rel=1e-4)
 
 
 def test_several_processes_take_the_trainer(tiny_base, monkeypatch):

@@ -1,0 +1,80 @@
+"""What every engine gets: data and model on their device, alike for runs that share them."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from experiments import prepared
+from experiments.configs import RunError
+from experiments.prepared import data_of, device_of, load_base, plain, prepare
+from experiments.tasks import encoded
+from gns.data import NO_LOSS
+from tests.experiments.small_runs import Sentences, config
+
+pytestmark = pytest.mark.usefixtures("sentences")
+CPU = torch.device("cpu")
+
+
+def test_data_are_the_tasks_without_a_label_for_the_first_token(tiny_base):
+    given = config(tiny_base, data_seed=3, generate=2)
+    data, (_, tokenizer) = data_of(given), load_base(given)
+    for rows, items in (
+        (data.train, Sentences().train(30, 3)),
+        (data.validation, Sentences().held_out("validation", 6)),
+        (data.test, Sentences().held_out("test", 6)),
+    ):
+        expected = encoded(items, tokenizer, given.max_length)
+        assert [row.input_ids for row in rows] == [row.input_ids for row in expected]
+        assert [row.labels[1:] for row in rows] == [row.labels[1:] for row in expected]
+        assert all(row.labels[0] == NO_LOSS for row in rows)
+    assert data.answered == Sentences().held_out("test", 2)
+
+
+def test_runs_that_differ_in_training_only_share_their_data(tiny_base):
+    given = config(tiny_base)
+    shared = dataclasses.replace(given, lr=0.5, batch_size=3, rank=2, seed=4, adapter="dora", epochs=3)
+    assert data_of(shared) is data_of(given)
+    for changed in ({"n_train": 20}, {"data_seed": 1}, {"max_length": 30}, {"dials": {"answered": False}}):
+        assert data_of(dataclasses.replace(given, **changed)) is not data_of(given)
+    small = data_of(dataclasses.replace(given, n_train=20))
+    assert list(small.train) == list(data_of(given).train[:20])
+
+
+def test_what_is_wrong_with_the_data_is_found_before_the_model_is_loaded(tiny_base, monkeypatch):
+    monkeypatch.setattr(prepared, "load_base", lambda given: pytest.fail("loaded"))
+    with pytest.raises(RunError, match="no token to learn within max_length 3"):
+        prepare(config(tiny_base, max_length=3), CPU)
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(RunError, match="no such folder"):
+        prepare(config(str(tmp_path / "nothing")), CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_are_in_the_dtype_of_the_base(tiny_base, dtype):
+    made = prepare(config(tiny_base, dtype=dtype), CPU)
+    with made.autocast():
+        assert str((torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == f"torch.{dtype}"
+    assert {str(p.dtype) for p in made.model.parameters() if not p.requires_grad} == {f"torch.{dtype}"}
+    assert made.model.config.use_cache is False
+    assert len(made.trainable) == 14 and math.isfinite(made.validation_loss())
+
+
+def test_a_process_takes_its_own_accelerator(monkeypatch):
+    assert device_of("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of(None) == torch.device("cuda", 3)
+    assert device_of("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of(None) == CPU
+
+
+def test_numbers_that_are_not_finite_become_null():
+    assert plain({"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": None, "d": "nan", "e": True}}) == {
+        "a": [1.5, None, [None, None]],
+        "b": {"c": None, "d": "nan", "e": True},
+    }
