@@ -27,8 +27,9 @@ from experiments.configs import RunConfig, RunError
 from experiments.course import DIVERGED
 from experiments.critical import branched
 from experiments.order import epoch_batches
+from experiments.outcome import device_name, header, one_line
 from experiments.prepared import Prepared, device_of, plain, prepare
-from experiments.run import device_name, header, one_line, write
+from experiments.rowsfile import append
 from experiments.seeding import seeded
 
 POWERS = {"adamw": 0.5, "sgd": 1.0}  # of k, in the learning rate
@@ -174,9 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             replace(config, seed=seed, data_seed=seed), given.at, examples, given.multiples, given.device
         )
         rows += made
+        if given.out is not None:
+            append(given.out, made)
         for row in made:
-            if given.out is not None:
-                write(given.out, row)
             print(f"seed {seed}, batch {row['branch']['batch_size']}: {row['error'] or row['loss']}")
     if any(row["status"] == "failed" for row in rows):
         return 1
