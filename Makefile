@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo experiments test test-slow lint clean
 
 install: $(STAMP)
 
@@ -15,6 +15,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/gns demo
+
+# the smoke preset from nothing to figures; rows that are there already are kept
+experiments: $(STAMP)
+	$(BIN)/python -m experiments.sweep --preset smoke
+	$(BIN)/python -m experiments.figures --preset smoke
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

@@ -3,7 +3,7 @@
     title, question     what is asked, in words
     paper               the figure of arXiv:2602.09492 that it repeats, if any
     scale               "smoke", "laptop", "gpu" or "paper"
-    figure              drawing in `experiments.figures`
+    figures             drawings of `experiments.figures`
     series              fields that tell the curves of one figure apart
     [rules]             least_steps: cells of fewer optimizer steps are left out, and counted
     [defaults]          fields of `RunConfig`, the same for every run
@@ -29,8 +29,9 @@ from experiments.configs import RunConfig, RunError
 
 FOLDER = Path(__file__).parent / "presets"
 SCALES = ("smoke", "laptop", "gpu", "paper")
-_TEXTS = ("title", "question", "paper", "scale", "figure")
-_KEYS = (*_TEXTS, "series", "rules", "defaults", "grid", "zip", "cells", "exclude")
+DRAWINGS = ("curves", "rates", "surface", "scales")
+_TEXTS = ("title", "question", "paper", "scale")
+_KEYS = (*_TEXTS, "figures", "series", "rules", "defaults", "grid", "zip", "cells", "exclude")
 _FIELDS = frozenset(f.name for f in fields(RunConfig))
 
 
@@ -44,7 +45,7 @@ class Preset:
         question: that it answers.
         paper: figure of the paper that it repeats; "" where none.
         scale: one of `SCALES`.
-        figure: drawing in `experiments.figures`.
+        figures: drawings of `experiments.figures`, of `DRAWINGS`.
         series: fields that tell the curves of a figure apart, `dials.NAME` for the task's own.
         configs: its runs, in the order of the file; none twice.
         starved: cells (runs that differ in more than seeds and learning rate) left out for too few steps.
@@ -56,7 +57,7 @@ class Preset:
     question: str
     paper: str
     scale: str
-    figure: str
+    figures: tuple[str, ...]
     series: tuple[str, ...]
     configs: tuple[RunConfig, ...]
     starved: int
@@ -111,6 +112,9 @@ def parsed(name: str, written: Mapping[str, Any], file: str) -> Preset:
     series = tuple(written.get("series", ()))
     for key in series:
         _known(key, f"{file}, series")
+    figures = tuple(written.get("figures", ()))
+    if unknown := sorted(set(figures) - set(DRAWINGS)):
+        raise RunError(f"{file}, figures: unknown {', '.join(unknown)}; known: {', '.join(DRAWINGS)}")
     rules = written.get("rules", {})
     if unknown := sorted(set(rules) - {"least_steps"}):
         raise RunError(f"{file}, [rules]: unknown key(s) {', '.join(unknown)}; known: least_steps")
@@ -119,7 +123,15 @@ def parsed(name: str, written: Mapping[str, Any], file: str) -> Preset:
         raise RunError(f"{file}, [rules]: least_steps is {least!r}; a whole number, 1 or more, is needed")
     configs, starved = _runs(written, file, least)
     texts = {key: written.get(key, "") for key in _TEXTS}
-    return Preset(name=name, series=series, configs=configs, starved=starved, least_steps=least, **texts)
+    return Preset(
+        name=name,
+        figures=figures,
+        series=series,
+        configs=configs,
+        starved=starved,
+        least_steps=least,
+        **texts,
+    )
 
 
 def _runs(written: Mapping[str, Any], file: str, least: int) -> tuple[tuple[RunConfig, ...], int]:

@@ -32,23 +32,29 @@ def train(prepared: Prepared, course: Course) -> None:
         prepared: whose model is trained, in training mode.
         course: hears of every step, and of every evaluation after the first step.
     """
-    config, parameters = prepared.config, prepared.trainable
-    optimizer = optimizer_of(parameters, config)
+    config = prepared.config
+    optimizer = optimizer_of(prepared.trainable, config)
     prepared.model.train()
     for numbers in batches_of(config):
         if course.over:
             return
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(config, course.steps)
+        loss = step(prepared, optimizer, numbers, lr_at(config, course.steps))
         tokens = sum(n_labels(prepared.data.train[i]) for i in numbers)
-        loss = _backward(prepared, numbers, tokens)
-        if config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
         course.stepped(loss, len(numbers), tokens)
         if course.due:
             course.evaluated(prepared.validation_loss())
+
+
+def step(prepared: Prepared, optimizer: torch.optim.Optimizer, numbers: Sequence[int], lr: float) -> float:
+    """Make one optimizer step on some training examples; gives their loss before it, nats per token."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = _backward(prepared, numbers, sum(n_labels(prepared.data.train[i]) for i in numbers))
+    if prepared.config.clip is not None:
+        torch.nn.utils.clip_grad_norm_(prepared.trainable, prepared.config.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
 def _backward(prepared: Prepared, numbers: Sequence[int], tokens: int) -> float:

@@ -19,8 +19,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -153,18 +153,18 @@ def merge(job: Job, files: Sequence[Path], *, extend: bool = False) -> str:
 
 
 def listing() -> Table:
-    """Tabulate the presets."""
-    table = Table(
-        "preset", "runs", "estimated", "on", "paper", "question", title="python -m experiments.sweep"
-    )
-    order = {scale: i for i, scale in enumerate(grids.SCALES)}
-    presets: list[Any] = [grids.load(name) for name in grids.names()]
-    for preset in sorted(presets, key=lambda p: (order[p.scale], p.name)):
-        estimate = forecast.words(forecast.sweep_seconds(preset.configs, preset.scale))
-        machine = forecast.MACHINES[preset.scale].name
-        table.add_row(
-            preset.name, f"{len(preset.configs):,}", estimate, machine, preset.paper, preset.question
-        )
+    """Tabulate the presets, a section for each scale."""
+    table = Table("preset", "runs", "estimated", "question", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    presets = [grids.load(name) for name in grids.names()]
+    for scale in grids.SCALES:
+        table.add_row(f"[bold]{scale}[/]", "", "", f"[bold]on {forecast.MACHINES[scale].name}[/]")
+        for preset in presets:
+            if preset.scale == scale:
+                estimate = forecast.words(forecast.sweep_seconds(preset.configs, scale))
+                paper = f" ({preset.paper})" if preset.paper else ""
+                table.add_row(preset.name, f"{len(preset.configs):,}", estimate, preset.question + paper)
+        table.add_section()
     return table
 
 

@@ -92,13 +92,18 @@ def work(job: Job) -> None:
 def _claimed(ledger: Any, engine: Any, job: Job) -> list[Any]:
     """Claim a run and what pays to be executed with it; leave the other workers their share."""
     claims = ledger.claim(ledger.waiting())
-    if claims:
-        waiting = ledger.waiting()
-        share = math.ceil((len(waiting) + 1) / job.workers) - 1
-        if share:
-            others = engine.companions(claims[0].config, waiting, job.device)
-            claims += ledger.claim(others, min(share, len(others)))
-    return claims
+    waiting = ledger.waiting()
+    share = math.ceil((len(waiting) + 1) / job.workers) - 1
+    if not claims or not share:
+        return claims
+    try:
+        others = engine.companions(claims[0].config, waiting, job.device)
+    except KeyboardInterrupt:
+        ledger.release(claims[0])
+        raise
+    except Exception:  # what is wrong with the run, its own row will say
+        return claims
+    return claims + ledger.claim(others, min(share, len(others)))
 
 
 def _execute(ledger: Any, claims: Sequence[Any], engine: Any, job: Job) -> None:

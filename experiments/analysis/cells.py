@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ Row = Mapping[str, Any]
 Floats = NDArray[np.float64]
 AXES = ("batch_size", "lr")
 SEEDS = ("seed", "data_seed")
-# what follows from the batch size, or does not move a result
-IGNORED = (*AXES, *SEEDS, "engine", "micro_batch")
+# what does not move the weights of a run
+IGNORED = (*AXES, *SEEDS, "engine", "micro_batch", "gns_every", "gns_metric", "evals", "generate")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Cell:
         validation: [J, L, S], nats per token at the end of the run; infinite where it diverged, NaN where
             there is no result.
         test: the same on the test split.
+        accuracy: [J, L, S], share of the answers that are right; NaN where none was asked for.
+        items: answers a run.
+        rows: that it was made of.
     """
 
     fields: Mapping[str, Any]
@@ -38,6 +41,9 @@ class Cell:
     seeds: tuple[tuple[int, int], ...]
     validation: Floats
     test: Floats
+    accuracy: Floats
+    items: int
+    rows: tuple[Row, ...] = field(compare=False, repr=False)
 
     def tried(self, j: int) -> NDArray[np.intp]:
         """Give the places of the learning rates that every seed has a row of at batch j, diverged or not."""
@@ -77,7 +83,7 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
     rates = sorted({fields["lr"] for fields, _ in members})
     seeds = sorted({(fields["seed"], fields["data_seed"]) for fields, _ in members})
     validation = np.full((len(batches), len(rates), len(seeds)), math.nan)
-    test = validation.copy()
+    test, accuracy = validation.copy(), validation.copy()
     for fields, row in members:
         seed = (fields["seed"], fields["data_seed"])
         at = batches.index(fields["batch_size"]), rates.index(fields["lr"]), seeds.index(seed)
@@ -86,5 +92,8 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
         else:
             validation[at] = row["validation"][-1]["loss"]
             test[at] = row["test_loss"]
+            accuracy[at] = math.nan if row.get("accuracy") is None else row["accuracy"]
+    items = max(len(row.get("items_right") or ()) for _, row in members)
+    rows = tuple(row for _, row in members)
     kept = {k: v for k, v in members[0][0].items() if k not in IGNORED}
-    return Cell(kept, tuple(batches), tuple(rates), tuple(seeds), validation, test)
+    return Cell(kept, tuple(batches), tuple(rates), tuple(seeds), validation, test, accuracy, items, rows)

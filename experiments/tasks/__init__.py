@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.configs import RunError
+from experiments.tasks.codefeedback import CodeFeedback
 from experiments.tasks.items import Item, Task, encoded, with_dials
+from experiments.tasks.metamath import MetaMath
+from experiments.tasks.stdlib import Stdlib
 from experiments.tasks.wordmath import WordMath
 
-_KINDS: dict[str, type] = {kind.name: kind for kind in (WordMath,)}
+_KINDS: dict[str, type] = {kind.name: kind for kind in (WordMath, Stdlib, MetaMath, CodeFeedback)}
 TASKS = tuple(_KINDS)
 
 __all__ = ["TASKS", "Item", "Task", "encoded", "task"]

@@ -6,6 +6,8 @@ import time
 
 
 def companions(config, waiting, device):
+    if config.dials.get("breaks"):
+        raise RuntimeError("no base to time")
     return [other for other in waiting if config.engine == "packed" and other.rank == config.rank][:3]
 
 

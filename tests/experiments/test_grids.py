@@ -71,6 +71,7 @@ def test_exclusions_match_all_their_fields():
         ("[rules]\nmost_steps = 2", r"\[rules\]: unknown key\(s\) most_steps"),
         ("[rules]\nleast_steps = 0", "least_steps is 0; a whole number"),
         ("[rules]\nleast_steps = 100", r"no run is left \(1 cell\(s\) with fewer than 100 steps\)"),
+        ('[grid]\nrank = [1]\n[figures]\nx = 1', "x.toml, figures: unknown x; known: curves, rates"),
         ("dials = 3", r"\[defaults\]: dials is 3; a table"),
         ("lr = [0.1]", r"x.toml, \[defaults\]: lr is \[0.1\]; a list belongs into \[grid\]"),
         ("[cells]\nrank = 2", r"cells is a list of tables, written \[\[cells\]\]"),

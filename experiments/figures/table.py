@@ -1,0 +1,56 @@
+"""The numbers behind the figures of a sweep, as a table in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from experiments.analysis.curves import Curve, Estimated, largest_within, optimum
+from experiments.analysis.noise import measured
+from experiments.figures.curves import DELTA
+from experiments.figures.style import named, plain
+
+HEAD = (
+    "cell",
+    "seeds",
+    "best test loss",
+    "best batch",
+    f"B_max({DELTA:g} nat)",
+    "B_simple, factor B",
+    "to extend",
+)
+
+
+def table(found: Sequence[Curve], series: Sequence[str]) -> str:
+    """Write a line for each cell.
+
+    The last column names what a better answer needs: batch sizes at which the best learning rate is at the
+    edge of its grid, and edges of the batch grid.
+
+    Args:
+        found: a curve for each cell.
+        series: fields that name the cells.
+    """
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+    for curve in found:
+        best, largest = optimum(curve), largest_within(curve, DELTA)
+        loss = f"{curve.loss.min():.3f}"
+        rates = [f"ε {e} at {plain(b)}" for b, e in zip(curve.batches, curve.rate_edges, strict=True) if e]
+        edges = ", ".join([note for note in (best.note, largest.note) if note][:1] + rates)
+        ends = curve.batches[0], curve.batches[-1]
+        cells = [named(curve.cell, series), str(len(curve.cell.seeds)), loss]
+        cells += [_said(place, ends) for place in (best, largest)] + [
+            _said(measured(curve.cell), (0, math.inf))
+        ]
+        lines.append("| " + " | ".join([*cells, edges or "–"]) + " |")
+    return "\n".join(lines)
+
+
+def _said(place: Estimated | None, ends: tuple[float, float]) -> str:
+    """A batch size with its interval; beyond what was tried nothing is known."""
+    if place is None:
+        return "–"
+    low, high = ("" if end in (0, math.inf) else plain(end) for end in (place.low, place.high))
+    value = f"≤ {plain(ends[0])}" if place.value == 0 else plain(place.value)
+    value = f"≥ {plain(ends[1])}" if math.isinf(place.value) and math.isfinite(ends[1]) else value
+    return f"{value} ({low or '…'}–{high or '…'})"

@@ -1,0 +1,102 @@
+"""Real data sets: records from the hub or from local files in their published schema; the prompt."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.configs import RunError
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+HELD_OUT_SHARE = 50  # one group of records in so many is for validation
+
+# of Alpaca, as PiSSA's and MiLoRA's fine-tunes on these data sets use it
+PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+def prompt(instruction: str) -> str:
+    """Wrap an instruction."""
+    return PROMPT.format(instruction=instruction)
+
+
+@functools.lru_cache(maxsize=8)
+def records(source: str, split: str, needed: tuple[str, ...], config: str | None = None) -> Sequence[Mapping]:
+    """Read a data set.
+
+    Args:
+        source: a .json, .jsonl or .parquet file, a folder of such files of one kind, or the name of a hub
+            data set.
+        split: of a hub data set; a local source is taken whole.
+        needed: columns that must be there.
+        config: of a hub data set that has several.
+
+    Returns:
+        Its records, in their order; columns that are not needed may be there too.
+
+    Raises:
+        RunError: `datasets` is not installed, the source cannot be read, or a column is missing.
+    """
+    load = _load_dataset()
+    files = _files(source)
+    try:
+        if files is None:
+            found = load(source, config, split=split)
+        else:
+            found = load(FORMATS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+    except Exception as error:  # of the hub, the network, a parser: whatever it is, it names the source
+        raise RunError(f"{source}: cannot be read: {' '.join(str(error).split())}") from error
+    if missing := [column for column in needed if column not in found.column_names]:
+        raise RunError(
+            f"{source}: no column {', '.join(missing)} (there are {', '.join(found.column_names)}); needed: "
+            f"{', '.join(needed)}"
+        )
+    return found
+
+
+def for_validation(group: str) -> bool:
+    """Whether a group of records is held out for validation: by a hash, so that no group is in two parts."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4]) % HELD_OUT_SHARE == 0
+
+
+def _load_dataset() -> Any:
+    """Import on first use: runs on generated tasks need no `datasets`.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    try:
+        return importlib.import_module("datasets").load_dataset
+    except ImportError as error:
+        raise RunError(
+            "tasks on real data need the package datasets: pip install 'gradient-noise-scale[experiments]'"
+        ) from error
+
+
+def _files(source: str) -> list[Path] | None:
+    """Give the files of a local source; None for a hub name.
+
+    Raises:
+        RunError: it looks local and is not there, or holds no or mixed formats.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in FORMATS)
+        if len({FORMATS[file.suffix] for file in files}) != 1:
+            kinds = ", ".join(sorted({file.suffix for file in files})) or "none"
+            raise RunError(f"{source}: one of {', '.join(FORMATS)} files is needed in it, there is: {kinds}")
+        return files
+    if path.is_file():
+        if path.suffix not in FORMATS:
+            raise RunError(f"{source}: of no known format; known: {', '.join(FORMATS)}")
+        return [path]
+    if path.suffix in FORMATS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise RunError(f"{source}: no such file or folder")
+    return None
