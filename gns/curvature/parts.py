@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha1
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +94,11 @@ class Point:
     @property
     def precision(self) -> str:
         """Lowest precision that was seen on the way to the loss: "double", "single" or "half"."""
-        if self._half or any(p.dtype in HALF for p in self.model.parameters()):
+        return "half" if self._half else self._of_weights
+
+    @cached_property
+    def _of_weights(self) -> str:
+        if any(p.dtype in HALF for p in self.model.parameters()):
             return "half"
         return "double" if all(p.dtype is torch.float64 for p in self.parameters.values()) else "single"
 
@@ -131,8 +137,8 @@ class Point:
             return None
         if labels.shape != logits.shape[:-1] or labels.is_floating_point():
             return None
-        if shifts_labels(self.model):
-            labels, logits = labels[..., 1:], logits[..., :-1, :]
+        if shifts_labels(self.model):  # labels alone move: logits without their last position are a copy
+            labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
         labels = labels.reshape(-1).to(logits.device)
         each = nn.functional.cross_entropy(
             logits.reshape(len(labels), -1).float(), labels, ignore_index=IGNORED, reduction="none"
@@ -182,7 +188,7 @@ class Point:
             self._kept = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             for name, p in self.parameters.items():
-                p.data.copy_(self._kept[name].to(vector[name]) + h * vector[name])
+                p.data.copy_(torch.add(self._kept[name].to(vector[name]), vector[name], alpha=h))
             torch.clear_autocast_cache()  # an autocast around us holds low-precision copies of the weights
             yield
         finally:
@@ -192,14 +198,20 @@ class Point:
                 torch.clear_autocast_cache()
 
 
-def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[float]:
-    """Inner product of each parameter's part of two vectors, summed in float64."""
-    return [float((x.double() * b[name].double()).sum()) for name, x in a.items()]
+def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
+    """Inner product of each parameter's part of two vectors, summed in float64, [P]."""
+    return along({name: x[None] for name, x in a.items()}, b)[0]
+
+
+def along(stacked: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> np.ndarray:
+    """The same of S vectors, kept as parameter → [S, *shape], with one, [S, P]."""
+    found = [x.flatten(1).double() @ vector[name].flatten().double() for name, x in stacked.items()]
+    return torch.stack([f.to(found[0].device) for f in found], -1).cpu().numpy()  # one transfer
 
 
 def norm(vector: Mapping[str, Tensor]) -> float:
     """Euclidean norm of a vector over all its parameters."""
-    return sum(dots(vector, vector)) ** 0.5
+    return float(dots(vector, vector).sum()) ** 0.5
 
 
 def pieces(batches: Sequence[Any], parts: int, *, whole: bool = False) -> list[Any]:
