@@ -29,7 +29,7 @@ class OverReadings:
         status: as of an `Estimate`, or "indefinite" where an average is significantly below 0.
         detection_limit: largest B_noise that these readings could tell from infinity.
         readings: how many.
-        steps_each: what one cost, in training steps (all calls of one): the median; NaN where unknown.
+        steps_each: what one cost, in steps of that training: the median; NaN where unknown.
     """
 
     step: int
@@ -69,7 +69,7 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
     m = Moments.of(x * unit, y * unit, ones, ones)
     low, high, empty = honest_set(m, level)
     spent = [r.estimate.cost for r in readings if r.estimate.cost is not None]
-    costs = [c.steps / c.batches for c in spent]  # the batches for g are the calls of one step
+    costs = [c.steps for c in spent if not math.isnan(c.steps)]
     return OverReadings(
         step=readings[-1].step,
         b_noise=m.x / m.y if m.y > 0 else math.nan,

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gns.curvature.errors import CurvatureError
 from gns.curvature.parts import Point, dots, norm
+from gns.curvature.smooth import Smooth
 
 Vector = Mapping[str, Tensor]
 METHODS = ("exact", "difference", "forward")
@@ -157,6 +158,7 @@ class Exact:
     """Products on one graph of the gradient.
 
     Fused attention has no second derivative; inside, attention runs as plain matrix products.
+    See `gns.curvature.smooth` for what else is called otherwise.
 
     Raises:
         NoSecondDerivative: another operation of the model has none.
@@ -165,7 +167,7 @@ class Exact:
     def __init__(self, point: Point, batch: Any):
         self.names, ps = list(point.parameters), list(point.parameters.values())
         try:
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), Smooth():
                 loss = point.value(batch)
                 self.mass = point.mass()
                 found = torch.autograd.grad(loss, ps, create_graph=True, allow_unused=True)

@@ -8,9 +8,12 @@ just moved against the gradients of the step before, which so say too little of 
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from gns.taps import hooks_of, is_ours
 
 CALLS = 8  # of one step that are kept; the rest of a step with more micro-batches is not used
 PROBES = 8
+SPANS = 50  # last steps whose time is known, for the cost of a reading
 FAILED = "no B_noise at optimizer step {step} (training goes on, later failures are not told): {error}"
 NO_LOSS = ". curvature_every needs a model that is given `labels` and returns `loss`"
 
@@ -65,6 +69,8 @@ class CurvatureWatch:
         self._before: list[_Call] = []  # calls of the step before
         self._now: list[_Call] = []
         self._failed = False
+        self._spans: deque[float] = deque(maxlen=SPANS)  # seconds of steps, without readings
+        self._ended: float | None = None
 
     def call(self, step: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Keep a call made in a step, if a reading will want it."""
@@ -82,12 +88,21 @@ class CurvatureWatch:
 
     def step_ends(self, step: int, learning_rate: float | None) -> None:
         """Read, if it is time; nothing may be under way. Errors are told once, and training goes on."""
+        if self._ended is not None:
+            self._spans.append(time.perf_counter() - self._ended)
+        self._read_if_due(step, learning_rate)
+        self._ended = time.perf_counter()
+
+    def _read_if_due(self, step: int, learning_rate: float | None) -> None:
         before, now = self._before, self._now
         self._before, self._now = now, []
         if not self._due(step) or in_backward() or not before or not now:
             return
         try:
-            self.on_reading(CurvatureReading(step, learning_rate, self._read(step, before, now)))
+            found = self._read(step, before, now)
+            if found.cost is not None and self._spans:
+                found = replace(found, cost=replace(found.cost, step_seconds=median(self._spans)))
+            self.on_reading(CurvatureReading(step, learning_rate, found))
         except Exception as error:
             if not self._failed:
                 self._failed = True
