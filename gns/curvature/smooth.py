@@ -41,7 +41,7 @@ class _Slope(torch.autograd.Function):
 
 
 def _off_label(p: Tensor, labels: Tensor) -> Tensor:
-    """p − y, in place."""
+    """P − y, in place."""
     return p.scatter_add_(-1, labels[:, None], p.new_full((1, 1), -1.0).expand(len(labels), 1))
 
 
@@ -111,7 +111,7 @@ def _attention(
 
 
 def _bias(mask: Tensor, query: Tensor, keys: int) -> Tensor | None:
-    """A mask as what is added to the scores, [1 or B·H, T, U]; None where it hides all of a row, or learns."""
+    """A mask as what is added to the scores, [1 or B·H, T, U]; None where it hides all of a row."""
     if mask.requires_grad or mask.ndim > 4 or not (mask.dtype is torch.bool or mask.dtype == query.dtype):
         return None
     if mask.dtype is torch.bool:
