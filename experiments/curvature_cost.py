@@ -52,14 +52,14 @@ class CostConfig:
         batch_size: examples of a training step, of g and of H.
         max_length: tokens of an example at the most.
         rounds: measured.
-        parts: of the examples for H.
+        parts: of the examples for H; None: as `b_noise` chooses.
         probes: random sign vectors.
     """
 
     batch_size: int = 16
     max_length: int = 128
     rounds: int = 7
-    parts: int = 4
+    parts: int | None = None
     probes: int = 8
 
 

@@ -39,8 +39,6 @@ from gns.still import gradient_hook, still
 
 __all__ = ["METHODS", "OPERATORS", "STATUSES", "CurvatureError", "CurvatureEstimate", "b_noise"]
 
-PARTS = 4  # of the examples for H: their spread is that of H
-
 
 @dataclass(frozen=True)
 class _Asked:
@@ -53,7 +51,7 @@ class _Asked:
     seed: int
     weights: str
     segments: SegmentsOf | str | None
-    parts: int
+    parts: int | None
     blocks: bool
     spectrum: int
 
@@ -71,7 +69,7 @@ def b_noise(
     weights: str = "auto",
     segments: SegmentsOf | str | None = None,
     hessian_batches: int | Sequence[Any] = 1,
-    parts: int = PARTS,
+    parts: int | None = None,
     blocks: bool = False,
     spectrum: int = 0,
 ) -> CurvatureEstimate:
@@ -96,6 +94,7 @@ def b_noise(
         hessian_batches: how many of the batches, the last ones, are for H; or other batches for it. Never
             examples that are also among those for g.
         parts: how many parts the rows for H are cut into, worked off one at a time; their spread is H's.
+            None: 4, or down to 2 where they would have fewer than 4 rows each.
         blocks: measure each LoRA factor's own block of H too, at the price of as many more readings.
         spectrum: products to spend on λ_max and tr H; 0: none.
 
@@ -131,7 +130,7 @@ def _check(model: nn.Module, asked: _Asked) -> None:
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     for name, value, least in (
         ("probes", asked.probes, 2),
-        ("parts", asked.parts, 1),
+        ("parts", 1 if asked.parts is None else asked.parts, 1),
         ("spectrum", asked.spectrum, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -1,8 +1,8 @@
 """Attention and cross-entropy of few operations while the graph of an exact product is built.
 
-What `torch` itself differentiates twice is right and slow: cross-entropy passes some ten times over the logits
-for every product, attention without a fused kernel scales, masks and guards in steps of their own. These give
-the same values and derivatives, which tests compare; calls they do not fit are left as they are.
+What `torch` itself differentiates twice is right and slow: cross-entropy passes some ten times over its
+logits for every product, attention without a fused kernel scales, masks and guards in steps of their own.
+These give the same values and derivatives, which tests compare; other calls are left as they are.
 """
 
 from __future__ import annotations

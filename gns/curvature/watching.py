@@ -8,12 +8,12 @@ just moved against the gradients of the step before, which so say too little of 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -89,9 +89,9 @@ class CurvatureWatch:
     def step_ends(self, step: int, learning_rate: float | None) -> None:
         """Read, if it is time; nothing may be under way. Errors are told once, and training goes on."""
         if self._ended is not None:
-            self._spans.append(time.perf_counter() - self._ended)
+            self._spans.append(perf_counter() - self._ended)
         self._read_if_due(step, learning_rate)
-        self._ended = time.perf_counter()
+        self._ended = perf_counter()
 
     def _read_if_due(self, step: int, learning_rate: float | None) -> None:
         before, now = self._before, self._now
