@@ -191,7 +191,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     work()  # what is made once and stays is not counted
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: list[Any] = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     held = np.cumsum([size for _, size in sorted(changes, key=lambda change: change[0])])
     return int(held.max(initial=0))

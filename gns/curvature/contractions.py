@@ -12,7 +12,8 @@ from gns.curvature.errors import CurvatureError
 from gns.curvature.gathering import Sums, Vector
 from gns.curvature.ggn import GaussNewton
 from gns.curvature.parts import Point, along, dots, norm
-from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, NoStep, Part, Steps
+from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, Part
+from gns.curvature.steps import NoStep, Steps
 
 OPERATORS = ("hessian", "ggn")
 # Between an exact product and a difference, relative: more is another derivative, not rounding.
