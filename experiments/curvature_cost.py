@@ -1,14 +1,21 @@
-"""What one reading of B_noise costs, in training steps of the same batch.
+"""What one reading of B_noise costs, in training steps of the same batch: time and memory.
 
-    python -m experiments.curvature_cost            # measure (a few minutes on one core) and print the table
+    python -m experiments.curvature_cost            # measure (four minutes on one quiet core)
     python -m experiments.curvature_cost --table    # print it from the rows that are there
 
-Arms are interleaved: every round runs each once, in an order that turns, and costs are medians over rounds.
+Arms are interleaved: every round runs each once, in an order that turns, with a training step on either side,
+and costs are medians over rounds of the ratio to those. A second training step is timed like an arm: what it
+is off from 1 is what the machine adds. Memory is the peak of what torch allocates beyond the model, the batch
+and the optimizer's state, from the profiler's account of every allocation.
+
+`curvlinops` differentiates a backward pass forward, which fused attention and `silu` do not allow: it is
+given the same model with plain attention and x·sigmoid(x).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import time
@@ -20,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 
 from experiments.rows import provenance, read, write
 from gns.data import Collator, pad_id
@@ -32,6 +40,8 @@ ROWS = Path(__file__).parent / "results" / "curvature_cost" / "rows.jsonl.gz"
 LIMITS = {"exact": 18, "exact, H on half": 10, "difference": 20, "forward": 10}
 PEER = "curvlinops, products alone"
 EVERY = 200  # steps from one reading to the next, for the share of a run
+STEP, AGAIN = "training step", "training step again"
+MEMORY_LIMIT = {"difference": 2.0}  # training steps' peaks
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,14 @@ class CostConfig:
         batch_size: examples of a training step, of g and of H.
         max_length: tokens of an example at the most.
         rounds: measured.
-        parts: of the examples for H.
+        parts: of the examples for H; None: as `b_noise` chooses.
         probes: random sign vectors.
     """
 
     batch_size: int = 16
-    max_length: int = 256
-    rounds: int = 5
-    parts: int = 4
+    max_length: int = 128
+    rounds: int = 7
+    parts: int | None = None
     probes: int = 8
 
 
@@ -65,12 +75,24 @@ class _Logits(nn.Module):
             return self.inner(**given).logits[:, :-1].flatten(0, 1)
 
 
+class _Swish(nn.Module):
+    """`silu` of operations that have forward derivatives of their backward passes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+
 def _curvlinops(model: nn.Module, batch: dict[str, Tensor], products: int) -> Callable[[], Any] | None:
     """The same number of Hessian products by curvlinops, or None where it is not installed."""
     try:
         library = importlib.import_module("curvlinops")
     except ImportError:
         return None
+    model = copy.deepcopy(model)
+    model.get_base_model().set_attn_implementation("eager")  # type: ignore[operator]
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = _Swish()
     parameters = [p for p in model.parameters() if p.requires_grad]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     data = [(inputs, batch["labels"][:, 1:].flatten())]
@@ -113,62 +135,91 @@ def measured(config: CostConfig) -> list[dict[str, Any]]:
         return lambda: b_noise(model, batches[:1], hessian_batches=[for_h], **how)
 
     arms: dict[str, Callable[[], Any]] = {
-        "training step": step,
+        AGAIN: step,
         "exact": reading("exact", batches[1]),
         "exact, H on half": reading("exact", half),
         "difference": reading("difference", batches[1]),
         "forward": reading("forward", batches[1]),
     }
+    for _ in range(5):  # a point where A trains too
+        step()
     peer = _curvlinops(model, batches[1], config.probes + 1)
     failed = ""
     if peer is not None:
         try:
             peer()
             arms[PEER] = peer
-        except NotImplementedError as error:  # it needs forward derivatives of backward passes
+        except (NotImplementedError, RuntimeError) as error:
             failed = " ".join(str(error).split())
-    for _ in range(5):  # a point where A trains too
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for round_ in range(config.rounds + 1):
-        names = list(arms)
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            many = 4 if name == "training step" else 1
-            start = time.perf_counter()
-            for _ in range(many):
-                arms[name]()
-            if round_:  # the first warms up
-                seconds[name].append((time.perf_counter() - start) / many)
     about = {"config": asdict(config), "torch": torch.__version__} | provenance()
     about |= {"threads": torch.get_num_threads(), "status": "done"}
-    rows = [{"arm": name, "seconds": times} | about for name, times in seconds.items()]
+    peaks = {name: peak_bytes(arm) for name, arm in {STEP: step, **arms}.items()}
+    rows = [
+        {"arm": name, "peak_bytes": peaks[name], "step_bytes": peaks[STEP], **found} | about
+        for name, found in _interleaved(arms, step, config.rounds).items()
+    ]
     if failed:
-        rows.append({"arm": PEER, "seconds": []} | about | {"status": "failed", "error": failed})
+        rows.append({"arm": PEER} | about | {"status": "failed", "error": failed})
     return rows
 
 
+def _interleaved(
+    arms: dict[str, Callable[[], Any]], step: Callable[[], None], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each arm, and of a training step beside it: the mean of those before and after."""
+    found: dict[str, dict[str, list[float]]] = {n: {"seconds": [], "step_seconds": []} for n in arms}
+    for arm in arms.values():
+        arm()  # warms up
+    for round_ in range(rounds):
+        names = list(arms)
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            before = _seconds(step, 3)
+            found[name]["seconds"].append(_seconds(arms[name], 3 if name == AGAIN else 1))
+            found[name]["step_seconds"].append((before + _seconds(step, 3)) / 2)
+    return found
+
+
+def _seconds(work: Callable[[], Any], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - start) / times
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most that was allocated at once during some work, beyond what there was before."""
+    work()  # what is made once and stays is not counted
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events: list[Any] = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = np.cumsum([size for _, size in sorted(changes, key=lambda change: change[0])])
+    return int(held.max(initial=0))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Costs in training steps, median (smallest … largest ratio to the median step), as Markdown.
+    """Costs in training steps, median (smallest … largest) of the ratios to the steps beside, as Markdown.
 
     Args:
         rows: of `measured`.
     """
-    step = float(np.median(next(r["seconds"] for r in rows if r["arm"] == "training step")))
     lines = [
-        f"| reading, 8 probes | training steps | wanted: at most | share of a run, every {EVERY} steps |",
-        "| --- | --- | --- | --- |",
+        f"| reading, 8 probes | training steps | wanted: at most | share of a run, every {EVERY} steps "
+        "| peak memory, training steps' peaks | wanted: at most |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        if row["arm"] == "training step":
-            continue
         if row["status"] == "failed":
-            lines.append(f"| {row['arm']} | does not run: {row['error']} | | |")
+            lines.append(f"| {row['arm']} | does not run: {row['error']} | | | | |")
             continue
-        ratios = np.array(row["seconds"]) / step
+        ratios = np.array(row["seconds"]) / np.array(row["step_seconds"])
         median, limit = float(np.median(ratios)), LIMITS.get(row["arm"])
+        digits = 2 if row["arm"] == AGAIN else 1
+        spread = f"{median:.{digits}f} ({ratios.min():.{digits}f} … {ratios.max():.{digits}f})"
         share = f"{100 * median / EVERY:.1f} %" if limit else ""
-        spread = f"{median:.1f} ({ratios.min():.1f} … {ratios.max():.1f})"
-        lines.append(f"| {row['arm']} | {spread} | {limit or ''} | {share} |")
+        memory = f"{row['peak_bytes'] / row['step_bytes']:.2f}"
+        most = MEMORY_LIMIT.get(row["arm"], "")
+        lines.append(f"| {row['arm']} | {spread} | {limit or ''} | {share} | {memory} | {most} |")
     return "\n".join(lines)
 
 

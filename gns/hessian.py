@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from gns.calling import Loss, moved
+from gns.checking import check_choice, check_whole
 from gns.curvature.assemble import concluded, factor_or_other, known_of
 from gns.curvature.conclude import STATUSES, set_of
 from gns.curvature.contractions import OPERATORS, Builder, Contractions, contract, identity, joined
@@ -44,8 +45,6 @@ from gns.still import gradient_hook, still
 
 __all__ = ["METHODS", "OPERATORS", "STATUSES", "CurvatureError", "CurvatureEstimate", "b_noise"]
 
-PARTS = 4  # of the examples for H: their spread is that of H
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -58,7 +57,7 @@ class Asked:
     seed: int = 0
     weights: str = "auto"
     segments: SegmentsOf | str | None = None
-    parts: int = PARTS
+    parts: int | None = None
     blocks: bool = False
     spectrum: int = 0
 
@@ -76,7 +75,7 @@ def b_noise(
     weights: str = "auto",
     segments: SegmentsOf | str | None = None,
     hessian_batches: int | Sequence[Any] = 1,
-    parts: int = PARTS,
+    parts: int | None = None,
     blocks: bool = False,
     spectrum: int = 0,
 ) -> CurvatureEstimate:
@@ -107,6 +106,7 @@ def b_noise(
         hessian_batches: how many of the batches, the last ones, are for H; or other batches for it. Never
             examples that are also among those for g.
         parts: how many parts the rows for H are cut into, worked off one at a time; their spread is H's.
+            None: 4, or down to 2 where they would have fewer than 4 rows each.
         blocks: measure each LoRA factor's own block of H too, at the price of as many more readings.
         spectrum: products to spend on λ_max and tr H; 0: none.
 
@@ -148,9 +148,9 @@ def measured(
     _check(model, asked)
     inner = unwrapped(model)
     for_g, for_h = _divided(inner, list(batches), hessian_batches)
-    places, share = _agreed(inner, for_g, for_h, asked, ranks)
+    places, n_hessian = _agreed(inner, for_g, for_h, asked, ranks)
     with still(inner, dropout=False):
-        found = read(inner, for_g, for_h, asked, loss, places=places, parts=share)
+        found = read(inner, for_g, for_h, asked, loss, places=places, n_hessian=n_hessian)
     return ranks.all(found)[0]
 
 
@@ -159,17 +159,15 @@ def _check(model: nn.Module, asked: Asked) -> None:
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     for name, value, least in (
         ("probes", asked.probes, 2),
-        ("parts", asked.parts, 1),
+        ("parts", 1 if asked.parts is None else asked.parts, 1),
         ("spectrum", asked.spectrum, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise CurvatureError(f"{name} is {value!r}; a whole number, {least} or more, is needed")
+        check_whole(name, value, least, error=CurvatureError)
     for name, value, known in (
         ("operator", asked.operator, OPERATORS),
         ("method", asked.method, ("auto", *METHODS)),
     ):
-        if value not in known:
-            raise CurvatureError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
+        check_choice(name, value, known, CurvatureError)
     if not 0 < asked.level < 1:
         raise CurvatureError(f"level is {asked.level}; a coverage in (0, 1) is needed, e.g. 0.95")
     if (why := _apart(model)) is not None:
@@ -227,7 +225,7 @@ def _agreed(
     """Tell the ranks of one another's batches.
 
     Returns:
-        Where those for g stand among all, and into how many parts those for H are cut.
+        Where those for g stand among all, and how many there are for H.
 
     Raises:
         CurvatureError: ranks ask for different things, or the same examples come twice.
@@ -243,7 +241,7 @@ def _agreed(
     counts = [len(g) for _, _, (g, _) in found]
     places, total = Places(counts, ranks), sum(len(h) for _, _, (_, h) in found)
     _fresh([g for _, _, (g, _) in found], [h for _, _, (_, h) in found])
-    return places, -(-asked.parts // total) * len(for_h)
+    return places, total
 
 
 def _fresh(for_g: Sequence[Sequence[Any]], for_h: Sequence[Sequence[Any]]) -> None:
@@ -279,7 +277,7 @@ def read(
     *,
     signs: np.ndarray | None = None,
     places: Places | None = None,
-    parts: int | None = None,
+    n_hessian: int | None = None,
 ) -> CurvatureEstimate:
     """Make one reading of a model that is held still.
 
@@ -291,7 +289,7 @@ def read(
         loss: as in `b_noise`.
         signs: [S, N], instead of random ones.
         places: of the batches for g among those of all ranks; None: there are no others.
-        parts: that the rows for H are cut into; None: as asked.
+        n_hessian: batches for H over all ranks; None: there are no others.
     """
     ranks = Alone() if places is None else places.ranks
     start = time.perf_counter()
@@ -301,7 +299,7 @@ def read(
     every = dict(model.named_parameters(remove_duplicate=False))
     point = Point(model, {n: every[n] for n in sums.names}, loss, seed=asked.seed, **how)
     whole = asked.segments is not None  # rows of one example stay together
-    cut = pieces(for_h, asked.parts if parts is None else parts, whole=whole)
+    cut = pieces(for_h, asked.parts, whole=whole, total=n_hessian)
     found = _contracted(point, cut, sums, asked, ranks)
     result = concluded(sums, found, level=asked.level, operator=asked.operator, seed=asked.seed)
     if asked.blocks:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from gns.curvature.errors import CurvatureError
-from gns.curvature.gathering import Sums
+from gns.curvature.gathering import Sums, Vector
 from gns.curvature.ggn import GaussNewton
-from gns.curvature.parts import Point, dots, norm
-from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, NoStep, Part, Steps
+from gns.curvature.parts import Point, along, dots, norm
+from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, Part
+from gns.curvature.steps import NoStep, Steps
 
 OPERATORS = ("hessian", "ggn")
 # Between an exact product and a difference, relative: more is another derivative, not rounding.
@@ -53,10 +54,8 @@ class Contractions:
 
 def identity(sums: Sums) -> Contractions:
     """The contractions with the identity, by parameter: those of B_simple."""
-    s = sums.probes
-    probes = np.array([dots(u, u) for u in (sums.probe(i) for i in range(s))])
-    groups = np.array([dots({n: p[i] for n, p in sums.parts.items()}, sums.mean) for i in range(s)])
-    weighted = np.array(dots(sums.weighted, sums.mean))
+    probes, groups = sums.probe_sq_norms(), along(sums.parts, sums.mean)
+    weighted = dots(sums.weighted, sums.mean)
     return Contractions(probes[None], groups[None], weighted[None], np.ones(1), "identity", 0)
 
 
@@ -125,9 +124,10 @@ def contract(point: Point, pieces: Sequence[Any], sums: Sums, *, operator: str, 
         if not part.mass > 0:
             continue  # no label in it
         try:
+            curved = None
             if not rows and isinstance(part, Exact):
-                part = _checked(build, part, piece, sums)
-            found = _of_part(part, sums)
+                part, curved = _checked(build, part, piece, sums)
+            found = _of_part(part, sums, curved)
         except NoSecondDerivative as error:
             part = build.fall_back(error, piece)
             found = _of_part(part, sums)
@@ -170,30 +170,48 @@ def joined(found: Sequence[Contractions]) -> Contractions:
     )
 
 
-def _of_part(part: Part, sums: Sums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    probes = np.array([part.quadratic(sums.probe(s)) for s in range(sums.probes)])
-    curved = part.product(sums.mean)
-    groups = [dots({name: g[s] for name, g in sums.parts.items()}, curved) for s in range(sums.probes)]
-    return probes, np.array(groups), np.array(dots(sums.weighted, curved))
+def _of_part(
+    part: Part, sums: Sums, curved: Vector | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    vectors = (sums.probe(s) for s in range(sums.probes))
+    if isinstance(part, Forward):
+        probes = part.quadratics(list(vectors))
+    else:
+        probes = np.array([dots(v, part.product(v, signed=True)) for v in vectors])
+    curved = part.product(sums.mean) if curved is None else curved
+    return probes, along(sums.parts, curved), dots(sums.weighted, curved)
 
 
-def _checked(build: Builder, part: Exact, piece: Any, sums: Sums) -> Part:
-    """Compare one exact product with a difference: an operation may pass none on, in silence."""
+def _checked(build: Builder, part: Exact, piece: Any, sums: Sums) -> tuple[Part, Vector | None]:
+    """Compare one exact product with a difference: an operation may pass none on, in silence.
+
+    Args:
+        build: makes parts.
+        part: the first one.
+        piece: its examples.
+        sums: of the gradients.
+
+    Returns:
+        The part to go on with, and its H ḡ where known.
+    """
     mean = sums.mean
     if not norm(mean) > 0:
-        return part
+        return part, None
     exact = part.product(mean)
     if not np.isfinite(norm(exact)):
-        return part  # it is said when all products are there
+        return part, exact  # it is said when all products are there
     try:
-        product = Difference(build.point, piece, build.steps).product(mean)
+        if build.point.precision == "half":  # other kernels round otherwise: both gradients by the same
+            product = Difference(build.point, piece, build.steps).product(mean)
+        else:
+            product = Difference(build.point, piece, build.steps, part.here()).ahead(mean)
     except NoStep:
-        return part  # no step changes the gradient: H ḡ is about zero, and no difference says otherwise
+        return part, exact  # no step changes the gradient: H ḡ is about zero, and no difference denies it
     differs = norm({n: v.double() - product[n].double() for n, v in exact.items()}) / (norm(product) or 1.0)
     if differs <= AGREE[build.point.precision]:
-        return part
+        return part, exact
     error = NoSecondDerivative(
         f"the exact product is {100 * differs:.0f} % off the difference of two gradients: an operation of "
         "the model passes no second derivative on; take method='difference', which needs none"
     )
-    return build.fall_back(error, piece)
+    return build.fall_back(error, piece), None

@@ -34,7 +34,7 @@ class OverReadings:
         status: as of an `Estimate`, or "indefinite" where an average is significantly below 0.
         detection_limit: largest B_noise that these readings could tell from infinity.
         readings: how many.
-        steps_each: what one cost, in training steps (all calls of one): the median; NaN where unknown.
+        steps_each: what one cost, in steps of that training: the median; NaN where unknown.
     """
 
     step: int
@@ -108,9 +108,9 @@ def so_far(readings: Sequence[CurvatureReading], *, level: float = 0.95) -> list
 
 
 def steps_each(readings: Sequence[CurvatureReading]) -> float:
-    """What one reading cost, in training steps (all calls of one): the median; NaN where unknown."""
+    """What one reading cost, in steps of that training: the median; NaN where unknown."""
     spent = [r.estimate.cost for r in readings if r.estimate.cost is not None]
-    costs = [c.steps / c.batches for c in spent]  # the batches for g are the calls of one step
+    costs = [c.steps for c in spent if not math.isnan(c.steps)]
     return float(np.median(costs)) if costs else math.nan
 
 

@@ -97,6 +97,15 @@ class Sums:
         e = float(self.sign_share[s])
         return {name: signed[s] - e * self.mean[name] for name, signed in self.signed.items()}
 
+    def probe_sq_norms(self) -> np.ndarray:
+        """‖uₛ‖² by parameter, [S, P], in float64."""
+        found = []
+        for name, signed in self.signed.items():
+            e = torch.from_numpy(self.sign_share).to(signed.device)
+            u = signed.flatten(1).double() - e[:, None] * self.mean[name].flatten().double()
+            found.append(u.square().sum(1).cpu())
+        return torch.stack(found, -1).numpy()
+
     def centred_sq(self) -> np.ndarray:
         """[P], Σᵢ ‖c̃ᵢ − ãᵢ ḡ‖² of each parameter, exact: what Σₛ ‖uₛ‖² estimates."""
         found = []

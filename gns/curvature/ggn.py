@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gns.curvature.errors import CurvatureError
-from gns.curvature.parts import Point, dots
+from gns.curvature.parts import Point
 
 _ENTROPY = ("NllLoss", "CrossEntropyLoss")
 _SQUARES = ("MseLoss",)
@@ -75,10 +74,6 @@ class GaussNewton:
         )
         zipped = zip(self.names, self.parameters, found, strict=True)
         return {name: torch.zeros_like(p) if g is None else g.detach() for name, p, g in zipped}
-
-    def quadratic(self, vector: Mapping[str, Tensor]) -> np.ndarray:
-        """vᵀ Jᵀ H_L J v by parameter, [P]."""
-        return np.array(dots(vector, self.product(vector)))
 
 
 def outputs_of(out: Any) -> Tensor:

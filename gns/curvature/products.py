@@ -3,13 +3,12 @@
 exact        H v = ∇(∇L · v), on one graph of the gradient that all vectors share
 difference   [∇L(w + hv) − ∇L(w − hv)] / 2h, or [∇L(w + hv) − ∇L(w)] / h for vectors of random sign, whose
              error in h is odd in the sign and so averages out
-forward      vᵀHv = [L(w + hv) − 2L(w) + L(w − hv)] / h²
+forward      vᵀHv = [L(w + hv) − 2L(w) + L(w − hv)] / h², or 2 [L(w + hv) − L(w) − h ∇L·v] / h² for the same
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,24 +18,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gns.curvature.errors import CurvatureError
 from gns.curvature.parts import Point, dots, norm
+from gns.curvature.smooth import Smooth
+from gns.curvature.steps import Steps
 
 Vector = Mapping[str, Tensor]
 METHODS = ("exact", "difference", "forward")
-START = 1e-3  # first trial: a shift of this share of the weights' norm
-# Change of the gradient, relative to it, that a step is to make. Differences of gradients,
-# which are rounded to 2⁻⁵³, 2⁻²⁴ or 2⁻⁹, bear a small one; second differences of losses, what is left of a
-# cancellation, do not.
-GRADIENT_CHANGE = {"double": 1e-5, "single": 3e-4, "half": 0.2}
-LOSS_CHANGE = {"double": 3e-3, "single": 3e-2, "half": 0.3}
-TRIALS = 8
+SILENT = 1e3  # steps shorter by this factor show nothing but rounding and the slope
 
 
 class NoSecondDerivative(CurvatureError):
     """The model has an operation without a second derivative."""
-
-
-class NoStep(CurvatureError):
-    """No step along a vector changes the gradient by a measurable amount."""
 
 
 class Part(Protocol):
@@ -48,73 +39,12 @@ class Part(Protocol):
         """H v; `signed` vectors have a random sign."""
         ...
 
-    def quadratic(self, vector: Vector) -> np.ndarray:
-        """vᵀHv of a vector of random sign: [P] by parameter, or [1] where only the whole is known."""
-        ...
-
-
-class Steps:
-    """How far to shift the weights, found on the first vector of each kind and kept: ‖hv‖ = length.
-
-    Args:
-        point: whose weights.
-    """
-
-    def __init__(self, point: Point):
-        self._point = point
-        self._weights = norm({name: p.detach() for name, p in point.parameters.items()}) or 1.0
-        self._length: dict[str, float] = {}
-
-    @property
-    def gradient_change(self) -> float:
-        """What a step for a difference of gradients is to change."""
-        return GRADIENT_CHANGE[self._point.precision]
-
-    @property
-    def loss_change(self) -> float:
-        """The same for a second difference of losses."""
-        return LOSS_CHANGE[self._point.precision]
-
-    def h(self, kind: str, vector: Vector, change: Callable[[float], float], target: float) -> float:
-        """Give the step for a vector.
-
-        Args:
-            kind: of vectors that share a length.
-            vector: to be scaled.
-            change: h → the change of the gradient, relative to it.
-            target: the change that is wanted.
-
-        Raises:
-            NoStep: no step changes anything, or every one breaks the loss.
-        """
-        size = norm(vector)
-        if kind not in self._length:
-            self._length[kind] = self._find(kind, size, change, target)
-        return self._length[kind] / size
-
-    def _find(self, kind: str, size: float, change: Callable[[float], float], target: float) -> float:
-        length, largest = START * self._weights, math.inf
-        for _ in range(TRIALS):
-            seen = change(length / size)
-            if not math.isfinite(seen):
-                largest, length = length, length / 30
-                continue
-            if target / 5 <= seen <= 5 * target:
-                return length
-            factor = target / seen if seen > 0 else 30.0
-            length = min(length * min(30.0, max(1 / 30, factor)), largest / 3)
-            if seen >= target / 300 and 1 / 30 < factor < 30:  # close enough to trust the power law
-                return length
-        raise NoStep(
-            f"no step along a {kind} vector changes the gradient by a measurable amount: the Hessian looks "
-            'like zero there; take method="exact"'
-        )
-
 
 class Exact:
     """Products on one graph of the gradient.
 
     Fused attention has no second derivative; inside, attention runs as plain matrix products.
+    See `gns.curvature.smooth` for what else is called otherwise.
 
     Raises:
         NoSecondDerivative: another operation of the model has none.
@@ -123,7 +53,7 @@ class Exact:
     def __init__(self, point: Point, batch: Any):
         self.names, ps = list(point.parameters), list(point.parameters.values())
         try:
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), Smooth():
                 loss = point.value(batch)
                 self.mass = point.mass()
                 found = torch.autograd.grad(loss, ps, create_graph=True, allow_unused=True)
@@ -147,9 +77,10 @@ class Exact:
         zipped = zip(self.names, self.parameters, found, strict=True)
         return {name: torch.zeros_like(p) if g is None else g.detach() for name, p, g in zipped}
 
-    def quadratic(self, vector: Vector) -> np.ndarray:
-        """vᵀHv by parameter, [P]."""
-        return np.array(dots(vector, self.product(vector, signed=True)))
+    def here(self) -> dict[str, Tensor]:
+        """The gradient; zero where none arrives."""
+        found = {name: torch.zeros_like(p) for name, p in zip(self.names, self.parameters, strict=True)}
+        return found | {name: g.detach() for g, name in self.gradient}
 
 
 def _no_second(error: RuntimeError) -> Exception:
@@ -173,46 +104,75 @@ def _no_second(error: RuntimeError) -> Exception:
 
 
 class Difference:
-    """Products from two gradients."""
+    """Products from two gradients.
 
-    def __init__(self, point: Point, batch: Any, steps: Steps):
+    Args:
+        point: the model.
+        batch: the part.
+        steps: lengths of steps, shared by all parts.
+        here: the gradient of the part, if it is known.
+    """
+
+    def __init__(self, point: Point, batch: Any, steps: Steps, here: Vector | None = None):
         self.point, self.batch, self.steps = point, batch, steps
-        self.here = point.gradient(batch)
+        self.here = point.gradient(batch) if here is None else here
         self.mass = point.mass()
+        self._size = norm(self.here) or 1.0
 
     def _there(self, vector: Vector, h: float) -> dict[str, Tensor]:
         with self.point.shifted(vector, h):
             return self.point.gradient(self.batch)
 
-    def change(self, vector: Vector, h: float) -> float:
+    def _moved(self, kind: str, vector: Vector) -> tuple[float, dict[str, Tensor]]:
+        """A step of a good length, and the gradient after it."""
+        size = norm(vector)
+        while True:
+            h, known = self.steps.length(kind) / size, self.steps.settled(kind)
+            there = self._there(vector, h)
+            if known or self.steps.judge(kind, self._change(there)):
+                return h, there
+
+    def _change(self, there: Vector) -> float:
         """‖∇L(w + hv) − ∇L(w)‖ / ‖∇L(w)‖."""
-        there, size = self._there(vector, h), norm(self.here)
-        return norm({name: g.double() - self.here[name].double() for name, g in there.items()}) / (
-            size or 1.0
-        )
+        return norm({name: g.double() - self.here[name].double() for name, g in there.items()}) / self._size
+
+    def settle(self, kind: str, vector: Vector) -> float:
+        """Give the step for a vector, from what steps along the first of its kind change."""
+        size = norm(vector)
+        while not self.steps.settled(kind):
+            self.steps.judge(kind, self._change(self._there(vector, self.steps.length(kind) / size)))
+        return self.steps.length(kind) / size
+
+    def ahead(self, vector: Vector, kind: str = "mean") -> dict[str, Tensor]:
+        """H v from one gradient beside the one here, at the price of an error of first order in the step."""
+        h, there = self._moved(kind, vector)
+        return _slope(there, self.here, h)
 
     def product(self, vector: Vector, *, signed: bool = False) -> dict[str, Tensor]:
         """H v."""
         if not norm(vector) > 0:
             return {name: torch.zeros_like(v) for name, v in vector.items()}
-        kind = "random" if signed else "mean"
-        h = self.steps.h(kind, vector, lambda h: self.change(vector, h), self.steps.gradient_change)
-        ahead = self._there(vector, h)
-        one_sided = signed and self.point.precision != "half"
-        behind, width = (self.here, h) if one_sided else (self._there(vector, -h), 2 * h)
-        wide = torch.promote_types
-        return {
-            name: (g.to(wide(g.dtype, torch.float32)) - behind[name].to(wide(g.dtype, torch.float32))) / width
-            for name, g in ahead.items()
-        }
+        if signed and self.point.precision != "half":
+            return self.ahead(vector, "random")
+        h, there = self._moved("random" if signed else "mean", vector)
+        return _slope(there, self._there(vector, -h), 2 * h)
 
-    def quadratic(self, vector: Vector) -> np.ndarray:
-        """vᵀHv by parameter, [P]."""
-        return np.array(dots(vector, self.product(vector, signed=True)))
+
+def _slope(ahead: Vector, behind: Vector, width: float) -> dict[str, Tensor]:
+    """(ahead − behind) / width, in float32 or wider."""
+    out = {}
+    for name, g in ahead.items():
+        wide = torch.promote_types(g.dtype, torch.float32)
+        out[name] = (g.to(wide) - behind[name].to(wide)) / width
+    return out
 
 
 class Forward:
-    """vᵀHv from losses at three points; H v, which they do not give, by differencing."""
+    """vᵀHv from losses; H v, which they do not give, by differencing.
+
+    For vectors of random sign the loss behind is not asked for where the third derivative is small: what it
+    takes off, the slope ∇L·v, is known from the one gradient here, and the rest is odd in the sign.
+    """
 
     def __init__(self, point: Point, batch: Any, steps: Steps):
         self.point, self.batch, self.steps = point, batch, steps
@@ -221,19 +181,58 @@ class Forward:
         self.here = point.forward_value(batch)
 
     def product(self, vector: Vector, *, signed: bool = False) -> dict[str, Tensor]:
-        """H v."""
-        return self.gradients.product(vector, signed=signed)
+        """H v; one gradient beside the one here will do, where it is not rounded much."""
+        if signed or self.point.precision == "half" or not norm(vector) > 0:
+            return self.gradients.product(vector, signed=signed)
+        return self.gradients.ahead(vector)
 
-    def _second(self, vector: Vector, h: float) -> float:
-        values = []
-        for sign in (1, -1):
-            with self.point.shifted(vector, sign * h):
-                values.append(self.point.forward_value(self.batch))
-        return values[0] - 2 * self.here + values[1]
+    def quadratics(self, vectors: Sequence[Vector]) -> np.ndarray:
+        """vᵀHv of vectors of random sign, [S, 1]."""
+        known = {} if self.point.precision == "half" else self._settle(vectors)
+        return np.array([[known[k] if k in known else self._quadratic(v)] for k, v in enumerate(vectors)])
 
-    def quadratic(self, vector: Vector) -> np.ndarray:
-        """vᵀHv, [1]."""
-        if not norm(vector) > 0:
-            return np.zeros(1)
-        h = self.steps.h("loss", vector, lambda h: self.gradients.change(vector, h), self.steps.loss_change)
-        return np.array([self._second(vector, h) / h**2])
+    def _quadratic(self, vector: Vector) -> float:
+        size = norm(vector)
+        if not size > 0:
+            return 0.0
+        if self.point.precision == "half":  # no gradient is good enough to stand for a loss
+            h = self.gradients.settle("loss", vector)
+        else:
+            h = self.steps.length("loss") / size
+        if not self.steps.one_sided:
+            return 2 * self._odd_even(vector, h)[1] / h**2
+        return 2 * (self._loss(vector, h) - self.here - h * self._slope(vector)) / h**2
+
+    def _loss(self, vector: Vector, h: float) -> float:
+        with self.point.shifted(vector, h):
+            return self.point.forward_value(self.batch)
+
+    def _slope(self, vector: Vector) -> float:
+        return float(dots(self.gradients.here, vector).sum())
+
+    def _odd_even(self, vector: Vector, h: float) -> tuple[float, float]:
+        """What the loss changes by beyond its slope: its part that is odd in h, and its even part."""
+        ahead, behind = self._loss(vector, h), self._loss(vector, -h)
+        return (ahead - behind) / 2 - h * self._slope(vector), (ahead - 2 * self.here + behind) / 2
+
+    def _settle(self, vectors: Sequence[Vector]) -> dict[int, float]:
+        """Find the length of the step, unless it is known, from losses along two vectors.
+
+        Returns:
+            number of a vector → its vᵀHv, of those for which the last trial shows it.
+        """
+        tried = [k for k, v in enumerate(vectors) if norm(v) > 0][:2]
+        while tried and not self.steps.settled("loss"):
+            length = self.steps.length("loss")
+            h = {k: length / norm(vectors[k]) for k in tried}
+            found = np.array([self._odd_even(vectors[k], h[k]) for k in tried])
+            noise = [self._silent(vectors[k], h[k] / SILENT) for k in tried]
+            odd, even = np.sqrt(np.mean(found**2, axis=0))
+            self.steps.judge_losses(float(odd), float(even), float(np.sqrt(np.mean(np.square(noise)))))
+            if self.steps.settled("loss") and self.steps.length("loss") == length:
+                return {k: 2 * float(e) / h[k] ** 2 for k, (_, e) in zip(tried, found, strict=True)}
+        return {}
+
+    def _silent(self, vector: Vector, h: float) -> float:
+        """What the loss changes by beyond its slope after a step so short that it is rounding."""
+        return self._loss(vector, h) - self.here - h * self._slope(vector)

@@ -47,16 +47,24 @@ class Cost:
         gradient_seconds: of the tapped passes over the batches for g.
         batches: how many of those there were.
         products: vectors multiplied with H, each over all the examples for H.
+        step_seconds: of one optimizer step of the training around it, without readings: the median of those
+            before; None outside of a training.
     """
 
     seconds: float
     gradient_seconds: float
     batches: int
     products: int
+    step_seconds: float | None = None
 
     @property
     def steps(self) -> float:
-        """The reading in tapped forward and backward passes over one batch: about so many training steps."""
+        """The reading in steps of the training around it; NaN where there is none."""
+        return self.seconds / self.step_seconds if self.step_seconds else math.nan
+
+    @property
+    def tapped_passes(self) -> float:
+        """The reading in passes over one batch for g, forward and backward with taps: dearer than a step."""
         return (
             self.seconds / (self.gradient_seconds / self.batches) if self.gradient_seconds > 0 else math.nan
         )

@@ -11,9 +11,12 @@ none to give says so, and no rank has a reading then.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from gns.taps import hooks_of, is_ours
 
 CALLS = 8  # of one step that are kept; the rest of a step with more micro-batches is not used
 PROBES = 8
+SPANS = 50  # last steps whose time is known, for the cost of a reading
 FAILED = "no B_noise at optimizer step {step} (training goes on, later failures are not told): {error}"
 IDLE = "this data-parallel rank did not call the model in training mode in this step, or the one before"
 NO_LOSS = ". curvature_every needs a model that is given `labels` and returns `loss`"
@@ -76,6 +80,8 @@ class CurvatureWatch:
         self._now: list[_Call] = []
         self._failed = False
         self._apart = False  # the ranks do not measure together
+        self._spans: deque[float] = deque(maxlen=SPANS)  # seconds of steps, without readings
+        self._ended: float | None = None
 
     def call(self, step: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Keep a call made in a step, if a reading will want it."""
@@ -93,6 +99,12 @@ class CurvatureWatch:
 
     def step_ends(self, step: int, learning_rate: float | None) -> None:
         """Read, if it is time; nothing may be under way. Errors are told once, and training goes on."""
+        if self._ended is not None:
+            self._spans.append(perf_counter() - self._ended)
+        self._read_if_due(step, learning_rate)
+        self._ended = perf_counter()
+
+    def _read_if_due(self, step: int, learning_rate: float | None) -> None:
         before, now = self._before, self._now
         self._before, self._now = now, []
         if not self._due(step) or in_backward() or self._apart:
@@ -100,7 +112,10 @@ class CurvatureWatch:
         if (not before or not now) and world_size() == 1:
             return
         try:
-            self.on_reading(CurvatureReading(step, learning_rate, self._read(step, before, now)))
+            found = self._read(step, before, now)
+            if found.cost is not None and self._spans:
+                found = replace(found, cost=replace(found.cost, step_seconds=median(self._spans)))
+            self.on_reading(CurvatureReading(step, learning_rate, found))
         except Exception as error:
             self._apart = isinstance(error, NotAll)
             if not self._failed:

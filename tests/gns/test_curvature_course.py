@@ -14,7 +14,7 @@ from tests.reference.tolerances import close
 NAN = math.nan
 
 
-def reading(step, x, y, cost=10.0, calls=1):
+def reading(step, x, y, cost=10.0, calls=1, step_seconds=1.0):
     estimate = CurvatureEstimate(
         b_noise=NAN,
         low=0.0,
@@ -35,7 +35,7 @@ def reading(step, x, y, cost=10.0, calls=1):
         n_examples=16,
         n_hessian=4,
         probes=8,
-        cost=Cost(cost, 1.0, calls, 9),
+        cost=Cost(cost, 1.0, calls, 9, step_seconds),
     )
     return CurvatureReading(step, 1e-3, estimate)
 
@@ -68,7 +68,14 @@ def test_the_spread_of_readings_that_know_it_is_added_not_seen_in_their_scatter(
 
 
 def test_the_cost_is_in_steps_of_the_training_not_in_calls():
-    assert over_readings([reading(50 * k, 20.0, 1.0, cost=12.0, calls=4) for k in range(3)]).steps_each == 12
+    for calls, seconds in ((1, 1.0), (4, 4.0)):
+        every = [reading(50 * k, 20.0, 1.0, 12.0 * seconds, calls, seconds) for k in range(3)]
+        assert over_readings(every).steps_each == 12
+
+
+def test_no_cost_in_steps_is_told_where_no_step_was_timed():
+    found = over_readings([reading(50 * k, 20.0, 1.0, step_seconds=None) for k in range(3)])
+    assert math.isnan(found.steps_each) and "training steps" not in str(found)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,26 @@ def test_a_reading_is_that_of_b_noise_on_the_last_two_steps_batches():
     assert len(monitor.history) == 7 and all(s.usable for s in monitor.history)
 
 
+def test_the_cost_is_told_in_steps_of_the_training_without_its_readings(monkeypatch):
+    from gns.curvature import watching
+
+    now, read = [0.0], watching.CurvatureWatch._read
+
+    def slow(self, *given):
+        now[0] += 30
+        return read(self, *given)
+
+    monkeypatch.setattr(watching, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(watching.CurvatureWatch, "_read", slow)
+    with GNSMonitor(lora("llama").train(), curvature_every=2) as monitor:
+        for _ in loop(monitor.model, 5):
+            now[0] += 2
+        first, second = (r.estimate.cost for r in monitor.curvature)
+    assert first.step_seconds == second.step_seconds == 2
+    assert second.steps == second.seconds / 2 and second.tapped_passes > 1
+    assert math.isnan(dataclasses.replace(second, step_seconds=None).steps)
+
+
 class Regression(torch.nn.Module):
     """Linear regression that gives its loss; at weight w, with x ~ N(0, 1), G = w − target and H = 1."""
 

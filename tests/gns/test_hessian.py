@@ -125,6 +125,24 @@ def test_the_parts_of_h_add_up_to_it():
     close([found.trace_h_sigma, found.g_h_g], [whole.trace_h_sigma, whole.g_h_g], rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("rows", "parts", "sizes"),
+    [
+        ([16], None, [4, 4, 4, 4]),
+        ([8], None, [4, 4]),
+        ([5], None, [2, 3]),
+        ([8], 4, [2, 2, 2, 2]),
+        ([8, 8], None, [4, 4, 4, 4]),
+        ([4, 4, 4], None, [4, 4, 4]),
+        ([1], None, [1]),
+    ],
+)
+def test_parts_of_h_are_of_four_rows_where_two_are_left(rows, parts, sizes):
+    from gns.curvature.parts import pieces
+
+    assert [len(p) for p in pieces([torch.zeros(n, 2) for n in rows], parts)] == sizes
+
+
 def test_contributions_of_factors_and_modules_add_up_and_are_the_dense_ones():
     model = tiny_gpt2().eval()
     names = trainable(model)

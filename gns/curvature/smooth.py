@@ -1,0 +1,151 @@
+"""Attention and cross-entropy of few operations while the graph of an exact product is built.
+
+What `torch` itself differentiates twice is right and slow: cross-entropy passes some ten times over its
+logits for every product, attention without a fused kernel scales, masks and guards in steps of their own.
+These give the same values and derivatives, which tests compare; other calls are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class _Slope(torch.autograd.Function):
+    """Slope of cross-entropy in its logits, (p − y) w dL, with a derivative of its own in them and in dL."""
+
+    @staticmethod
+    def forward(ctx: Any, dloss: Tensor, logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        p = torch.softmax(logits, -1)
+        ctx.save_for_backward(dloss, p, labels, share)
+        return _off_label(p.clone(), labels).mul_((share * dloss)[:, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, change: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        dloss, p, labels, share = ctx.saved_tensors
+        curved = p * change
+        mean = curved.sum(-1, keepdim=True)
+        of_dloss = None
+        if ctx.needs_input_grad[0]:
+            at_label = change.gather(-1, labels[:, None])
+            of_dloss = (share * (mean - at_label)[:, 0]).sum()
+        curved = curved.addcmul_(p, mean, value=-1).mul_((share * dloss)[:, None])  # (diag p − ppᵀ) y
+        return of_dloss, curved, None, None
+
+
+def _off_label(p: Tensor, labels: Tensor) -> Tensor:
+    """P − y, in place."""
+    return p.scatter_add_(-1, labels[:, None], p.new_full((1, 1), -1.0).expand(len(labels), 1))
+
+
+class _Entropy(torch.autograd.Function):
+    """Mean cross-entropy; its slope is `_Slope`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels, share)
+        each = functional.cross_entropy(logits, labels, reduction="none")
+        return (each * share).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels, share = ctx.saved_tensors
+        return _Slope.apply(slopes[0], logits, labels, share), None, None  # type: ignore[return-value]
+
+
+def _entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """Mean cross-entropy of rows of logits with class labels; None for any other."""
+    plain = weight is None and size_average is None and reduce is None and not label_smoothing
+    if not plain or reduction != "mean" or logits.ndim != 2 or target.shape != logits.shape[:1]:
+        return None
+    if target.is_floating_point() or not target.numel() or logits.dtype not in _WIDE:
+        return None
+    live = target != ignore_index
+    share = live.to(logits.dtype)
+    return _Entropy.apply(logits, target.masked_fill(~live, 0), share / share.sum())  # type: ignore[return-value]
+
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """softmax(scale q kᵀ + mask) v of four-dimensional tensors; None for what is not so simple."""
+    if query.ndim != 4 or dropout_p or query.shape[:2] != key.shape[:2] or query.dtype not in _WIDE:
+        return None
+    if key.dtype != query.dtype or value.dtype != query.dtype or value.shape[:3] != key.shape[:3]:
+        return None
+    (b, h, t, d), u = query.shape, key.shape[2]
+    if is_causal:
+        attn_mask = torch.ones(t, u, dtype=torch.bool, device=query.device).tril()
+    bias = query.new_zeros(1, 1, 1) if attn_mask is None else _bias(attn_mask, query, u)
+    if bias is None:
+        return None
+    q, k, v = (x.reshape(b * h, -1, x.shape[-1]) for x in (query, key, value))
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5 if scale is None else scale)
+    return torch.bmm(scores.softmax(-1), v).view(b, h, t, -1)
+
+
+def _bias(mask: Tensor, query: Tensor, keys: int) -> Tensor | None:
+    """A mask as what is added to the scores, [1 or B·H, T, U]; None where it hides all of a row."""
+    if mask.requires_grad or mask.ndim > 4 or not (mask.dtype is torch.bool or mask.dtype == query.dtype):
+        return None
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    if bool((mask == -torch.inf).all(-1).any()):
+        return None
+    (b, h, t, _), shape = query.shape, (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    mask = mask.reshape(shape)
+    if shape[:2] == (1, 1):
+        return mask[0].expand(1, t, keys)
+    return mask.expand(b, h, t, keys).reshape(b * h, t, keys)
+
+
+_INSTEAD: Mapping[Callable[..., Any], Callable[..., Tensor | None]] = {
+    functional.cross_entropy: _entropy,
+    functional.scaled_dot_product_attention: _attention,
+}
+
+
+class Smooth(TorchFunctionMode):
+    """Lets calls of the two go to the functions above, where they fit."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        instead = _INSTEAD.get(func)
+        if instead is not None and not torch.compiler.is_compiling() and not _autocast(args):
+            found = instead(*args, **kwargs)
+            if found is not None:
+                return found
+        return func(*args, **kwargs)
+
+
+def _autocast(args: tuple) -> bool:
+    kind = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
+    return torch.is_autocast_enabled(kind)

@@ -1,0 +1,123 @@
+"""How far to shift the weights for a difference of gradients or of losses: found from what they show."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gns.curvature.errors import CurvatureError
+from gns.curvature.parts import Point, norm
+
+# Change of the gradient, relative to it, that a step is to make. Differences of gradients,
+# which are rounded to 2⁻⁵³, 2⁻²⁴ or 2⁻⁹, bear a small one; second differences of losses, what is left of a
+# cancellation, do not.
+GRADIENT_CHANGE = {"double": 1e-5, "single": 3e-4, "half": 0.2}
+LOSS_CHANGE = 0.3  # the same for 16 bits; wider ones are judged by the losses
+# First trials: shifts of these shares of the weights' norm. On the shipped base model a small shift changes
+# the gradient by about 10 times its share, so the first one for gradients will do.
+START = {"double": 1e-6, "single": 3e-5, "half": 1e-3}
+START_LOSS = 1e-3
+# Of second differences of losses where one side stands for both: the odd part that is aimed at, relative to
+# the even one, and rounding that is put up with. Both average out over signs, and are in the probes' spread.
+ODD = {"double": 0.005, "single": 0.02}
+NOISE = 0.01
+FOURTH = 2.5  # error of both sides' difference in squares of odd / even: 0.022 at 0.095, 0.08 at 0.185 (base)
+TRIALS = 8
+TINY = 1e-12
+
+
+class NoStep(CurvatureError):
+    """No step along a vector changes the gradient by a measurable amount."""
+
+
+@dataclass
+class _Search:
+    """The length of a step, being found."""
+
+    length: float
+    largest: float = math.inf  # steps this long break the loss
+    trials: int = 0
+    settled: bool = False
+
+
+class Steps:
+    """How far to shift the weights, found on the first vector of each kind and kept: ‖hv‖ = length.
+
+    The first trial is a share of the weights' norm. What it shows is used if it will do, so that a search
+    that starts well costs nothing.
+
+    Args:
+        point: whose weights.
+    """
+
+    def __init__(self, point: Point):
+        self._point = point
+        self._weights = norm({name: p.detach() for name, p in point.parameters.items()}) or 1.0
+        self._found: dict[str, _Search] = {}
+        self.one_sided = False  # second differences of losses
+
+    def length(self, kind: str) -> float:
+        """Give the length to take, or to try next, for vectors of a kind."""
+        if kind not in self._found:
+            share = START_LOSS if kind == "loss" else START[self._point.precision]
+            self._found[kind] = _Search(share * self._weights)
+        return self._found[kind].length
+
+    def settled(self, kind: str) -> bool:
+        """Whether the length is found."""
+        return kind in self._found and self._found[kind].settled
+
+    def judge(self, kind: str, seen: float) -> bool:
+        """Say whether the step that was tried will do; if not, the next length is another.
+
+        Args:
+            kind: of the vector.
+            seen: change of the gradient that the step made, relative to it.
+
+        Raises:
+            NoStep: no step changes anything, or every one breaks the loss.
+        """
+        search = self._found[kind]
+        target = LOSS_CHANGE if kind == "loss" else GRADIENT_CHANGE[self._point.precision]
+        search.trials += 1
+        if not math.isfinite(seen):
+            search.largest, search.length = search.length, search.length / 30
+        elif target / 5 <= seen <= 5 * target:
+            search.settled = True
+            return True
+        else:
+            factor = target / seen if seen > 0 else 30.0
+            search.length = min(search.length * min(30.0, max(1 / 30, factor)), search.largest / 3)
+            # close enough to trust the power law
+            search.settled = seen >= target / 300 and 1 / 30 < factor < 30
+        if search.trials >= TRIALS and not search.settled:
+            raise NoStep(
+                f"no step along a {kind} vector changes the gradient by a measurable amount: the Hessian "
+                'looks like zero there; take method="exact"'
+            )
+        return False
+
+    def judge_losses(self, odd: float, even: float, noise: float) -> None:
+        """Choose the length and the sides of second differences of losses by what a trial showed.
+
+        With a step f times as long odd / even is f times as large, noise / even 1 / f² times.
+
+        Args:
+            odd: what the loss changes by beyond its slope, the part that is odd in the step.
+            even: the even part, half a second difference.
+            noise: what rounding alone changes.
+        """
+        search, limit = self._found["loss"], ODD[self._point.precision]
+        search.trials += 1
+        if not math.isfinite(odd + even):
+            search.largest, search.length = search.length, search.length / 30
+            search.settled = search.trials >= TRIALS
+            return
+        odd, noise = (max(v / even if even > 0 else math.inf, TINY) for v in (odd, noise))
+        factor = 1.0 if odd <= 1.5 * limit and noise <= NOISE else limit / odd
+        self.one_sided = noise / factor**2 <= NOISE if factor > 0 else False
+        if not self.one_sided:
+            factor = (noise / (FOURTH * odd**2)) ** 0.25 if math.isfinite(odd) else 30.0
+        factor = min(30.0, max(1 / 30, factor))
+        search.length = min(search.length * factor, search.largest / 3)
+        search.settled = 1 / 5 <= factor <= 5 or search.trials >= TRIALS
