@@ -2,13 +2,13 @@
 
 A run of S steps over E examples of T tokens, with V evaluations of n examples and g generated answers, takes
 
-    start + a·S + c·T·(E + n·(V + 2)/3) + d·g        seconds on one worker
+    start + a·S + c·T·(E + n·(V + 2)/3) + d·g + e·S/k        seconds on one worker
 
 a: overhead of a step; c: seconds per token, forward and backward (a forward pass alone is a third of it);
-d: seconds per answer. For the shipped bases a and c were measured on one core, by this command: see `CORE`.
-For an accelerator c is 4·P/throughput (LoRA: forward pass and gradients of inputs) at a throughput that is
-assumed and said here; that estimate is worth as much as the assumption. While a sweep runs, its own times
-correct it.
+d: seconds per answer; e: seconds per step in which the noise scale is measured, one in k. For the shipped bases
+a and c were measured on one core, see `CORE`. For an accelerator c is 4·P/throughput (LoRA: forward pass and
+gradients of inputs) at a throughput that is assumed and said here; that estimate is worth as much as the
+assumption. While a sweep runs, its own times correct it.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ MACHINES = {
     "gpu": Machine("1 GPU at 100 TFLOP/s", 1, 2.0, 0.03, 1e14, 0.01),
     "paper": Machine("8 GPUs at 300 TFLOP/s", 8, 60.0, 0.1, 3e14, 0.5),
 }
-# base → (a, c), by `python -m experiments.forecast`, on one core of an AMD EPYC (Zen 4)
+# base → (a, c), processor time on one core of an AMD EPYC (Zen 4) that others shared, so rather too much
 CORE: dict[str, tuple[float, float]] = {
     "1m": (8e-3, 1.3e-4),
     "math-200k": (6e-3, 4.8e-5),
     "math-1m": (8e-3, 1.3e-4),
 }
+MEASURED = 0.03  # e, seconds, of batches of 4 on the same core
 PARAMETERS = {
     "math-25m": 25e6,
     "math-100m": 100e6,
@@ -81,7 +82,10 @@ def run_seconds(config: RunConfig, scale: str) -> float:
     """
     machine = MACHINES[scale]
     step, token = CORE.get(config.base, (machine.step, _per_token(config.base, machine)))
-    return machine.start + step * config.n_steps + token * _tokens(config) + machine.answer * config.generate
+    extra = machine.answer * config.generate
+    if config.gns_every:
+        extra += MEASURED * config.n_steps / config.gns_every
+    return machine.start + step * config.n_steps + token * _tokens(config) + extra
 
 
 def fitted(rows: Iterable[Mapping[str, Any]], start: float) -> dict[str, tuple[float, float]]:

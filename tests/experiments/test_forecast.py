@@ -25,6 +25,7 @@ def costs(monkeypatch):
         ({"protocol": "steps", "steps": 3}, 3 * 0.5 + 0.01 * 2 * (30 + 30)),
         ({"evals": 4}, 10 * 0.5 + 0.01 * 2 * (100 + 60)),
         ({"dials": {"merged": 2}}, 10 * 0.5 + 0.01 * 4 * 130),
+        ({"gns_every": 5}, 10 * 0.5 + 0.01 * 2 * 130 + 2 * forecast.MEASURED),
         ({"adapter": "full"}, 10 * 0.5 + 0.01 * 2 * (150 + 30)),
     ],
 )
