@@ -5,7 +5,7 @@ A run of S steps over E examples of T tokens, with V evaluations of n examples a
     start + a·S + c·T·(E + n·(V + 2)/3) + d·g + e·S/k        seconds on one worker
 
 a: overhead of a step; c: seconds per token, forward and backward (a forward pass alone is a third of it);
-d: seconds per answer; e: seconds per step in which the noise scale is measured, one in k. For the shipped bases
+d: seconds per answer; e: seconds per step in which the noise scale is measured, one in k. For shipped bases
 a and c were measured on one core, see `CORE`. For an accelerator c is 4·P/throughput (LoRA: forward pass and
 gradients of inputs) at a throughput that is assumed and said here; that estimate is worth as much as the
 assumption. While a sweep runs, its own times correct it.
