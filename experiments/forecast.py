@@ -1,22 +1,29 @@
-"""How long a sweep takes: a model of a run's time, corrected by the sweep's own times as they come in.
+"""`python -m experiments.forecast rows.jsonl`: how long runs take, fitted to rows; `--list` is made of it.
 
 A run of S steps over E examples of T tokens, with V evaluations of n examples and g generated answers, takes
 
-    start + a·S + c·T·(E + n·(V + 1)/3) + d·g        seconds on one worker
+    start + a·S + c·T·(E + n·(V + 2)/3) + d·g + e·S/k        seconds on one worker
 
 a: overhead of a step; c: seconds per token, forward and backward (a forward pass alone is a third of it);
-d: seconds per answer. For the shipped bases they were measured, on one core; see `CORE`. For an accelerator c
-is 4·P/throughput (LoRA: forward pass and gradients of inputs) at a throughput that is assumed and said here,
-and the estimate is worth as much as that assumption.
+d: seconds per answer; e: seconds per step in which the noise scale is measured, one in k. For shipped bases
+a and c were measured on one core, see `CORE`. For an accelerator c is 4·P/throughput (LoRA: forward pass and
+gradients of inputs) at a throughput that is assumed and said here; that estimate is worth as much as the
+assumption. While a sweep runs, its own times correct it.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import optimize
+
+from experiments import rowsfile
 from experiments.configs import RunConfig
 
 
@@ -47,8 +54,13 @@ MACHINES = {
     "gpu": Machine("1 GPU at 100 TFLOP/s", 1, 2.0, 0.03, 1e14, 0.01),
     "paper": Machine("8 GPUs at 300 TFLOP/s", 8, 60.0, 0.1, 3e14, 0.5),
 }
-# base → (a, c), measured by `python -m experiments.forecast ROWS.jsonl` on one core of an AMD EPYC (Zen 4)
-CORE: dict[str, tuple[float, float]] = {}
+# base → (a, c), processor time on one core of an AMD EPYC (Zen 4) that others shared, so rather too much
+CORE: dict[str, tuple[float, float]] = {
+    "1m": (8e-3, 1.3e-4),
+    "math-200k": (6e-3, 4.8e-5),
+    "math-1m": (8e-3, 1.3e-4),
+}
+MEASURED = 0.03  # e, seconds, of batches of 4 on the same core
 PARAMETERS = {
     "math-25m": 25e6,
     "math-100m": 100e6,
@@ -58,7 +70,7 @@ PARAMETERS = {
     "google/gemma-3-1b-pt": 1.0e9,
 }
 # task → tokens of an example, measured with the bases' own tokenizer, and assumed for the hub's
-TOKENS = {"wordmath": 60.0, "stdlib": 128.0, "metamath-gsm8k": 250.0, "codefeedback-humaneval": 400.0}
+TOKENS = {"wordmath": 87.0, "stdlib": 128.0, "metamath-gsm8k": 250.0, "codefeedback-humaneval": 400.0}
 
 
 def run_seconds(config: RunConfig, scale: str) -> float:
@@ -70,14 +82,35 @@ def run_seconds(config: RunConfig, scale: str) -> float:
     """
     machine = MACHINES[scale]
     step, token = CORE.get(config.base, (machine.step, _per_token(config.base, machine)))
-    length = min(TOKENS.get(config.task, 128.0) * config.dials.get("merged", 1), config.max_length)
-    examples = min(config.n_steps * config.batch_size, config.n_steps * config.n_train)
-    if config.protocol != "steps":
-        examples = config.epochs * config.n_train
-    evaluated = config.n_eval * (config.evals + 2) / 3  # before the first step, and the test split
-    train = 1.5 if config.adapter == "full" else 1.0  # gradients of the weights as well
-    work = token * length * (train * examples + evaluated)
-    return machine.start + step * config.n_steps + work + machine.answer * config.generate
+    extra = machine.answer * config.generate
+    if config.gns_every:
+        extra += MEASURED * config.n_steps / config.gns_every
+    return machine.start + step * config.n_steps + token * _tokens(config) + extra
+
+
+def fitted(rows: Iterable[Mapping[str, Any]], start: float) -> dict[str, tuple[float, float]]:
+    """Fit a and c to the times of solo runs on one thread, by least squares relative to each time.
+
+    Args:
+        rows: of runs; only those count that are done, have no noise scale and no answers.
+        start: seconds before a run's first step, as in `MACHINES`.
+
+    Returns:
+        base → (a, c), neither below 0, for bases with two such runs or more.
+    """
+    runs: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        config = RunConfig.of(row["config"])
+        if row["status"] == "done" and row["engine"] == "loop" and not (config.gns_every or config.generate):
+            counts = (float(config.n_steps), _tokens(config), max(row["seconds"] - start, 1e-3))
+            runs.setdefault(config.base, []).append(counts)
+    found = {}
+    for base, counts in runs.items():
+        if len(counts) > 1:
+            table = np.array(counts)
+            costs, _ = optimize.nnls(table[:, :2] / table[:, 2:], np.ones(len(table)))
+            found[base] = (float(costs[0]), float(costs[1]))
+    return found
 
 
 def sweep_seconds(configs: Iterable[RunConfig], scale: str, workers: int | None = None) -> float:
@@ -130,6 +163,30 @@ def words(seconds: float) -> str:
     return f"{math.ceil(seconds)} s"
 
 
+def _tokens(config: RunConfig) -> float:
+    """Tokens of a run that pass forward and backward; a forward pass alone counts a third."""
+    length = min(TOKENS.get(config.task, 128.0) * config.dials.get("merged", 1), config.max_length)
+    trained = config.steps * config.batch_size if config.steps else config.epochs * config.n_train
+    evaluated = config.n_eval * (config.evals + 2) / 3  # before the first step, and the test split
+    factor = 1.5 if config.adapter == "full" else 1.0  # gradients of the weights as well
+    return length * (factor * trained + evaluated)
+
+
 def _per_token(base: str, machine: Machine) -> float:
     """Estimate c of a base that was not measured: 4·P/throughput."""
     return 4 * PARAMETERS.get(base, 1e9) / machine.flops
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the lines of `CORE` for the bases in files of rows, and how far off they are."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.forecast", description="Fit run times.")
+    parser.add_argument("rows", type=Path, nargs="+", help="files of rows, JSON lines")
+    parser.add_argument("--scale", choices=MACHINES, default="laptop")
+    asked = parser.parse_args(arguments)
+    found = [row for path in asked.rows for row in rowsfile.read(path)]
+    for base, (step, token) in fitted(found, MACHINES[asked.scale].start).items():
+        print(f'    "{base}": ({step:.2g}, {token:.2g}),')
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,7 @@ def _do(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if asked.status:
         print(", ".join(f"{n} {status}" for status, n in sorted(settled(job, extend=asked.extend).items())))
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's word for Ctrl-C
     return Crew(job, preset).run(extend=asked.extend, retry=asked.retry_failed)
 
 

@@ -44,7 +44,7 @@ def draw(found: Sequence[Curve], series: Sequence[str]) -> Figure:
     batch_axis(axes, ticks)
     axes.set_xlim(low, high)
     label(axes, "batch size (examples a step); arrows: beyond what was tried, or no end", "")
-    axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.9 / figure.get_figheight()), ncols=2)
+    axes.legend(fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2)
     return figure
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from experiments import forecast
+from experiments import forecast, rowsfile
 from experiments.configs import RunConfig
 
 RUN = RunConfig("b", "wordmath", n_train=100, batch_size=10, n_eval=30, evals=1)
@@ -25,6 +25,7 @@ def costs(monkeypatch):
         ({"protocol": "steps", "steps": 3}, 3 * 0.5 + 0.01 * 2 * (30 + 30)),
         ({"evals": 4}, 10 * 0.5 + 0.01 * 2 * (100 + 60)),
         ({"dials": {"merged": 2}}, 10 * 0.5 + 0.01 * 4 * 130),
+        ({"gns_every": 5}, 10 * 0.5 + 0.01 * 2 * 130 + 2 * forecast.MEASURED),
         ({"adapter": "full"}, 10 * 0.5 + 0.01 * 2 * (150 + 30)),
     ],
 )
@@ -33,6 +34,23 @@ def test_a_runs_parts_add_up(changed, seconds):
     assert forecast.run_seconds(dataclasses.replace(RUN, **changed), "laptop") == pytest.approx(
         start + seconds
     )
+
+
+def test_a_fit_gives_the_costs_back(tmp_path, capsys):
+    runs = [dataclasses.replace(RUN, batch_size=b, seed=s) for b in (1, 4, 20) for s in (0, 1)]
+    rows = [
+        {"hash": c.hash, "status": "done", "engine": "loop", "config": c.to_dict()}
+        | {"seconds": forecast.run_seconds(c, "laptop")}
+        for c in runs
+    ]
+    rows += [
+        rows[0] | {"engine": "packed", "seconds": 99.0},
+        rows[1] | {"status": "diverged", "seconds": 0.6},
+    ]
+    assert forecast.fitted(rows, forecast.MACHINES["laptop"].start)["b"] == pytest.approx((0.5, 0.01))
+    rowsfile.append(tmp_path / "rows.jsonl", rows)
+    forecast.main([str(tmp_path / "rows.jsonl")])
+    assert capsys.readouterr().out == '    "b": (0.5, 0.01),\n'
 
 
 def test_what_was_seen_corrects_what_was_expected():
