@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 from experiments.tasks.stories import Chain, draw_chain
 from experiments.tasks.wordmath import part_of
@@ -85,6 +86,23 @@ SECOND = {
         "{b} people get equal parts, and {one} is one of these.",
     ),
 }
+# Short ones, with two numbers close to their calculation: without them no base found the numbers in stories.
+NOTES = {
+    "+": (
+        "{a} and {b} more:",
+        "{a} {goods} plus {b} {goods},",
+        "{one} {a}, {two} {b}, both",
+        "first {a}, then {b},",
+    ),
+    "-": (
+        "{a} without {b}:",
+        "{a} {goods} minus {b} {goods},",
+        "{one} had {a}, lost {b},",
+        "{b} less than {a}:",
+    ),
+    "*": ("{a} taken {b} times:", "{b} lots of {a} {goods},"),
+    "/": ("{a} in {b} parts:", "one of {b} parts of {a} {goods},"),
+}
 LEADS = (
     "So we have",
     "That makes",
@@ -104,12 +122,13 @@ CLOSINGS = (
     "",
 )
 BREAKS = (" ", "\n")  # before a calculation
+NOTE_LINES = 14
 LINES = 24  # calculations on a sheet of them
 STORIES = 6  # word problems on a sheet of those
 
 
 def documents(part: Part, n: int, seed: int = 0) -> list[Document]:
-    """Give `n` sheets, one in three of word problems, the others of calculations alone.
+    """Give `n` sheets, by turns of calculations alone, of notes and of word problems.
 
     Args:
         part: "base" to learn from; "held_out": sheets of calculations that are on none of those.
@@ -134,7 +153,7 @@ def _line(chain: Chain) -> str:
 
 
 def _sheet(i: int, chains: Iterator[Chain], rng: Random) -> str:
-    return _drill(chains, rng) if i % 3 else _stories(chains, rng)
+    return (_drill, _notes, _stories)[i % 3](chains, rng)
 
 
 def _drill(chains: Iterator[Chain], rng: Random) -> str:
@@ -142,17 +161,33 @@ def _drill(chains: Iterator[Chain], rng: Random) -> str:
     return "\n".join(_line(next(chains)) for _ in range(LINES)) + "\n"
 
 
+def _notes(chains: Iterator[Chain], rng: Random) -> str:
+    """Short notes, one a line."""
+    return "\n".join(_note(next(chains), rng) for _ in range(NOTE_LINES)) + "\n"
+
+
 def _stories(chains: Iterator[Chain], rng: Random) -> str:
     """Word problems with worked solutions, with a blank line between them."""
     return "\n\n".join(_story(next(chains), rng) for _ in range(STORIES)) + "\n"
 
 
-def _story(chain: Chain, rng: Random) -> str:
-    ((sign, b),) = chain.steps
+def _words(chain: Chain, rng: Random) -> dict[str, Any]:
+    """What a sentence is filled with."""
+    ((_, b),) = chain.steps
     one, two = rng.sample(PEOPLE, 2)
+    return {"one": one, "two": two, "goods": rng.choice(GOODS), "a": chain.start, "b": b}
+
+
+def _note(chain: Chain, rng: Random) -> str:
+    ((sign, _),) = chain.steps
+    return f"{rng.choice(NOTES[sign]).format(**_words(chain, rng))} {_line(chain)}"
+
+
+def _story(chain: Chain, rng: Random) -> str:
+    ((sign, _),) = chain.steps
     filler = rng.choice(FILLERS) if rng.random() < 0.5 else ""
     told = [rng.choice(FIRST), filler, rng.choice(SECOND[sign]), rng.choice(LEADS)]
-    words = {"one": one, "two": two, "goods": rng.choice(GOODS), "a": chain.start, "b": b}
+    words = _words(chain, rng)
     before = " ".join(part for part in told if part).format(**words)
     closing = rng.choice(CLOSINGS).format(c=chain.results()[-1], **words)
     return f"{before}{rng.choice(BREAKS)}{_line(chain)}{closing}"
