@@ -65,9 +65,9 @@ BASES = {
             sequence_length=512,
             learning_rate=1.5e-3,
         ),
-        _math("math-200k", 64, 128, 3, 4, steps=3_000, learning_rate=4e-3, tokenizer=None, **SMALL),
-        _math("math-1m", 128, 344, 4, 4, steps=4_000, **SMALL),
-        _math("math-5m", 256, 688, 6, 8, steps=3_000, learning_rate=1.5e-3, **SMALL),
+        _math("math-200k", 64, 128, 3, 4, steps=6_000, learning_rate=4e-3, tokenizer=None, **SMALL),
+        _math("math-1m", 128, 344, 4, 4, steps=5_000, **SMALL),
+        _math("math-5m", 256, 688, 6, 8, steps=2_500, learning_rate=2e-3, **SMALL),
         _math(  # for a GPU
             "math-25m", 512, 1_376, 8, 8, steps=3_000, batch_size=64, learning_rate=1.5e-3
         ),

@@ -47,12 +47,10 @@ def answers(
     try:
         for start in range(0, len(items), batch_size):
             chosen = by_length[start : start + batch_size]
-            padded = _left_padded([prompts[i] for i in chosen], pad_id(tokenizer))
-            new = _greedy(
-                model, *(part.to(device) for part in padded), tokenizer.eos_token_id, max_new_tokens
-            )
-            for i, ids in zip(chosen, new.tolist(), strict=True):
-                found[i] = _text(ids, tokenizer)
+            ids, mask = _left_padded([prompts[i] for i in chosen], pad_id(tokenizer))
+            new = _greedy(model, ids.to(device), mask.to(device), tokenizer.eos_token_id, max_new_tokens)
+            for i, answer in zip(chosen, new.tolist(), strict=True):
+                found[i] = _text(answer, tokenizer)
     finally:
         model.train(was_training)
     return found

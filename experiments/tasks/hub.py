@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def prompt(instruction: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def records(source: str, split: str, needed: tuple[str, ...], config: str | None = None) -> Sequence[Mapping]:
+def records(source: str, split: str, needed: tuple[str, ...], config: str | None = None) -> Any:
     """Read a data set.
 
     Args:
@@ -39,7 +38,7 @@ def records(source: str, split: str, needed: tuple[str, ...], config: str | None
         config: of a hub data set that has several.
 
     Returns:
-        Its records, in their order; columns that are not needed may be there too.
+        A `datasets.Dataset` of its records, in their order; columns that are not needed may be there too.
 
     Raises:
         RunError: `datasets` is not installed, the source cannot be read, or a column is missing.

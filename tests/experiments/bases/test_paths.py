@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.bases import BASES, base_path, paths
+from experiments.bases import base_path, paths
 from experiments.configs import RunError
 from gns.corpus import base_model_path
 
@@ -40,9 +40,3 @@ def test_folders_and_hub_names_pass(tmp_path):
 def test_what_is_not_there_is_named(name, message):
     with pytest.raises(RunError, match=message):
         base_path(name)
-
-
-def test_rows_are_named_as_they_are_keyed():
-    assert all(name == config.name for name, config in BASES.items())
-    maths = [config for name, config in BASES.items() if name.startswith("math-")]
-    assert len({(c.vocab_size, c.primer, c.single_digits, c.tokenizer or c.name) for c in maths}) == 1
