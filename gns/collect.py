@@ -316,7 +316,8 @@ class Collector:
             self.now.reason = SECOND_ORDER
         gradients = self._gradients()
         read = self.check.totals() if self.hidden else gradients
-        self.now.sq_norms = sq_norms(read, [e.parameter for e in self.entries])
+        like = [e.parameter for e in self.entries] if any(g is None for g in read) else ()
+        self.now.sq_norms = sq_norms(read, like)
         self.now.in_metric = self.weights.sq_norms(read)
         self.now.local = self.hidden
         if not self.hidden:
@@ -331,7 +332,8 @@ class Collector:
         self._end(self.boundary.backward_ends())
 
     def _gradients(self) -> list[Tensor | None]:
-        return [None if g is None else local(g) for g in (e.parameter.grad for e in self.entries)]
+        grads = [e.parameter.grad for e in self.entries]
+        return [g if type(g) is Tensor or g is None else local(g) for g in grads]
 
     # the optimizer
 

@@ -251,8 +251,8 @@ class OpenStep:
             "local": r.local,
             "metric": self.metric,
         }
-        wide = any(e.parameter.dtype is torch.float64 for e in self.entries)
-        exact = all(e.parameter.dtype is torch.float64 for e in self.entries)
+        dtypes = {e.parameter.dtype for e in self.entries}
+        wide, exact = torch.float64 in dtypes, dtypes == {torch.float64}
         if unready is None and r.spread is not None and r.spread.fits(s[keep].sum(), SPREAD_RTOL[exact]):
             about |= r.spread.fields(r.n)
         sums = part.close(q[keep], layout(names), reason=reason, **about)

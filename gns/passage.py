@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 class TapFunction(torch.autograd.Function):
     """Identity on the output; the sums leave as gradients of the leaves."""
 
+    @classmethod
+    def plainly(cls, *args: Any) -> Tensor:
+        """Do what `apply` does outside function transforms, without its look for what one may have left."""
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[reportAttributeAccessIssue]
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -41,13 +46,13 @@ class TapFunction(torch.autograd.Function):
         """Give the output on, and keep what the backward needs."""
         if not tap.needing.isdisjoint(live):  # else the layer itself does not keep x either
             ctx.save_for_backward(x)
-        ctx.tap, ctx.live, ctx.n_extra, ctx.where = tap, live, len(extra), where
+        ctx.tap, ctx.live, ctx.n_extra, ctx.where, ctx.alone = tap, live, len(extra), where, out.shape
         ctx.carried = leaf is None  # norms go to the call's carriers, the first of the others
-        ctx.gathered, ctx.checked, ctx.alone = (), tuple(tap.checks), out.shape
-        ctx.weighs, ctx.contracted = weighed is not None, tuple(tap.contracted)
-        if tap.gathers:
+        ctx.more = not ctx.carried or bool(tap.checks) or bool(tap.contracted)
+        if ctx.more:
+            ctx.contracted, ctx.checked = tuple(tap.contracted), tuple(tap.checks)
+            ctx.weighs = weighed is not None
             ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
-        if tap.checks:
             ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
         seen = out.detach()  # neither a view nor the input itself: users change outputs in place
         return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
@@ -89,6 +94,8 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
     if where.shared_by:
         x = x.expand(where.shared_by, *x.shape[1:])
     with plainly(dy.device.type):
+        if not ctx.more:
+            return None, None, None, *_carried(ctx, x, dy, where)
         gathered, carried = {p for p, _, _ in ctx.gathered}, []
         for p, gather, noted in ctx.gathered:
             carried += gather.contribute(rule, layer, x, dy, p, where, noted)

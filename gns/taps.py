@@ -240,7 +240,9 @@ class InputHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Give the cast arguments, or None to leave them."""
-        if not self.collector.active or not torch.is_grad_enabled():
+        if not self.collector.active or not torch._C._is_any_autocast_enabled():
+            return None
+        if not torch.is_grad_enabled():
             return None
         if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:
             return None  # another hook would see the cast input
@@ -262,7 +264,8 @@ class OutputHook(_Hook):
         if not torch.is_grad_enabled() or (not compiling and _transformed()):
             return None
         if not collector.active:
-            collector.forward_seen()
+            if compiling or collector.boundary.hears_forward:
+                collector.forward_seen()
             return None
         if not isinstance(out, Tensor) or not out.requires_grad:
             return None
@@ -284,7 +287,8 @@ class OutputHook(_Hook):
             leaves = where.each, tap.weighed, tap.leaf, *tap.sites(x, where)
         sums = (*tap.checks.values(), *tap.contracted.values())
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
-        return TapFunction.apply(out, x, tap, live, where, *leaves, *sums)
+        tapped = TapFunction.apply if compiling else TapFunction.plainly
+        return tapped(out, x, tap, live, where, *leaves, *sums)
 
 
 class RootInput(_Hook):
