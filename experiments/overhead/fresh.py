@@ -92,7 +92,11 @@ def pair(setting: Setting, pairs: int) -> dict[str, Any]:
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
             for rank in (0, 1)
         ]
-        said = [end.communicate(timeout=600)[0] for end in ends]
+        try:
+            said = [end.communicate(timeout=600)[0] for end in ends]
+        finally:
+            for end in ends:
+                end.kill()
     if any(end.returncode for end in ends):
         raise RuntimeError(f"ranks ended with {[end.returncode for end in ends]}")
     return json.loads(said[0].splitlines()[-1])

@@ -29,21 +29,26 @@ WANTED = {  # setting → most time and memory at every=1, × untouched
 }
 HEAD = """# What the monitor costs on a CPU
 
-Full optimizer steps (forward, backward, clip, AdamW), interleaved in one process, A B A B …; medians of paired ratios
-to the untouched step, with quartiles. Beside each stands the untouched step beside itself (A/A): nothing smaller than
-that is claimed. `make bench` makes all of it. This page is made from `rows.jsonl` alone, by
-`python -m experiments.overhead.page experiments/results/overhead`. A GPU has [its own](../gpu/README.md).
+Full optimizer steps (forward, backward, clip, AdamW), interleaved in one process, A B A B …; medians of
+paired ratios to the untouched step, with quartiles. Beside each stands the untouched step beside itself (A/A):
+nothing smaller than that is claimed. `make bench` makes all of it. This page is made from `rows.jsonl` alone,
+by `python -m experiments.overhead.page experiments/results/overhead`. A GPU has
+[its own](../gpu/README.md).
 
 ## What was wanted, at `every=1`"""
+HEAD_ROW = "setting | untouched beside itself | monitor | wanted | bytes saved | peak resident size | wanted"
 IDLE = (
-    "**Between measured steps** ({name}, counted): {operations} operations more than the untouched step, {tensors} "
-    "tensors and {size} bytes more saved for backward. Calls of our hooks on layers: {calls}, together {spent:.0f} µs "
-    "of a step of {step:.0f} ms: {share:.3f} %."
+    "**Between measured steps** ({name}, counted): {operations} operations more than the untouched step, "
+    "{tensors} tensors and {size} bytes more saved for backward. Calls of our hooks on layers: {calls}, "
+    "together {spent:.0f} µs of a step of {step:.0f} ms: {share:.3f} %."
 )
-STARTUP = "**Start-up**: attaching to a {name} model with {parameters} factors takes {seconds:.2f} s (wanted: 0.5 s)."
+STARTUP = (
+    "**Start-up**: attaching to a {name} model with {parameters} factors takes {seconds:.2f} s "
+    "(wanted: 0.5 s)."
+)
 RANKS = (
-    "**Two ranks** (DDP on gloo, one core each, {name} a rank): a measured step adds {calls:.2f} all-reduce of "
-    "{size:,.0f} bytes, on a thread of ours. Time × {middle:.3f} ({low:.3f} … {high:.3f}){beside}."
+    "**Two ranks** (DDP on gloo, one core each, {name} a rank): a measured step adds {calls:.2f} all-reduce "
+    "of {size:,.0f} bytes, on a thread of ours. Time × {middle:.3f} ({low:.3f} … {high:.3f}){beside}."
 )
 MIB = 2**20
 Rows = list[dict[str, Any]]
@@ -86,11 +91,12 @@ def page(rows: Rows, notes: str) -> str:
 def summary(rows: Rows) -> str:
     """Write the table of wanted and reached."""
     lines = [
-        "| setting | untouched beside itself | monitor | wanted | bytes saved | peak resident size | wanted |",
+        f"| {HEAD_ROW} |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, (time, memory) in WANTED.items():
-        arms = {r["arm"]: r for r in timed(rows) if r["setting"]["name"] == name and r["status"] == "ok"}
+        here = [row for row in timed(rows) if row["setting"]["name"] == name]
+        arms = {row["arm"]: row for row in here if row["status"] == "ok"}
         if not {AA, "monitor"} <= arms.keys():
             lines.append(f"| {name} | not yet measured | | {time} | | | {memory} |")
             continue
