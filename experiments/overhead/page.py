@@ -1,7 +1,8 @@
 """`python -m experiments.overhead.page FOLDER`: the benchmark's page, table and figures, from its rows only.
 
 Reads `rows.jsonl` and `notes.md` (what the profile shows is left, and what was tried) in the folder; writes
-`README.md`, `overhead.png` and a figure a sweep there. Prints the table that the project's README shows.
+`README.md`, `overhead.png` and a figure a sweep there. With `--readme README.md` the table of what was wanted
+and reached goes into the project's README, between its two marks.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ WANTED = {  # setting → most time and memory at every=1, × untouched
 HEAD = """# What the monitor costs on a CPU
 
 Full optimizer steps (forward, backward, clip, AdamW), interleaved in one process, A B A B …; medians of
-paired ratios to the untouched step, with quartiles. Beside each stands the untouched step beside itself (A/A):
-nothing smaller than that is claimed. `make bench` makes all of it. This page is made from `rows.jsonl` alone,
-by `python -m experiments.overhead.page experiments/results/overhead`. A GPU has
-[its own](../gpu/README.md).
+paired ratios to the untouched step, with quartiles. Beside each stands the untouched step beside itself: nothing
+smaller than that is claimed. `make bench` makes all of it. This page is made from `rows.jsonl` alone, by
+`python -m experiments.overhead.page experiments/results/overhead`. A GPU has [its own](../gpu/README.md).
 
 ## What was wanted, at `every=1`"""
 HEAD_ROW = "setting | untouched beside itself | monitor | wanted | bytes saved | peak resident size | wanted"
@@ -50,6 +50,7 @@ RANKS = (
     "**Two ranks** (DDP on gloo, one core each, {name} a rank): a measured step adds {calls:.2f} all-reduce "
     "of {size:,.0f} bytes, on a thread of ours. Time × {middle:.3f} ({low:.3f} … {high:.3f}){beside}."
 )
+BEGIN, END = "<!-- overhead: begin, from rows -->", "<!-- overhead: end -->"
 MIB = 2**20
 Rows = list[dict[str, Any]]
 
@@ -183,13 +184,33 @@ def write(folder: Path) -> list[Path]:
     return [folder / "README.md", *(folder / name for name in drawn)]
 
 
+def insert(readme: Path, rows: Rows, folder: str) -> None:
+    """Put table and figure between the marks of the project's README.
+
+    Raises:
+        ValueError: it has not both marks.
+    """
+    text = readme.read_text()
+    before, begin, rest = text.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme} has no {BEGIN!r} followed by {END!r}; put both where the table belongs")
+    about = rows[0]["machine"]
+    head = f"On a CPU ({about['device']}, {about['threads']} threads), all steps measured"
+    figure = f"![Time of a step by arm: the monitor beside its peers]({folder}/overhead.png)"
+    said = f"{head} ([rows, peers, sweeps]({folder}/README.md)):\n\n{summary(rows)}\n\n{figure}\n"
+    readme.write_text(f"{before}{begin}{said}{end}{after}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read, write, print the table of the project's README."""
+    """Read, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args(arguments).folder
-    print("\n".join(map(str, write(folder))))
-    print(summary(read(folder / "rows.jsonl")))
+    parser.add_argument("--readme", type=Path, help="of the project")
+    given = parser.parse_args(arguments)
+    print("\n".join(map(str, write(given.folder))))
+    if given.readme is not None:
+        insert(given.readme, read(given.folder / "rows.jsonl"), str(given.folder))
 
 
 if __name__ == "__main__":

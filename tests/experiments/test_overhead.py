@@ -125,7 +125,7 @@ def test_table_and_figure_are_of_rows_alone(tmp_path):
     found = table.read([path])
     assert len(found) == 2
     text = table.table(found)
-    assert "### tiny, float32, on a CPU" in text and "torch 2; 2 threads; commit abc; 5 pairs." in text
+    assert "### tiny, float32, on a CPU" in text and "torch 2; 2 threads; commit abc; 3 pairs." in text
     assert f"| untouched (A/A) | {ratio(rows[0])[0]:.3f} (" in text
     assert "| broken | could not run: ValueError: planted | | |" in text
     (ax,) = table.figure(found).axes
@@ -191,7 +191,7 @@ def test_attaching_to_a_model_without_storage_is_timed():
 
 @pytest.fixture
 def short(monkeypatch):
-    """The whole benchmark on tiny models: one setting, one sweep of two points, nothing in fresh processes."""
+    """The whole benchmark on tiny models: one setting, one sweep of two points, no fresh processes."""
     given = setting(name="width 512, r=16, 8×128")
     sweep = Sweep("tiny", "T", (4, 8), lambda x: setting(name=f"T {x}", tokens=x), (Monitored, Gram))
     monkeypatch.setitem(command.PRESETS, "cpu", [given])
@@ -216,12 +216,16 @@ def test_one_command_writes_rows_figures_and_a_page_that_says_what_was_missed(sh
     assert "0 operations more than the untouched step, 0 tensors and 0 bytes more" in text
     assert "takes 0.30 s" in text and "1.00 all-reduce of 80 bytes" in text and "Time × 1.100" in text
     assert text.endswith("This.\n") and "(sweep-tokens.png)" in text
-    assert "1.010 of 102 MiB (untouched: ± 0.039)" in text or "of 102 MiB" in text
+    assert "1.010 of 102 MiB (untouched: ± 0.039)" in text
     assert "| width 1,024, r=16, 8×128 | not yet measured | | 1.03 | | | 1.02 |" in text
     ours = next(r for r in page.timed(rows) if r["arm"] == "monitor")
     ours["arm_s"] = [2 * t for t in ours["untouched_s"]]
-    assert "**" not in page.summary(
-        rows
-    ) and "2.000 (2.000 … 2.000) | 1.05: missed | 1.000 |" in page.summary(rows)
+    assert "2.000 (2.000 … 2.000) | 1.05: missed | 1.000 |" in page.summary(rows)
+    readme = tmp_path / "PROJECT.md"
+    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    page.insert(readme, rows, "results")
+    assert "old" not in readme.read_text() and "2.000 (2.000 … 2.000)" in readme.read_text()
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+    assert "(results/overhead.png)" in readme.read_text()
     (ax,) = page.sweepfigure.figure("tokens", [r for r in rows if r.get("sweep") == "tokens"]).axes
     assert ax.get_xlabel() == "T" and len(ax.get_legend().get_texts()) == 3
