@@ -114,7 +114,8 @@ class Calls:
         found = [each.place(tap, x, device) for each in calls if each.rows is not None]
         fitting = [where for where in found if where.misfit is None]
         if len(fitting) == 1:
-            return fitting[0]
+            # several uses of a layer would meet in its carrier unseen; its own leaf counts the rows of each
+            return dataclasses.replace(fitting[0], carriers=None)
         if not fitting:
             found = [_placement(tap, x, each) for each in reversed(self._recent)]
             fitting = [where for where in found if where.misfit is None][:1]

@@ -31,9 +31,9 @@ WANTED = {  # setting → most time and memory at every=1, × untouched
 HEAD = """# What the monitor costs on a CPU
 
 Full optimizer steps (forward, backward, clip, AdamW), interleaved in one process, A B A B …; medians of
-paired ratios to the untouched step, with quartiles. Beside each stands the untouched step beside itself: nothing
-smaller than that is claimed. `make bench` makes all of it. This page is made from `rows.jsonl` alone, by
-`python -m experiments.overhead.page experiments/results/overhead`. A GPU has [its own](../gpu/README.md).
+paired ratios to the untouched step, with quartiles. Beside each stands the untouched step beside itself:
+nothing smaller than that is claimed. `make bench` makes all of it. This page is made from `rows.jsonl` alone,
+by `python -m experiments.overhead.page experiments/results/overhead`. A GPU has [its own](../gpu/README.md).
 
 ## What was wanted, at `every=1`"""
 HEAD_ROW = "setting | untouched beside itself | monitor | wanted | bytes saved | peak resident size | wanted"
