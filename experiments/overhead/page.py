@@ -47,8 +47,8 @@ STARTUP = (
     "(wanted: 0.5 s)."
 )
 RANKS = (
-    "**Two ranks** (DDP on gloo, one core each, {name} a rank): a measured step adds {calls:.2f} all-reduce "
-    "of {size:,.0f} bytes, on a thread of ours. Time × {middle:.3f} ({low:.3f} … {high:.3f}){beside}."
+    "**Two ranks** (DDP on gloo, one core each, {name} a rank): a measured step adds {calls:.2f} all-reduces, "
+    "together {size:,.0f} bytes, on a thread of ours. Time × {middle:.3f} ({low:.3f} … {high:.3f}){beside}."
 )
 BEGIN, END = "<!-- overhead: begin, from rows -->", "<!-- overhead: end -->"
 MIB = 2**20

@@ -209,12 +209,12 @@ def short(monkeypatch):
 
 def test_one_command_writes_rows_figures_and_a_page_that_says_what_was_missed(short, tmp_path):
     (tmp_path / "notes.md").write_text("## What is left\n\nThis.")
-    bench.bench(tmp_path, pairs=3, sweep_pairs=3, seconds=1.0)
+    bench.bench(tmp_path, pairs=3, sweep_pairs=3, minutes=0.1)
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"README.md", "rows.jsonl", "notes.md", "overhead.png", "sweep-tokens.png"}
     text, rows = (tmp_path / "README.md").read_text(), page.read(tmp_path / "rows.jsonl")
     assert "0 operations more than the untouched step, 0 tensors and 0 bytes more" in text
-    assert "takes 0.30 s" in text and "1.00 all-reduce of 80 bytes" in text and "Time × 1.100" in text
+    assert "takes 0.30 s" in text and "1.00 all-reduces, together 80 bytes" in text and "Time × 1.100" in text
     assert text.endswith("This.\n") and "(sweep-tokens.png)" in text
     assert "1.010 of 102 MiB (untouched: ± 0.039)" in text
     assert "| width 1,024, r=16, 8×128 | not yet measured | | 1.03 | | | 1.02 |" in text
