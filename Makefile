@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo experiments test test-slow lint clean
+.PHONY: install demo experiments test test-slow bench lint clean
 
 install: $(STAMP)
 
@@ -26,6 +26,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+# what the monitor costs on this machine's CPU, beside its peers where they are installed; under 15 minutes on two
+# quiet cores: into runs/overhead
+bench: $(STAMP)
+	$(BIN)/python -m experiments.overhead.bench
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -60,6 +60,13 @@ def notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:
         found.backward_event(call)
 
 
+def reached(collector: weakref.ref, gradient: Tensor) -> None:
+    """Tensor hook on the leaf of a tally: changes nothing, and holds the collector weakly."""
+    found = collector()
+    if found is not None:
+        found.leaf_reached()
+
+
 def _forward_event(collector: weakref.ref, method: str, *event: Any) -> None:
     """Hand an optimizer's event to the collector, or end the taps of one that stood down."""
     found = collector()

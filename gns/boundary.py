@@ -34,6 +34,11 @@ class Boundary:
     stale: bool = False  # a pass ended before the PRE with a closure; the closure may discard it
     _closures: list[int] = field(default_factory=list)  # optimizers whose POST will close the step
 
+    @property
+    def hears_forward(self) -> bool:
+        """Whether a training forward pass says anything new."""
+        return not self.measuring and (self.consumed or not self.pending)
+
     def forward(self) -> Close | None:
         """Note a training forward pass; between measured steps it stands for its backward.
 

@@ -16,6 +16,7 @@ from gns.examples import RowMap, row_map
 from gns.placement import Placement, place
 from gns.reasons import OTHER_MODE
 from gns.segments import SegmentsOf
+from gns.tally import Carriers
 from gns.taps import Tap
 
 REMEMBERED = 64  # calls that a recomputation may belong to
@@ -33,34 +34,27 @@ class Call:
         self.rows, self.weights = rows, weights
         self.uses: dict[int, int] = {}  # tap → how often it fired
         self.task: int | None = None  # graph task that ran it backward
-        self._each: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._carriers = None if rows is None else Carriers(rows.n)
         self._placed: dict[Hashable, Placement] = {}
 
     def each(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """Give the leaf, [n], whose gradient collects the examples' ‖cᵢ‖² over the layers on a device.
-
-        Unlike the taps' leaves it lives as long as the call: sums add over calls, these do not.
-        """
-        if self.rows is None:
-            return None
-        leaf = self._each.get((device, dtype))
-        if leaf is None:
-            leaf = torch.zeros(self.rows.n, dtype=dtype, device=device, requires_grad=True)
-            self._each[device, dtype] = leaf
-        return leaf
+        """Give the leaf, [n], whose gradient collects the examples' ‖cᵢ‖² over the layers on a device."""
+        return None if self._carriers is None else self._carriers.each((device, dtype))
 
     def place(self, tap: Tap, x: Tensor, device: torch.device) -> Placement:
         """Find out how the rows of a layer's input map onto the examples; asked once for layers alike."""
         assert self.rows is not None
         rule, dtype = tap.rule, tap.leaf.dtype
         known = (x.shape, rule.ids, rule.tokenwise, tap.shareable, _off(tap), device, dtype)
-        if known not in self._placed:
-            self._placed[known] = _placement(tap, x, self.rows, self.each(device, dtype), self.weights)
-        return self._placed[known]
+        where = self._placed.get(known)
+        if where is None:
+            where = _placement(tap, x, self.rows, self.each(device, dtype), self.weights, self._carriers)
+            self._placed[known] = where
+        return where
 
     def sq_norms(self, n: int) -> Tensor:
         """‖cᵢ‖² of the call's n examples, as far as layers have returned them."""
-        there = [leaf.grad.detach() for leaf in self._each.values() if leaf.grad is not None]
+        there = [] if self._carriers is None else self._carriers.sq_norms()
         return functools.reduce(lambda a, b: a + b.to(a), there) if there else torch.zeros(n)
 
 
@@ -120,7 +114,8 @@ class Calls:
         found = [each.place(tap, x, device) for each in calls if each.rows is not None]
         fitting = [where for where in found if where.misfit is None]
         if len(fitting) == 1:
-            return fitting[0]
+            # several uses of a layer would meet in its carrier unseen; its own leaf counts the rows of each
+            return dataclasses.replace(fitting[0], carriers=None)
         if not fitting:
             found = [_placement(tap, x, each) for each in reversed(self._recent)]
             fitting = [where for where in found if where.misfit is None][:1]
@@ -129,7 +124,7 @@ class Calls:
             return None
         unknown = any(each.segments is not None for each in fitting)
         # nobody knows whose examples
-        return dataclasses.replace(where, each=None, contraction=None, ambiguous=unknown)
+        return dataclasses.replace(where, each=None, contraction=None, carriers=None, ambiguous=unknown)
 
     def used_again(self, tap: Tap) -> bool:
         """Count a use of a layer in the call under way; whether it is not the first."""
@@ -145,12 +140,18 @@ def _off(tap: Tap) -> bool:
 
 
 def _placement(
-    tap: Tap, x: Tensor, rows: RowMap, each: Tensor | None = None, weights: Tensor | None = None
+    tap: Tap,
+    x: Tensor,
+    rows: RowMap,
+    each: Tensor | None = None,
+    weights: Tensor | None = None,
+    carriers: Carriers | None = None,
 ) -> Placement:
     if _off(tap):
         return Placement(rows.n, misfit=OTHER_MODE)
     where = place(tap.rule, x, rows.shape, rows.n, rows.segments, shareable=tap.shareable, each=each)
-    return where if weights is None else dataclasses.replace(where, contraction=weights)
+    carriers = None if where.misfit is not None else carriers
+    return dataclasses.replace(where, contraction=weights, carriers=carriers)
 
 
 def outputs(out: Any) -> list[Tensor]:

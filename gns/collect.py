@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gns.attachment import compiled_autograd, hooks_of, notify
+from gns.attachment import compiled_autograd, hooks_of, notify, reached
 from gns.boundary import Boundary, Close
 from gns.calls import Call, Calls, outputs
 from gns.gradients import Stamp, largest_entries, sq_norms
@@ -44,6 +44,7 @@ from gns.reasons import (
 )
 from gns.segments import SegmentsOf
 from gns.selfcheck import SelfCheck
+from gns.tally import Tallies
 from gns.taps import Tap
 from gns.underway import StepUnderWay
 from gns.weights import Weights
@@ -96,6 +97,7 @@ class Collector:
         self.dead = False
         self.step = first_step
         self.calls = Calls(self.model, weights, segments)
+        self.tallies = Tallies(self.taps, self.entries)
         self._norms = batch_norms(self.model)
         self.owners = Owners(self.model, plan.entries, {e.name for e in plan.entries} | plan.reasons.keys())
         self.check = SelfCheck(plan.entries)
@@ -124,6 +126,8 @@ class Collector:
         for tap in self.taps:
             tap.listen(self._on_leaf, weighs=self.weights.weighs)
             tap.on_error, tap.on_misplaced, tap.on_doubled = self.fail, self._misplaced, self._doubled
+            tap.on_pass = self.pass_seen
+        self._listen()
         self.handles = hooks_of(self)
         self._activate()
 
@@ -136,7 +140,7 @@ class Collector:
         for tap in self.taps:
             tap.drop()
             tap.close_checks()
-            tap.on_leaf = tap.on_error = tap.on_misplaced = tap.on_doubled = None
+            tap.on_leaf = tap.on_error = tap.on_misplaced = tap.on_doubled = tap.on_pass = tap.tally = None
         if self.pool is not None:
             self.pool.close()
 
@@ -248,18 +252,32 @@ class Collector:
 
     # backward
 
+    def _listen(self) -> None:
+        """Hear of every tally's sums before they reach its leaf."""
+        for tally in self.tallies.members:
+            tally.leaf.register_hook(functools.partial(reached, weakref.ref(self)))
+
     def _on_leaf(self, _: Tensor) -> None:
+        self.leaf_reached()
+
+    def leaf_reached(self) -> None:
+        """Note that sums are about to reach a leaf: the pass under way is no `torch.autograd.grad`."""
+        self.pass_seen()
         self._touched = True
-        self.backward_event(None)
+
+    def pass_seen(self) -> None:
+        """Note that a backward pass is under way, wherever a tap is."""
+        if not self._queued:
+            self.backward_event(None)
 
     @guarded
     def backward_event(self, call: Call | None) -> None:
-        """Note that a backward pass is under way: of a call, or wherever a leaf is."""
+        """Note that a backward pass is under way: of a call, or wherever a tap is."""
         if not self.active:
             return
         if not self._queued:
             self._task = torch._C._current_graph_task_id()
-            self._queued, self._touched, self._running = True, call is None, []
+            self._queued, self._touched, self._running = True, False, []
             self._backward_begins(from_output=call is not None)
             queue = torch.autograd.Variable._execution_engine.queue_callback
             queue(lambda: queue(self._backward_ended))  # the second one runs after data-parallel reduction
@@ -282,9 +300,13 @@ class Collector:
         self.now.leftover = largest_entries(there) if there and (from_output or self.now.eager) else None
 
     def _drop(self) -> None:
+        self._drop_sums()
+        self.now.discard()
+
+    def _drop_sums(self) -> None:
+        self.tallies.drop()
         for tap in self.taps:
             tap.drop()
-        self.now.discard()
 
     @guarded
     def _backward_ended(self) -> None:
@@ -296,7 +318,8 @@ class Collector:
             self.now.reason = SECOND_ORDER
         gradients = self._gradients()
         read = self.check.totals() if self.hidden else gradients
-        self.now.sq_norms = sq_norms(read, [e.parameter for e in self.entries])
+        like = [e.parameter for e in self.entries] if any(g is None for g in read) else ()
+        self.now.sq_norms = sq_norms(read, like)
         self.now.in_metric = self.weights.sq_norms(read)
         self.now.local = self.hidden
         if not self.hidden:
@@ -311,7 +334,8 @@ class Collector:
         self._end(self.boundary.backward_ends())
 
     def _gradients(self) -> list[Tensor | None]:
-        return [None if g is None else local(g) for g in (e.parameter.grad for e in self.entries)]
+        grads = [e.parameter.grad for e in self.entries]
+        return [g if type(g) is Tensor or g is None else local(g) for g in grads]
 
     def _ranks(self) -> int:
         return 1 if self._alone else world_size()
@@ -415,13 +439,12 @@ class Collector:
                 about = f"step {self.step}, every {self.every}, {self.weights.metric.name}"
                 self.pool = Pool(self.entries, about, weighs=self.weights.weighs)
             pool = self.pool if reason != JOINED else None
-            told = self.step, reason, self.taps, self.entries, names
+            told = self.step, reason, self.tallies, self.entries, names
             self.on_step(self.now.hand_on(*told, pool, self.weights))
         self._ended = self.step, self.now.learning_rate
         self.step += 1
         self.weights.end()
-        for tap in self.taps:
-            tap.drop()
+        self._drop_sums()
         self.check.end()
         for entry in self.entries:
             again = entry.meeting is None or entry.meeting.outgrown
@@ -434,6 +457,9 @@ class Collector:
 
     def _activate(self) -> None:
         self.active = self.step % self.every == 0 and not self.dead
+        if self.active and any(tap.tally is None for tap in self.taps):  # the model has moved
+            self.tallies = Tallies(self.taps, self.entries)
+            self._listen()
         if self.active and compiled_autograd():
             self.active = False
             self.on_notice(COMPILED_AUTOGRAD)

@@ -17,7 +17,7 @@ def sq_norms(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[T
 
     Args:
         tensors: gradients, of any device and dtype.
-        like: tensors of the same devices and dtypes, for the zeros.
+        like: tensors of the same devices and dtypes, for the zeros; may be empty where none is missing.
 
     Returns:
         One scalar a tensor, float64 for float64, else float32.

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_AS_IT_IS = contextlib.nullcontext()
+
 
 def in_backward() -> bool:
     """Whether a backward pass is under way on this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def plainly(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Keep graphs and autocast out of our arithmetic in backward; as a rule neither is on there."""
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
+        return _AS_IT_IS
+    off = contextlib.ExitStack()
+    off.enter_context(torch.no_grad())
+    off.enter_context(torch.autocast(device, enabled=False))
+    return off
 
 
 def guarded(method: Callable) -> Callable:

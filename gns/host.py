@@ -25,7 +25,8 @@ class HostCopy:
         self._parts: list[tuple[list[int], Tensor]] = []
         self._events: list[torch.cuda.Event] = []
         for (device, _), rows in places.items():
-            flat = torch.cat([tensors[i].detach().reshape(-1) for i in rows])
+            with torch.no_grad():
+                flat = torch.cat([t if t.ndim == 1 else t.reshape(-1) for t in (tensors[i] for i in rows)])
             self._parts.append((rows, self._start(flat, device)))
 
     def _start(self, flat: Tensor, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from gns.reasons import AMBIGUOUS, LEFTOVER, NO_GRADIENT, NO_TAP, SILENT_TAP, SP
 from gns.selfcheck import tolerance
 from gns.spread import Spread
 from gns.sums import Contributions, Layout, StepSums
+from gns.tally import Tallies
 from gns.taps import Tap
 
 SPREAD_RTOL = {False: 1e-4, True: 1e-9}  # by whether all is in float64: the same sums in another order
@@ -50,7 +51,8 @@ class OpenStep:
     Args:
         step: number of the optimizer step.
         entries: measured parameters.
-        taps: all taps.
+        tallies: of all taps.
+        holding: taps with sums that no tally counted.
         n: examples in the calls that were run backward, or None where calls could not be watched.
         loss_scaled: gradients carry an unknown loss scale.
         learning_rate: of the optimizer.
@@ -58,8 +60,9 @@ class OpenStep:
         misfits: name in a layer → why rows of it are not examples, if those rows count.
         without_gradient: parameters whose `.grad` is None.
         checked: parameters of the self-check.
-        values: on their way to the host: `sums`, [P + 1] a tap, of squared norms and of rows; `each`, ‖cᵢ‖²
-            [n] a call; `q`, ‖ḡ‖² an entry; `check`, one a checked parameter, ‖Σcᵢ − ḡ‖ in one process, else
+        values: on their way to the host: `counted`, [2, C] a tally, sums of squared norms and rows; `sums`,
+            [P + 1], the same of each tap that holds some itself; `each`, ‖cᵢ‖² [n] a call;
+            `q`, ‖ḡ‖² an entry; `check`, one a checked parameter, ‖Σcᵢ − ḡ‖ in one process, else
             the projections of both, [2, K]; `totals` of tokens and weights; `leftover` gradient; loss
             `scale`. In a metric that weighs entries also `sums_in_metric`, [P] a tap, and `q_in_metric`;
             `each` is in it.
@@ -73,7 +76,8 @@ class OpenStep:
 
     step: int
     entries: Sequence[Entry]
-    taps: Sequence[Tap]
+    tallies: Tallies
+    holding: Sequence[Tap]
     n: int | None
     loss_scaled: bool
     learning_rate: float | None
@@ -141,10 +145,9 @@ class OpenStep:
         found = self.values.get()
         if not self.seen_backward:
             return Own(self.step, empty(len(self.entries), reason=self.reason), self.checked)
-        by_tap = {id(tap): values for tap, values in zip(self.taps, found["sums"], strict=True)}
+        own = zip(self.holding, found["sums"], strict=True)
+        s, rows = self.tallies.by_entry(found["counted"], own)
         q, scale = np.array([float(v) for v in found["q"]]), float(found["scale"][0][0])
-        s = np.array([_sum_of(entry, by_tap) for entry in self.entries])
-        rows = np.array([max(by_tap[id(tap)][-1] for tap, _ in entry.sites) for entry in self.entries])
         reason = self.reason or (LEFTOVER if found["leftover"][0].max() > 0 else None)
         if reason is None and self.n is None and len(set(rows[rows > 0])) > 1:
             reason = AMBIGUOUS
@@ -153,7 +156,7 @@ class OpenStep:
         readings = Readings(
             s=s / scale**2,
             q=q / scale**2,
-            rows=rows.astype(np.float64),
+            rows=rows,
             n=self.n if self.n is not None else int(rows.max()),
             call_seen=self.n is not None,
             totals=tuple(float(t) for t in found["totals"]) or (math.nan,) * 3,
@@ -176,7 +179,9 @@ class OpenStep:
         """[P, 2], Σᵢ ‖cᵢ‖² and ‖ḡ‖² in a metric that weighs entries, or None."""
         if not found["sums_in_metric"]:
             return None
-        by_tap = {id(tap): values for tap, values in zip(self.taps, found["sums_in_metric"], strict=True)}
+        by_tap = {
+            id(tap): values for tap, values in zip(self.tallies.taps, found["sums_in_metric"], strict=True)
+        }
         s = [_sum_of(entry, by_tap) for entry in self.entries]
         return np.stack([s, [float(v) for v in found["q_in_metric"]]], axis=1) / scale**2
 
@@ -246,8 +251,8 @@ class OpenStep:
             "local": r.local,
             "metric": self.metric,
         }
-        wide = any(e.parameter.dtype is torch.float64 for e in self.entries)
-        exact = all(e.parameter.dtype is torch.float64 for e in self.entries)
+        dtypes = {e.parameter.dtype for e in self.entries}
+        wide, exact = torch.float64 in dtypes, dtypes == {torch.float64}
         if unready is None and r.spread is not None and r.spread.fits(s[keep].sum(), SPREAD_RTOL[exact]):
             about |= r.spread.fields(r.n)
         sums = part.close(q[keep], layout(names), reason=reason, **about)

@@ -25,8 +25,8 @@ class Owners:
 
     def owns(self, optimizer: Any) -> bool:
         """Whether an optimizer owns a measured parameter."""
-        ours = {id(e.parameter) for e in self._entries}
-        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(e.parameter) in theirs for e in self._entries)  # as a rule the first one is
 
     def late(self, optimizer: Any) -> list[str]:
         """Name, once each, the parameters that began to train after attach."""

@@ -6,7 +6,6 @@ unchanged. Nothing of ours may raise there.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from gns import reducers
 from gns.gather import sum_dtype
+from gns.guard import plainly
 from gns.placement import Placement
 from gns.reasons import IN_PLACE, WRONG_SHAPE
 from gns.rules.base import added
@@ -21,11 +21,14 @@ from gns.rules.base import added
 if TYPE_CHECKING:
     from gns.taps import Tap
 
-_AS_IT_IS = contextlib.nullcontext()
-
 
 class TapFunction(torch.autograd.Function):
     """Identity on the output; the sums leave as gradients of the leaves."""
+
+    @classmethod
+    def plainly(cls, *args: Any) -> Tensor:
+        """Do what `apply` does outside function transforms, without its look for what one may have left."""
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[reportAttributeAccessIssue]
 
     @staticmethod
     def forward(
@@ -37,18 +40,19 @@ class TapFunction(torch.autograd.Function):
         where: Placement | None,
         each: Tensor | None,
         weighed: Tensor | None,
-        leaf: Tensor,
+        leaf: Tensor | None,
         *extra: Tensor,
     ) -> Tensor:
         """Give the output on, and keep what the backward needs."""
         if not tap.needing.isdisjoint(live):  # else the layer itself does not keep x either
             ctx.save_for_backward(x)
-        ctx.tap, ctx.live, ctx.dtype, ctx.n_extra, ctx.where = tap, live, leaf.dtype, len(extra), where
-        ctx.gathered, ctx.checked, ctx.alone = (), tuple(tap.checks), out.shape
-        ctx.weighs, ctx.contracted = weighed is not None, tuple(tap.contracted)
-        if tap.gathers:
+        ctx.tap, ctx.live, ctx.n_extra, ctx.where, ctx.alone = tap, live, len(extra), where, out.shape
+        ctx.carried = leaf is None  # norms go to the call's carriers, the first of the others
+        ctx.more = not ctx.carried or bool(tap.checks) or bool(tap.contracted)
+        if ctx.more:
+            ctx.contracted, ctx.checked = tuple(tap.contracted), tuple(tap.checks)
+            ctx.weighs = weighed is not None
             ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
-        if tap.checks:
             ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
         seen = out.detach()  # neither a view nor the input itself: users change outputs in place
         return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
@@ -68,6 +72,8 @@ class TapFunction(torch.autograd.Function):
         x = saved[0] if saved else dy
         if torch.compiler.is_compiling():
             return onward, None, None, None, None, *_leaf_gradients(ctx, x, dy)
+        if ctx.carried and ctx.tap.on_pass is not None:
+            ctx.tap.on_pass()  # a tap's own leaf would have told before any parameter had its gradient
         if torch.is_grad_enabled() and ctx.tap.on_doubled is not None:
             ctx.tap.on_doubled()
         try:
@@ -78,7 +84,7 @@ class TapFunction(torch.autograd.Function):
 
 
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a tap's leaves: those of `_sums`, then carriers, check sums, signed sums."""
+    """Gradients of a tap's leaves: those of `_sums` or carriers, then gathers', check sums, signed sums."""
     tap, where = ctx.tap, ctx.where
     if where is None:
         where = Placement(dy.shape[0])
@@ -87,28 +93,40 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
     rule, layer = tap.rule, tap.module
     if where.shared_by:
         x = x.expand(where.shared_by, *x.shape[1:])
-    with _plainly(dy.device.type):
+    with plainly(dy.device.type):
+        if not ctx.more:
+            return None, None, None, *_carried(ctx, x, dy, where)
         gathered, carried = {p for p, _, _ in ctx.gathered}, []
         for p, gather, noted in ctx.gathered:
             carried += gather.contribute(rule, layer, x, dy, p, where, noted)
-        sums = _sums(ctx, x, dy, where, [p for p in ctx.live if p not in gathered])
+        if ctx.carried:
+            sums = None, None, None, *_carried(ctx, x, dy, where)
+        else:
+            sums = _sums(ctx, x, dy, where, [p for p in ctx.live if p not in gathered])
         totals = _checked(ctx, x, dy, where) if ctx.checked else ()
         contracted = [_contracted(tap, x, dy, p, where) for p in ctx.contracted]
         return *sums, *carried, *totals, *contracted
 
 
+def _carried(ctx: Any, x: Tensor, dy: Tensor, where: Placement) -> list[Tensor | None]:
+    """‖cᵢ‖² [n] of each parameter, as gradients of the call's carriers."""
+    tap, dtype = ctx.tap, ctx.tap.leaf.dtype
+    return [tap.sq_norms(x, dy, p, where).to(dtype) if p in ctx.live else None for p in tap.parameters]
+
+
 def _sums(
     ctx: Any, x: Tensor, dy: Tensor, where: Placement, parameters: list[str]
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Squared norms, as gradients of three leaves.
+    """Squared norms, as gradients of three leaves, where the call has no carriers for them.
 
     For the call ‖cᵢ‖² [n] over the parameters, in the metric where it weighs entries; for the tap the sums
     over the examples, [P] in such a metric, and [P + 1] as they are with the number of rows.
     """
     tap, in_metric = ctx.tap, None
-    rows = tap.count(dy.shape[0] if where.misfit else where.n, ctx.dtype, dy.device)
+    dtype = tap.leaf.dtype
+    rows = tap.count(dy.shape[0] if where.misfit else where.n, dtype, dy.device)
     roots = tap.roots if ctx.weighs else {}
-    counted = norms = {p: tap.sq_norms(x, dy, p, where, roots.get(p)).to(ctx.dtype) for p in parameters}
+    counted = norms = {p: tap.sq_norms(x, dy, p, where, roots.get(p)).to(dtype) for p in parameters}
     if ctx.weighs:
         counted = {p: both[:, 1] for p, both in norms.items() if p in roots}
         norms = {p: found[:, 0] if p in roots else found for p, found in norms.items()}
@@ -131,16 +149,6 @@ def _checked(ctx: Any, x: Tensor, dy: Tensor, where: Placement) -> list[Tensor |
             tap.misplaced(Placement(0, misfit=WRONG_SHAPE))  # autograd would raise in the user's backward
             totals[i] = None
     return totals
-
-
-def _plainly(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Keep graphs and autocast out of our arithmetic; as a rule neither is on in backward."""
-    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
-        return _AS_IT_IS
-    off = contextlib.ExitStack()
-    off.enter_context(torch.no_grad())
-    off.enter_context(torch.autocast(device, enabled=False))
-    return off
 
 
 def _contracted(tap: Tap, x: Tensor, dy: Tensor, parameter: str, where: Placement) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gns.reasons import PACKED, SHARED
 from gns.rules import Rule
+from gns.tally import Carriers
 
 _Nothing = TypeVar("_Nothing")
 
@@ -83,6 +84,7 @@ class Placement:
         shared_by: rows that share an activation whose batch dimension is 1, as position ids have it; else 0.
         misfit: why the rows are no examples, if they are not.
         ambiguous: it is not known which call this is.
+        carriers: of that call, which collect its examples' ‖cᵢ‖²; None where it is not known.
         each: leaf of that call, [n], whose gradient collects ‖cᵢ‖² over all layers; None where there is none.
         contraction: [K, n], weights of the sums that the tap's `contracted` leaves collect; None where none.
     """
@@ -96,6 +98,7 @@ class Placement:
     ambiguous: bool = False
     each: Tensor | None = None
     contraction: Tensor | None = None
+    carriers: Carriers | None = None
 
     @property
     def plain(self) -> bool:

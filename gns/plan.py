@@ -34,7 +34,8 @@ class Entry:
     def parameter(self) -> Tensor:
         """The parameter as it is now."""
         tap, local = self.sites[0]
-        return tap.parameter(local)
+        found = tap.module._parameters.get(local)  # asked several times a step
+        return tap.parameter(local) if found is None else found
 
     @property
     def gathered(self) -> bool:

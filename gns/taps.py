@@ -26,6 +26,7 @@ from gns.rules.base import parameter_of
 
 if TYPE_CHECKING:
     from gns.collect import Collector
+    from gns.tally import Tally
 
 
 class Tap:
@@ -62,7 +63,10 @@ class Tap:
         self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
         self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
+        self.tally: Tally | None = None  # counts its norms together with those of other layers
+        self.column = 0  # of its first parameter there
         self.on_leaf: Callable[[Tensor], None] | None = None
+        self.on_pass: Callable[[], None] | None = None
         self.on_error: Callable[[Exception], None] | None = None
         self.on_misplaced: Callable[[Tap, Placement], None] | None = None
         self.on_doubled: Callable[[], None] | None = None
@@ -143,6 +147,12 @@ class Tap:
             known = self._counted = (rows, torch.full((), rows, dtype=dtype, device=device))
         return known[1]
 
+    def carriers(self, where: Placement | None) -> tuple[Tensor, ...]:
+        """Give what the call's norms are returned to; empty where they go to leaves of the tap's own."""
+        if where is None or where.carriers is None or self.gathers or self.weighed is not None:
+            return ()
+        return where.carriers.of(self)
+
     def sites(self, x: Tensor, where: Placement) -> tuple[Tensor, ...]:
         """Give what gathered parameters return their parts to."""
         return tuple(site for g in self.gathers.values() for site in g.sites(self.rule, x, where))
@@ -159,12 +169,17 @@ class Tap:
     def follow_device(self) -> None:
         """Move the leaf to where the layer is now."""
         if self.leaf.device != self.parameter(self.parameters[0]).device:
-            self.leaf = self._new_leaf()
+            self.leaf, self.tally = self._new_leaf(), None  # until the next step
             if self.weighed is not None:
                 self.weighed = self.leaf.detach()[:-1].clone().requires_grad_()
 
+    @property
+    def holds(self) -> bool:
+        """Whether there may be sums that no tally counted."""
+        return self.leaf.grad is not None or bool(self.gathers)
+
     def read(self) -> Tensor:
-        """Give what was collected: [P + 1], sums of squared norms and rows seen."""
+        """Give what its own leaf collected: [P + 1], sums of squared norms and rows seen."""
         found = self.leaf.grad
         sums = torch.zeros_like(self.leaf).detach() if found is None else found.detach()
         if not self.gathers:
@@ -225,7 +240,9 @@ class InputHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Give the cast arguments, or None to leave them."""
-        if not self.collector.active or not torch.is_grad_enabled():
+        if not self.collector.active or not torch._C._is_any_autocast_enabled():
+            return None
+        if not torch.is_grad_enabled():
             return None
         if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:
             return None  # another hook would see the cast input
@@ -247,7 +264,8 @@ class OutputHook(_Hook):
         if not torch.is_grad_enabled() or (not compiling and _transformed()):
             return None
         if not collector.active:
-            collector.forward_seen()
+            if compiling or collector.boundary.hears_forward:
+                collector.forward_seen()
             return None
         if not isinstance(out, Tensor) or not out.requires_grad:
             return None
@@ -260,12 +278,17 @@ class OutputHook(_Hook):
         live = tap.live()
         if not live or not tap.admits(x, where):
             return None
-        sites = () if where is None else tap.sites(x, where)
-        # outside any guard: checkpointing stops its recomputation by an exception out of this call
-        each = None if where is None else where.each
-        leaves = each, None if compiling else tap.weighed, tap.leaf
+        carriers = () if compiling else tap.carriers(where)
+        if carriers:
+            leaves = None, None, None, *carriers
+        elif where is None:
+            leaves = None, None if compiling else tap.weighed, tap.leaf
+        else:
+            leaves = where.each, tap.weighed, tap.leaf, *tap.sites(x, where)
         sums = (*tap.checks.values(), *tap.contracted.values())
-        return TapFunction.apply(out, x, tap, live, where, *leaves, *sites, *sums)
+        # outside any guard: checkpointing stops its recomputation by an exception out of this call
+        tapped = TapFunction.apply if compiling else TapFunction.plainly
+        return tapped(out, x, tap, live, where, *leaves, *sums)
 
 
 class RootInput(_Hook):

@@ -17,6 +17,7 @@ from gns.openstep import OpenStep
 from gns.plan import Entry
 from gns.pooling import Pool
 from gns.reasons import PACKED_UNSEEN, REPEATED, TWICE
+from gns.tally import Tallies
 from gns.taps import Tap
 from gns.weights import Weights
 
@@ -77,7 +78,7 @@ class StepUnderWay:
         self,
         step: int,
         reason: str | None,
-        taps: Sequence[Tap],
+        tallies: Tallies,
         entries: Sequence[Entry],
         checked: tuple[str, ...],
         pool: Pool | None,
@@ -88,7 +89,7 @@ class StepUnderWay:
         Args:
             step: number of the optimizer step.
             reason: why the boundary refuses it, or None.
-            taps: all taps.
+            tallies: of all taps.
             entries: measured parameters.
             checked: parameters of the self-check, as in `mismatches`.
             pool: of the data-parallel ranks, or None for one process.
@@ -97,10 +98,13 @@ class StepUnderWay:
         rows = [call.rows for call in self.calls if call.rows is not None]
         seen = bool(rows) and len(rows) == len(self.calls)
         repeated = REPEATED if self.to_gather else None
+        taps = tallies.taps
+        holding = [tap for tap in taps if tap.holds]
         return OpenStep(
             step=step,
             entries=entries,
-            taps=taps,
+            tallies=tallies,
+            holding=holding,
             n=sum(r.n for r in rows) if seen else None,
             loss_scaled=self.loss_scaled,
             learning_rate=self.learning_rate,
@@ -108,7 +112,7 @@ class StepUnderWay:
             misfits=self.misfits | self._packed_unseen(taps),
             without_gradient=self.without_gradient,
             checked=checked if self.mismatches or pool is not None else (),
-            values=self._values(taps, weights, each=seen and not self.local),
+            values=self._values(tallies, holding, weights, each=seen and not self.local),
             seen_backward=bool(self.sq_norms),
             dtypes=_lowest(entries) if self.mismatches else {},
             pool=pool,
@@ -117,13 +121,16 @@ class StepUnderWay:
             unready=weights.missing(self.placed),
         )
 
-    def _values(self, taps: Sequence[Tap], weights: Weights, *, each: bool) -> HostValues:
+    def _values(
+        self, tallies: Tallies, holding: Sequence[Tap], weights: Weights, *, each: bool
+    ) -> HostValues:
         """Start the copy of all device values, with `each` or without; see `OpenStep` for their names."""
         one = torch.ones(1)
         known = [(call, call.rows) for call in self.calls if call.rows is not None]
         return HostValues(
-            sums=[tap.read() for tap in taps],
-            sums_in_metric=[tap.read_weighed() for tap in taps] if weights.weighs else [],
+            counted=[tally.read() for tally in tallies.members],
+            sums=[tap.read() for tap in holding],
+            sums_in_metric=[tap.read_weighed() for tap in tallies.taps] if weights.weighs else [],
             each=[call.sq_norms(rows.n) for call, rows in known if each],
             q=self.sq_norms,
             q_in_metric=self.in_metric,

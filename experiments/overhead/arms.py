@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from experiments.overhead.settings import Setting
 from gns import GNSMonitor
+from gns.rules import linear
 
 FIRST = 131  # number of the first step: the next regular round of self-checks is far away
 
@@ -23,12 +23,15 @@ FIRST = 131  # number of the first step: the next regular round of self-checks i
 class Arm:
     """A training loop that makes one optimizer step a call.
 
+    `warm` steps are made before the clock; `block` pairs are added up before they are divided;
+    where `keeps` is false, what is saved for backward does not tell what is alive at once.
+
     Args:
         setting: of the benchmark.
         model: shared with other arms; its frozen weights stay shared.
     """
 
-    name = "untouched"
+    name, warm, block, keeps = "untouched", 3, 1, True
     sq_norms: Any = None  # [B], ‖gᵢ‖² of the last micro-batch, where the arm makes them
 
     def __init__(self, setting: Setting, model: nn.Module):
@@ -72,12 +75,12 @@ class Arm:
 class Monitored(Arm):
     """The monitor, measuring every step."""
 
-    name, every = "monitor", 1
+    name, warm, every, first = "monitor", 9, 1, FIRST  # its first round of self-checks ends within 9 steps
 
     def watch(self) -> None:
         """Attach; on_error="raise", so that no arm is timed that stood down."""
         self.monitor = GNSMonitor(self.model, every=self.every, on_error="raise", history=1_000)
-        self.monitor.start_at(FIRST * self.every)
+        self.monitor.start_at(self.first)
         self.monitor.attach()
 
     def close(self) -> None:
@@ -95,13 +98,57 @@ class Monitored(Arm):
 class Tenth(Monitored):
     """One step in ten."""
 
-    name, every = "monitor, every=10", 10
+    name, every, first, block = "monitor, every=10", 10, 10 * FIRST, 10
+
+
+class Between(Monitored):
+    """Attached, and between two measured steps: the first step was one, the next is far away."""
+
+    name, warm, every, first = "monitor, between measurements", 3, 10**6, 0
+
+
+class Detached(Monitored):
+    """Attached for one step, then detached."""
+
+    name, warm = "monitor, detached", 3
+
+    def step(self, ids: Tensor) -> None:
+        """Detach after the first step."""
+        super().step(ids)
+        self.monitor.detach()
+
+
+class OneForm(Monitored):
+    """The monitor, held to one of the two forms of a linear layer's norms."""
+
+    gram: bool
+
+    def step(self, ids: Tensor) -> None:
+        """Make the rule choose that form, whatever is cheaper."""
+        chosen = linear.gram_is_cheaper
+        linear.gram_is_cheaper = lambda x, dy: self.gram
+        try:
+            super().step(ids)
+        finally:
+            linear.gram_is_cheaper = chosen
+
+
+class Direct(OneForm):
+    """Always the product."""
+
+    name, gram = "monitor, product only", False
+
+
+class Gram(OneForm):
+    """Always the Gram form."""
+
+    name, gram = "monitor, Gram form only", True
 
 
 class PerExample(Arm):
     """One backward pass an example."""
 
-    name = "one backward pass an example"
+    name, keeps = "one backward pass an example", False
 
     def backward(self, ids: Tensor) -> None:
         """Square the norm of each example's own gradient, and add the gradients up."""
@@ -117,7 +164,7 @@ class PerExample(Arm):
 class Vmap(Arm):
     """`torch.func`: `vmap(grad)` over the examples of the batch."""
 
-    name = "torch.func vmap(grad)"
+    name, keeps = "torch.func vmap(grad)", False
 
     def watch(self) -> None:
         """Build the function once."""
@@ -203,8 +250,8 @@ class Backpack(Arm):
         self.sq_norms = sum(p.batch_l2 for p in self.trained) * (len(ids) * self.setting.accumulate) ** 2
 
 
-OURS: tuple[Callable[..., Arm], ...] = (Monitored, Tenth)
-PEERS: tuple[Callable[..., Arm], ...] = (Vmap, Opacus, Ghost, Backpack, PerExample)
+OURS: tuple[type[Arm], ...] = (Monitored, Tenth, Between, Detached)
+PEERS: tuple[type[Arm], ...] = (Vmap, Opacus, Ghost, Backpack, PerExample)
 
 
 def _sq_norm(gradients: Any) -> Tensor:

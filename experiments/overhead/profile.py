@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from experiments.overhead.__main__ import PRESETS
 from experiments.overhead.arms import Arm, Monitored
-from experiments.overhead.measure import WARM
 from experiments.overhead.settings import batches, build
 
 STEPS = 3
@@ -54,7 +53,7 @@ def main() -> None:
     found: list[Any] = []
     for kind in (Arm, Monitored):
         arm = kind(setting, model)
-        for _ in range(WARM):
+        for _ in range(arm.warm):
             arm.step(ids)
         found.append(kernels(arm, ids))
         launches, spent, host = found[-1]

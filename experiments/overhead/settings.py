@@ -54,9 +54,7 @@ def _narrow(width: int) -> Shape:
 SHAPES = {
     "llama-2-7b": Shape(32_000, 4_096, 11_008, 32, 32, 32),
     "llama-3.2-1b": Shape(128_256, 2_048, 8_192, 16, 32, 8),
-    "width-512": _narrow(512),
-    "width-768": _narrow(768),
-    "width-1024": _narrow(1_024),
+    **{f"width-{width}": _narrow(width) for width in (128, 256, 512, 768, 1_024)},
 }
 
 
@@ -74,6 +72,7 @@ class Setting:
             `transformers.Trainer(bf16=True)` trains; "pure bfloat16": adapters too, no autocast.
         accumulate: forward passes in an optimizer step.
         layers: of the model, instead of its shape's own.
+        adapted: so many linear layers have an adapter, from the first; None: all.
     """
 
     name: str
@@ -84,6 +83,7 @@ class Setting:
     dtype: str = "float32"
     accumulate: int = 1
     layers: int | None = None
+    adapted: int | None = None
 
     def row(self) -> dict[str, Any]:
         """Give the setting as plain data."""
@@ -107,8 +107,9 @@ def build(setting: Setting, device: str, seed: int = 0) -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         if setting.rank is None:
             return model.train()
+        wanted = "all-linear" if setting.adapted is None else _linear(model)[: setting.adapted]
         lora = peft.LoraConfig(
-            r=setting.rank, lora_alpha=setting.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=setting.rank, lora_alpha=setting.rank, target_modules=wanted, task_type="CAUSAL_LM"
         )
         with warnings.catch_warnings():  # peft asks transformers for the old name of a property
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -117,6 +118,12 @@ def build(setting: Setting, device: str, seed: int = 0) -> nn.Module:
         if "lora_B" in name:  # past initialisation, so that both factors have a gradient
             nn.init.normal_(parameter, std=0.02)
     return model.train()
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """Name the linear layers but for the head, in their order."""
+    head = model.get_output_embeddings()  # type: ignore[reportCallIssue]
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
 def batches(setting: Setting, device: str, count: int = 4, seed: int = 1) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from experiments.overhead.measure import ratio
 
 AA = "untouched (A/A)"
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#767676", "#222222"
+BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#767676", "#222222"
 GIB = 2**30
 
 
@@ -49,10 +49,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines += [
             f"### {name}, {arms[0]['setting']['dtype']}, on {device}",
             "",
-            f"Python {about['python']}, {versions}; commit {about['commit']}; "
+            f"Python {about['python']}, {versions}; {about['threads']} threads; commit {about['commit']}; "
             f"{len(arms[0].get('arm_s', []))} pairs.",
             "",
-            "| step | time, × untouched (quartiles) | untouched, ms | peak memory, × untouched |",
+            "| step | time, × untouched (quartiles) | untouched, ms | memory, × untouched |",
             "| --- | --- | --- | --- |",
             *map(_line, arms),
             "",
@@ -69,6 +69,9 @@ def _line(row: dict[str, Any]) -> str:
     if "arm_peak_bytes" in row:
         memory = f"{row['arm_peak_bytes'] / row['untouched_peak_bytes']:.3f}"
         memory += f" of {row['untouched_peak_bytes'] / GIB:.1f} GiB"
+    elif "arm_saved_bytes" in row:
+        memory = f"{row['arm_saved_bytes'] / row['untouched_saved_bytes']:.3f}"
+        memory += f" of {row['untouched_saved_bytes'] / 2**20:.0f} MiB saved for backward"
     return f"| {row['arm']} | {middle:.3f} ({low:.3f} … {high:.3f}) | {1e3 * plain:.1f} | {memory} |"
 
 

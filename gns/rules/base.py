@@ -132,6 +132,22 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+def block_sq_norms(blocks: Tensor, *, scratch: bool = False) -> Tensor:
+    """Squared norm of each block, [B]; summed pairwise, in the blocks' own float32 or float64.
+
+    Args:
+        blocks: [B, ...].
+        scratch: nobody needs them afterwards, so that on CPU the squares may take their place.
+    """
+    if blocks.ndim == 1:
+        return blocks.square()
+    dims = tuple(range(1, blocks.ndim))
+    if blocks.is_cuda:  # reads the blocks once and writes no squares
+        return torch.linalg.vector_norm(blocks, dim=dims).square()
+    # on CPU that kernel adds in sequence: 10⁻⁴ off at 3 million float32 entries
+    return (blocks.square_() if scratch else blocks.square()).sum(dims)
+
+
 def wide(x: Tensor) -> Tensor:
     """Give x in float32 or wider."""
     return x if x.dtype is torch.float64 else x.float()

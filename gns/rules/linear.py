@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gns.rules.base import Rule, added, exactly, joined, register, unknown, wide
+from gns.rules.base import Rule, added, block_sq_norms, exactly, joined, register, unknown, wide
 from gns.rules.probing import close, own_parameters, run
 
 FLOAT = 4  # bytes
+CACHED = 2**22  # bytes of products that are squared before they leave a CPU's cache
 
 
 def as_sequences(x: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def linear_sq_norms_gram(x: Tensor, dy: Tensor, limit: int = 2**28) -> Tensor:
         return wide(x).square().sum((1, 2)) * wide(dy).square().sum((1, 2))
     rows = max(1, limit // (2 * FLOAT * max(1, b * t)))
     parts = [
-        (wide_bmm(xs, x.mT) * wide_bmm(dys, dy.mT)).sum((1, 2))
+        wide_bmm(xs, x.mT).mul_(wide_bmm(dys, dy.mT)).sum((1, 2))
         for xs, dys in zip(x.split(rows, 1), dy.split(rows, 1), strict=True)
     ]
     return added(parts)
@@ -119,10 +120,24 @@ def linear_sq_norms(layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, lim
         return joined([linear_sq_norms_gram(a, b, limit) for a, b in chunks])
     i, o = x.shape[-1], dy.shape[-1]
     if FLOAT * i * o <= limit:
-        return None
+        return _direct_sq_norms(as_sequences(x), as_sequences(dy), limit)
     width = max(1, limit // (FLOAT * i))
     pairs = zip(x.split(1), dy.split(1), strict=True)
     return joined([_sliced_sq_norm(as_sequences(a), as_sequences(b), width) for a, b in pairs])
+
+
+def _direct_sq_norms(x: Tensor, dy: Tensor, limit: int) -> Tensor:
+    """‖C_b‖², [B], from the products themselves, the smaller side first: as MKL likes it, by a quarter.
+
+    On CPU a chunk stays in the cache: what does not is written and read back at several times the price.
+    """
+    limit = limit if dy.is_cuda else min(limit, CACHED)
+    size = max(1, limit // (FLOAT * x.shape[-1] * dy.shape[-1]))
+    a, b = (dy, x) if dy.shape[-1] <= x.shape[-1] else (x, dy)
+    if len(a) <= size:
+        return block_sq_norms(wide_bmm(a.mT, b), scratch=True)
+    chunks = zip(a.split(size), b.split(size), strict=True)
+    return torch.cat([block_sq_norms(wide_bmm(c.mT, d), scratch=True) for c, d in chunks])
 
 
 def _sliced_sq_norm(x: Tensor, dy: Tensor, width: int) -> Tensor:
