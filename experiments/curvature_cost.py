@@ -58,7 +58,7 @@ class CostConfig:
 
     batch_size: int = 16
     max_length: int = 128
-    rounds: int = 7
+    rounds: int = 5
     parts: int | None = None
     probes: int = 8
 

@@ -1,4 +1,4 @@
-"""Attention and cross-entropy of few operations while the graph of an exact product is built.
+"""Attention, cross-entropy and silu of few operations while the graph of an exact product is built.
 
 What `torch` itself differentiates twice is right and slow: cross-entropy passes some ten times over its
 logits for every product, attention without a fused kernel scales, masks and guards in steps of their own.
@@ -125,14 +125,51 @@ def _bias(mask: Tensor, query: Tensor, keys: int) -> Tensor | None:
     return mask.expand(b, h, t, keys).reshape(b * h, t, keys)
 
 
+class _SiluSlope(torch.autograd.Function):
+    """dy silu′(x), with a derivative in dy and in x, whose factors are known."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(dy, first, second)
+        return dy * first
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, change: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dy, first, second = ctx.saved_tensors
+        return change * first, (change * dy).mul_(second), None, None
+
+
+class _Silu(torch.autograd.Function):
+    """x σ(x); its slope is `_SiluSlope`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        first = s * (1 + x * (1 - s))
+        second = s * (1 - s) * (2 + x * (1 - 2 * s))
+        ctx.save_for_backward(x, first, second)
+        return x * s
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        return _SiluSlope.apply(slopes[0], *ctx.saved_tensors)  # type: ignore[return-value]
+
+
+def _silu(x: Tensor, inplace: bool = False) -> Tensor | None:
+    """silu(x), out of place; None for low precisions."""
+    return None if inplace or x.dtype not in _WIDE else _Silu.apply(x)  # type: ignore[return-value]
+
+
 _INSTEAD: Mapping[Callable[..., Any], Callable[..., Tensor | None]] = {
     functional.cross_entropy: _entropy,
     functional.scaled_dot_product_attention: _attention,
+    functional.silu: _silu,
 }
 
 
 class Smooth(TorchFunctionMode):
-    """Lets calls of the two go to the functions above, where they fit."""
+    """Lets calls of the three go to the functions above, where they fit."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None

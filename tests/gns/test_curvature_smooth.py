@@ -1,4 +1,4 @@
-"""Attention and cross-entropy of few operations: the values and derivatives of torch's own."""
+"""Attention, cross-entropy and silu of few operations: the values and derivatives of torch's own."""
 
 import pytest
 import torch
@@ -50,6 +50,7 @@ def attention(**how):
         (entropy(reduction="sum"), [(6, 7)]),  # left as it is, as the next are
         (entropy(label_smoothing=0.1), [(6, 7)]),
         (entropy(weight=draw(7).exp()), [(6, 7)]),
+        (lambda x, y: (functional.silu(3 * x) * y).square().sum(), [(6, 7)] * 2),
         (attention(), [(2, 3, 5, 4)] * 3),
         (attention(is_causal=True), [(2, 3, 5, 4)] * 3),
         (attention(attn_mask=MASK, scale=0.3), [(2, 3, 5, 4)] * 3),
@@ -76,4 +77,6 @@ def test_the_simple_calls_are_the_ones_replaced():
         attended = functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     assert "_Entropy" in type(ours.grad_fn).__name__ and "_Entropy" not in type(other.grad_fn).__name__
     assert "ScaledDot" not in type(attended.grad_fn).__name__
+    with Smooth():
+        assert "_Silu" in type(functional.silu(x).grad_fn).__name__
     assert "_Entropy" not in type(functional.cross_entropy(x, LABELS).grad_fn).__name__
