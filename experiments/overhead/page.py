@@ -47,7 +47,7 @@ STARTUP = (
     "(wanted: 0.5 s)."
 )
 RANKS = (
-    "**Two ranks** (DDP on gloo, one core each, {name} a rank): a measured step adds {calls:.2f} all-reduces, "
+    "**Two ranks** (DDP on gloo, a core each, {name} a rank): a measured step adds {calls:.2f} all-reduces, "
     "together {size:,.0f} bytes, on a thread of ours. Time × {middle:.3f} ({low:.3f} … {high:.3f}){beside}."
 )
 BEGIN, END = "<!-- overhead: begin, from rows -->", "<!-- overhead: end -->"
