@@ -18,6 +18,7 @@ from gns.gradrows import GradientRows
 from gns.largest import Largest
 from gns.metrics import METRICS
 from gns.monitor import GNSMonitor
+from gns.notices import Notices
 from gns.pairs import Batches, pooled
 from gns.signs import from_signs
 from gns.still import RandomState, mixed, seeded, uninterrupted
@@ -55,6 +56,13 @@ class Reading:
     by_rows: bool
 
 
+class _OfTheModel(Notices):
+    """Warns of the model alone: what was left out of a batch, the result says."""
+
+    def step(self, sums: StepSums) -> None:
+        """Say nothing."""
+
+
 class StillMonitor(GNSMonitor):
     """A monitor whose steps are ended by hand."""
 
@@ -66,6 +74,7 @@ class StillMonitor(GNSMonitor):
         of_entries = metric if metric in METRICS else "euclidean"
         monitor = cls(model, on_error="raise", history=2**31, metric=of_entries, **options)
         monitor.optimizer = optimizer
+        monitor._notices = _OfTheModel()
         return monitor
 
     def attach(self) -> Self:
@@ -95,9 +104,6 @@ class StillMonitor(GNSMonitor):
         self._collector.end_step()
         self.flush()
         return self._history[-1] if len(self._history) > before else None
-
-    def _tell(self, sums: StepSums) -> None:
-        """Say nothing of a batch: the result says what was left out."""
 
 
 @dataclass(frozen=True)

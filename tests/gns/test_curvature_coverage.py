@@ -109,7 +109,8 @@ FEW = {**CELL, "n": 16, "m": 16}
 
 
 def test_readings_together_cover_and_reach_further_than_one():
-    alone, together = of_several(300, 1, **FEW), of_several(300, 4, **FEW)
+    flat = {**FEW, "spectrum": 0}  # on steeper ones 16 examples give neither an upper end
+    alone, together = of_several(300, 1, **flat), of_several(300, 4, **flat)
     assert together[0] > 0.90 and together[1] > alone[1] + 0.2
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gns import load
 from gns.capacity import read_layers
 from gns.data import Collator
-from gns.finetune import RunResult, Watcher, _dropout, first_epoch, mean_loss, run
+from gns.finetune import RunResult, Watcher, dropout_of, first_epoch, mean_loss, run
 from gns.preparation import ConfigError, FinetuneConfig, prepare
 from gns.runfolder import read_config
 from gns.sources import DataError
@@ -400,6 +400,6 @@ def test_bad_data_write_nothing(config, tmp_path):
 
 def test_a_flag_about_dropout_is_no_probability():
     model = tiny.llama()
-    assert _dropout(model) == 0
+    assert dropout_of(model) == 0
     model.config.use_dropout_somewhere, model.config.hidden_dropout = True, 0.1
-    assert _dropout(model) == 0.1
+    assert dropout_of(model) == 0.1

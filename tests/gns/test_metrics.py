@@ -14,7 +14,8 @@ from torch import nn
 from gns.estimate import estimate
 from gns.geometry import by_module
 from gns.metrics import METRICS, _inverse_roots, adam_roots, of_blocks, of_gradients
-from gns.monitor import PATIENCE, GNSMonitor, GNSWarning
+from gns.monitor import GNSMonitor, GNSWarning
+from gns.notices import PATIENCE
 from gns.reasons import COMPILED_METRIC, NO_STATE
 from gns.segments import stacked
 from tests.gns.matrix_engines import compiler_noise
