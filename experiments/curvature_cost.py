@@ -8,6 +8,9 @@ and costs are medians over rounds of the ratio to those. A second training step 
 is off from 1 is what the machine adds. Memory is the peak of what torch allocates beyond the model, the batch
 and the optimizer's state, from the profiler's account of every allocation.
 
+Forward passes take one side of a difference where the third derivative is small, and both, for about half as
+much again, where it is not, as late in a training.
+
 `curvlinops` differentiates a backward pass forward, which fused attention and `silu` do not allow: it is
 given the same model with plain attention and x·sigmoid(x).
 """
@@ -143,6 +146,10 @@ def measured(config: CostConfig) -> list[dict[str, Any]]:
     }
     for _ in range(5):  # a point where A trains too
         step()
+    for (
+        group
+    ) in optimizer.param_groups:  # the steps timed from here on cost what they cost, and all arms read
+        group["lr"] = 0.0  # one point: hundreds of steps on one batch end where no training is
     peer = _curvlinops(model, batches[1], config.probes + 1)
     failed = ""
     if peer is not None:

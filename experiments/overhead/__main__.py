@@ -31,7 +31,7 @@ PRESETS = {
         Setting("width 768, r=16, 8×128", "width-768", 16, 8, 128, layers=2),
         Setting("width 1,024, r=16, 8×128", "width-1024", 16, 8, 128, layers=2),
         Setting(FULL, "width-512", None, 8, 128, layers=2),
-        Setting("width 512, full, 2×512", "width-512", None, 2, 512, layers=2),
+        Setting("width 512, full, 4×512", "width-512", None, 4, 512, layers=2),
     ],
     "gpu-7b": [
         Setting("Llama-2-7B, r=16, 8×1,024", "llama-2-7b", 16, 8, 1_024, "bfloat16"),
@@ -47,7 +47,7 @@ FEWER = {  # of the larger and the full models, so that all of it takes minutes
     "width 768, r=16, 8×128": (Monitored, Tenth, Opacus, Ghost, Backpack),
     "width 1,024, r=16, 8×128": (Monitored,),
     FULL: (Monitored, *PEERS),
-    "width 512, full, 2×512": (Monitored, *PEERS),
+    "width 512, full, 4×512": (Monitored, *PEERS),
 }
 STARTUP = Setting("Llama-2-7B shape, r=16", "llama-2-7b", 16, 1, 16)
 Saver = Callable[[Iterable[dict[str, Any]]], None]

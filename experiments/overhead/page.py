@@ -26,7 +26,7 @@ WANTED = {  # setting → most time and memory at every=1, × untouched
     "width 768, r=16, 8×128": (1.03, 1.02),
     "width 1,024, r=16, 8×128": (1.03, 1.02),
     "width 512, full, 8×128": (1.25, 1.25),
-    "width 512, full, 2×512": (1.4, 1.25),
+    "width 512, full, 4×512": (1.4, 1.25),
 }
 HEAD = """# What the monitor costs on a CPU
 

@@ -40,13 +40,14 @@ def _with(name: str, **fixed: object) -> Callable[[int], Setting]:
     return lambda x: replace(BASE, name=f"{fixed.get('label', name)} {x:,}", **{**fields, name: x})
 
 
+# two sequences at the least: a step with one example gives no estimate, and is refused as an arm
 LORA = "LoRA r = 16, width 512, 1 layer"
 SWEEPS = {
     "tokens": Sweep(
-        f"{LORA}, one sequence", "T, tokens", (64, 256, 1_024, 4_096, 8_192), _with("tokens", batch=1)
+        f"{LORA}, 2 sequences", "T, tokens", (64, 256, 1_024, 4_096, 8_192), _with("tokens", batch=2)
     ),
     "rank": Sweep("LoRA, width 512, 1 layer, 8 × 128", "r", (4, 8, 16, 32, 64, 128, 256), _with("rank")),
-    "batch": Sweep(f"{LORA}, T = 64", "B, sequences", (1, 4, 16, 64), _with("batch", tokens=64)),
+    "batch": Sweep(f"{LORA}, T = 64", "B, sequences", (2, 4, 16, 64), _with("batch", tokens=64)),
     "layers": Sweep("LoRA r = 16, width 512, 8 × 64", "layers", (1, 2, 4, 8), _with("layers", tokens=64)),
     "width": Sweep(
         "LoRA r = 16, 1 layer, 8 × 128",
@@ -64,10 +65,10 @@ SWEEPS = {
         f"{LORA}, 2 × 128 a pass", "passes a step", (1, 2, 4, 8), _with("accumulate", batch=2)
     ),
     "full": Sweep(
-        "Full fine-tuning, width 512, 1 layer, 1,024 tokens a batch",
+        "Full fine-tuning, width 512, 1 layer, 2,048 tokens a batch",
         "T, tokens",
         (16, 64, 128, 256, 512, 1_024),
-        lambda x: replace(BASE, name=f"full, T {x:,}", rank=None, batch=1_024 // x, tokens=x),
+        lambda x: replace(BASE, name=f"full, T {x:,}", rank=None, batch=2_048 // x, tokens=x),
         (Monitored, Direct, Gram),
     ),
 }
