@@ -37,7 +37,7 @@ class WordMath(Rows):
             nothing else changes. Held-out problems are always clean.
     """
 
-    difficulty: int = 2
+    difficulty: int = 1
     label_noise: float = 0.0
 
     name: ClassVar[str] = "wordmath"
