@@ -16,6 +16,11 @@ from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivativ
 from gns.curvature.steps import NoStep, Steps
 
 OPERATORS = ("hessian", "ggn")
+ERROR = 0.05  # of second differences of losses: more is said
+ROUNDED = (
+    "rounding of the loss, and the long steps that it asks for, put its second differences off by "
+    "{share:.0f} % or more, which does not average out: take method='difference' or 'exact'"
+)
 # Between an exact product and a difference, relative: more is another derivative, not rounding.
 AGREE = {"double": 0.02, "single": 0.1, "half": 0.7}
 
@@ -142,6 +147,8 @@ def contract(point: Point, pieces: Sequence[Any], sums: Sums, *, operator: str, 
     mass = np.array([r[3] for r in rows])
     stacked = [np.stack([r[i] for r in rows]) for i in range(3)]
     probes, groups, weighted = stacked
+    if build.method == "forward" and build.steps.error > ERROR:
+        build.notes.append(ROUNDED.format(share=100 * build.steps.error))
     if build.method == "forward":  # probes are known as a whole only
         groups, weighted = groups.sum(-1, keepdims=True), weighted.sum(-1, keepdims=True)
     return Contractions(

@@ -69,9 +69,10 @@ class Exact:
         if there:
             outputs, weights = zip(*there, strict=True)
             try:
-                found = torch.autograd.grad(
-                    outputs, self.parameters, weights, retain_graph=True, allow_unused=True
-                )
+                with sdpa_kernel(SDPBackend.MATH), Smooth():  # checkpointed layers are called anew in here
+                    found = torch.autograd.grad(
+                        outputs, self.parameters, weights, retain_graph=True, allow_unused=True
+                    )
             except RuntimeError as error:
                 raise _no_second(error) from error
         zipped = zip(self.names, self.parameters, found, strict=True)
@@ -179,6 +180,9 @@ class Forward:
         self.gradients = Difference(point, batch, steps)
         self.mass = self.gradients.mass
         self.here = point.forward_value(batch)
+        # half a unit of the loss's own grid; one that was added up wider lies on no such grid
+        single = float(np.float32(self.here)) == self.here
+        self.grid = abs(self.here) * 2.0 ** (-24 if single else -53)
 
     def product(self, vector: Vector, *, signed: bool = False) -> dict[str, Tensor]:
         """H v; one gradient beside the one here will do, where it is not rounded much."""
@@ -234,5 +238,8 @@ class Forward:
         return {}
 
     def _silent(self, vector: Vector, h: float) -> float:
-        """What the loss changes by beyond its slope after a step so short that it is rounding."""
-        return self._loss(vector, h) - self.here - h * self._slope(vector)
+        """What the loss changes by beyond its slope after a step so short that it is rounding.
+
+        Not less than the loss's own grid: a step that short may not move a loss of few digits at all.
+        """
+        return max(abs(self._loss(vector, h) - self.here - h * self._slope(vector)), self.grid)

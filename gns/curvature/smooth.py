@@ -52,7 +52,7 @@ class _Entropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
         ctx.save_for_backward(logits, labels, share)
         each = functional.cross_entropy(logits, labels, reduction="none")
-        return (each * share).sum()
+        return torch.where(share > 0, each * share, 0.0).sum()  # of an ignored row it may be infinite
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
@@ -78,7 +78,7 @@ def _entropy(
         return None
     live = target != ignore_index
     share = live.to(logits.dtype)
-    return _Entropy.apply(logits, target.masked_fill(~live, 0), share / share.sum())  # type: ignore[return-value]
+    return _Entropy.apply(logits, target.long().masked_fill(~live, 0), share / share.sum())  # type: ignore[return-value]
 
 
 _WIDE = (torch.float32, torch.float64)
@@ -176,13 +176,17 @@ class Smooth(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         instead = _INSTEAD.get(func)
-        if instead is not None and not torch.compiler.is_compiling() and not _autocast(args):
+        if instead is not None and not _elsewhere(*args, *kwargs.values()):
             found = instead(*args, **kwargs)
             if found is not None:
                 return found
         return func(*args, **kwargs)
 
 
-def _autocast(args: tuple) -> bool:
-    kind = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
-    return torch.is_autocast_enabled(kind)
+def _elsewhere(*given: Any) -> bool:
+    """Whether a compiler, a transform of torch.func or autocast has a say in a call."""
+    transformed = torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+    if transformed or torch.compiler.is_compiling():
+        return True
+    first = next((x for x in given if isinstance(x, Tensor)), None)
+    return torch.is_autocast_enabled("cpu" if first is None else first.device.type)

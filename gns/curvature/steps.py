@@ -18,7 +18,8 @@ LOSS_CHANGE = 0.3  # the same for 16 bits; wider ones are judged by the losses
 START = {"double": 1e-6, "single": 3e-5, "half": 1e-3}
 START_LOSS = 1e-3
 # Of second differences of losses where one side stands for both: the odd part that is aimed at, relative to
-# the even one, and rounding that is put up with. Both average out over signs, and are in the probes' spread.
+# the even one, and rounding that is put up with. The odd part averages out over signs; so does rounding, but
+# for that of the loss where it stands, which all vectors share: so it is kept small.
 ODD = {"double": 0.005, "single": 0.02}
 NOISE = 0.01
 FOURTH = 2.5  # error of both sides' difference in squares of odd / even: 0.022 at 0.095, 0.08 at 0.185 (base)
@@ -55,6 +56,7 @@ class Steps:
         self._weights = norm({name: p.detach() for name, p in point.parameters.items()}) or 1.0
         self._found: dict[str, _Search] = {}
         self.one_sided = False  # second differences of losses
+        self.error = 0.0  # of them, relative, by rounding and by the length that it asks for
 
     def length(self, kind: str) -> float:
         """Give the length to take, or to try next, for vectors of a kind."""
@@ -113,6 +115,7 @@ class Steps:
             search.largest, search.length = search.length, search.length / 30
             search.settled = search.trials >= TRIALS
             return
+        odd = math.sqrt(max(odd**2 - 4 * noise**2, 0.0))  # what rounding alone shows is no third derivative
         odd, noise = (max(v / even if even > 0 else math.inf, TINY) for v in (odd, noise))
         factor = 1.0 if odd <= 1.5 * limit and noise <= NOISE else limit / odd
         self.one_sided = noise / factor**2 <= NOISE if factor > 0 else False
@@ -121,3 +124,4 @@ class Steps:
         factor = min(30.0, max(1 / 30, factor))
         search.length = min(search.length * factor, search.largest / 3)
         search.settled = 1 / 5 <= factor <= 5 or search.trials >= TRIALS
+        self.error = noise / factor**2 + (0 if self.one_sided else FOURTH * (odd * factor) ** 2)

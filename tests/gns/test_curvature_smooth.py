@@ -80,3 +80,12 @@ def test_the_simple_calls_are_the_ones_replaced():
     with Smooth():
         assert "_Silu" in type(functional.silu(x).grad_fn).__name__
     assert "_Entropy" not in type(functional.cross_entropy(x, LABELS).grad_fn).__name__
+
+
+def test_a_row_that_is_ignored_may_forbid_the_first_class():
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    logits[:, 0] = -torch.inf
+    labels = torch.tensor([1, -100, 2])
+    with Smooth():
+        found = torch.nn.functional.cross_entropy(logits, labels)
+    assert found == torch.nn.functional.cross_entropy(logits, labels)

@@ -669,3 +669,44 @@ def test_the_products_are_those_of_curvlinops():
         expected = operator @ [vector[n] for n in names]
         for name, e in zip(names, expected, strict=True):
             close(ours.product(vector)[name], e.detach(), rtol=1e-8, what=name)
+
+
+def test_calls_that_a_transform_or_a_narrow_label_makes_are_differentiated_too():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 3).double(), torch.randn(9, 6, 4).double()
+    y = torch.randint(0, 3, (9, 6))
+
+    def narrow(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1].to(torch.uint8))
+
+    def mapped(model, batch):
+        one = torch.vmap(lambda z, y: torch.nn.functional.cross_entropy(z[None], y[None]))
+        return one(model(batch[0]), batch[1]).mean()
+
+    def plain(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    found = [b_noise(model, list(zip(x, y, strict=True)), loss=f) for f in (plain, narrow, mapped)]
+    assert [f.method for f in found] == ["exact"] * 3
+    for f in found[1:]:
+        assert f.trace_h_sigma == pytest.approx(found[0].trace_h_sigma, rel=1e-9)
+
+
+def test_rounding_of_a_large_loss_does_not_pass_for_curvature():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 40), torch.nn.Tanh(), torch.nn.Linear(40, 4))
+    x, y = torch.randn(9, 32, 5), torch.randint(0, 4, (9, 32))
+
+    def lifted(by):
+        def loss(model, batch):
+            return torch.nn.functional.cross_entropy(model(batch[0]), batch[1]) + by
+
+        return loss
+
+    batches = list(zip(x, y, strict=True))
+    exact = b_noise(model, batches, loss=lifted(0), method="exact")
+    for by in (0.0, 10.0, 100.0):
+        found = b_noise(model, batches, loss=lifted(by), method="forward")
+        assert found.trace_h_sigma == pytest.approx(exact.trace_h_sigma, rel=0.05), by
+    drowned = b_noise(model, batches, loss=lifted(1e6), method="forward")
+    assert any("rounding of the loss" in text for text in drowned.warnings)

@@ -126,6 +126,7 @@ def _over(noise: Rows, simple: Rows) -> Rows:
     """Divide B_noise with its ends by the B_simple of that step; the set of B_simple is not in it."""
     steps, values = np.array([(step, value) for step, value, *_ in simple]).T
     below = np.interp([step for step, *_ in noise], steps, values)
+    below = np.where(below > 0, below, np.nan)
     return [(step, v / b, low / b, high / b) for (step, v, low, high), b in zip(noise, below, strict=True)]
 
 
