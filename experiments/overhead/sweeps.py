@@ -65,10 +65,10 @@ SWEEPS = {
         f"{LORA}, 2 × 128 a pass", "passes a step", (1, 2, 4, 8), _with("accumulate", batch=2)
     ),
     "full": Sweep(
-        "Full fine-tuning, width 512, 1 layer, 2,048 tokens a batch",
+        "Full fine-tuning, width 512, 1 layer, 1,024 tokens a batch",
         "T, tokens",
-        (16, 64, 128, 256, 512, 1_024),
-        lambda x: replace(BASE, name=f"full, T {x:,}", rank=None, batch=2_048 // x, tokens=x),
+        (16, 64, 128, 256, 512),
+        lambda x: replace(BASE, name=f"full, T {x:,}", rank=None, batch=1_024 // x, tokens=x),
         (Monitored, Direct, Gram),
     ),
 }
