@@ -146,17 +146,16 @@ def measured(config: CostConfig) -> list[dict[str, Any]]:
     }
     for _ in range(5):  # a point where A trains too
         step()
-    for (
-        group
-    ) in optimizer.param_groups:  # the steps timed from here on cost what they cost, and all arms read
-        group["lr"] = 0.0  # one point: hundreds of steps on one batch end where no training is
+    # The steps timed from here on cost what they cost and move nothing: all arms read one point, and hundreds
+    # of steps on one batch would end where no training is.
+    optimizer.param_groups[0]["lr"] = 0.0
     peer = _curvlinops(model, batches[1], config.probes + 1)
     failed = ""
     if peer is not None:
         try:
             peer()
             arms[PEER] = peer
-        except (NotImplementedError, RuntimeError) as error:
+        except (NotImplementedError, RuntimeError) as error:  # the row says that it does not run, and why
             failed = " ".join(str(error).split())
     about = {"config": asdict(config), "torch": torch.__version__} | provenance()
     about |= {"threads": torch.get_num_threads(), "status": "done"}

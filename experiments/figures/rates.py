@@ -10,7 +10,17 @@ from matplotlib.figure import Figure
 from experiments.analysis.curves import Curve
 from experiments.analysis.fits import fit_law
 from experiments.analysis.resampling import interval
-from experiments.figures.style import GREY, STYLES, batch_axis, figure_of, label, named, plain, rate_axis
+from experiments.figures.style import (
+    GREY,
+    STYLES,
+    at_left,
+    batch_axis,
+    label,
+    named,
+    panels_of,
+    plain,
+    rate_axis,
+)
 
 DASHES = {"surge": "-", "sgd": "--", "sqrt": ":"}
 SAID = {"surge": "surge law", "sgd": "SGD law", "sqrt": "∝ √B"}
@@ -23,16 +33,10 @@ def draw(found: Sequence[Curve], series: Sequence[str]) -> Figure:
         found: a curve for each cell.
         series: fields that name the panels.
     """
-    columns = min(3, len(found))
-    lines = -(-len(found) // columns)
-    figure = figure_of(0.6 + 3.6 * columns, 0.8 + 3.3 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    figure, panels = panels_of(len(found), 3, 3.6, (0.6, 0.8))
     rates = [end for curve in found for column in curve.rate_draws.T for end in interval(column)]
-    for place, axes in enumerate(panels.flat):
-        if place >= len(found):
-            axes.axis("off")
-            continue
-        curve, style = found[place], STYLES[place % len(STYLES)]
+    for place, (axes, curve) in enumerate(zip(panels, found, strict=True)):
+        style = STYLES[place % len(STYLES)]
         ends = np.array([interval(column) for column in curve.rate_draws.T])
         low, high = curve.rates - ends[:, 0], ends[:, 1] - curve.rates
         axes.errorbar(
@@ -50,7 +54,7 @@ def draw(found: Sequence[Curve], series: Sequence[str]) -> Figure:
             axes.plot(fine, fit.rate(fine), color=GREY, linestyle=dash, linewidth=1.1, label=said)
         batch_axis(axes, list(curve.batches))
         rate_axis(axes, rates)
-        label(axes, "batch size B (examples a step)", "" if place % columns else "best learning rate ε")
+        label(axes, "batch size B (examples a step)", "best learning rate ε" if at_left(axes) else "")
         axes.set_title(named(curve.cell, series))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, loc="best")

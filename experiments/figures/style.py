@@ -132,6 +132,33 @@ def figure_of(width: float, height: float) -> Figure:
     return figure
 
 
+def panels_of(count: int, most: int, size: float, edge: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """Make a figure with a panel for each of `count` cells, those of a line on one scale.
+
+    Args:
+        count: panels.
+        most: in a line.
+        size: width of a panel, inches; its height, less a little, follows.
+        edge: what the figure is wider and higher beyond its panels, inches.
+
+    Returns:
+        The figure, and the panels line by line; `at_left` tells the first of each.
+    """
+    columns = min(most, count)
+    lines = -(-count // columns)
+    figure = figure_of(edge[0] + size * columns, edge[1] + 0.95 * size * lines)
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    for empty in panels[count:]:
+        empty.axis("off")
+    return figure, panels[:count]
+
+
+def at_left(axes: Axes) -> bool:
+    """Whether a panel is the first of its line."""
+    spec = axes.get_subplotspec()
+    return spec is not None and spec.is_first_col()
+
+
 def heading(figure: Figure, title: str, below: str) -> None:
     """Write a figure's title, and in small what was run."""
     width = int(figure.get_figwidth() * 15)

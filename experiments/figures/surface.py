@@ -12,7 +12,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from experiments.analysis.curves import Curve
-from experiments.figures.style import GREY, INK, figure_of, label, named, plain, rate
+from experiments.figures.style import GREY, INK, at_left, label, named, panels_of, plain, rate
 
 DEEP = 0.5  # nats above the best: colours end there
 
@@ -24,22 +24,11 @@ def draw(found: Sequence[Curve], series: Sequence[str]) -> Figure:
         found: a curve for each cell.
         series: fields that name the panels.
     """
-    columns = min(4, len(found))
-    lines = -(-len(found) // columns)
-    figure = figure_of(1.2 + 2.9 * columns, 0.9 + 2.9 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    figure, panels = panels_of(len(found), 4, 2.9, (1.2, 0.9))
     mesh: QuadMesh | None = None
-    for place, axes in enumerate(panels.flat):
-        if place >= len(found):
-            axes.axis("off")
-            continue
-        mesh = _panel(axes, found[place])
-        label(
-            axes,
-            "batch size B",
-            "" if place % columns else "learning rate ε",
-            named(found[place].cell, series),
-        )
+    for axes, curve in zip(panels, found, strict=True):
+        mesh = _panel(axes, curve)
+        label(axes, "batch size B", "learning rate ε" if at_left(axes) else "", named(curve.cell, series))
     assert mesh is not None
     bar = figure.colorbar(mesh, ax=panels, extend="max", shrink=0.9)
     bar.set_label("validation loss above the best\n(nats per token)")

@@ -9,12 +9,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from random import Random
 from typing import ClassVar
 
 from experiments.configs import RunError
-from experiments.tasks.hub import for_validation, prompt, records
-from experiments.tasks.items import Item, Rows, known_split, take, whole_dial
+from experiments.tasks.hub import HubRows, for_validation, prompt, records
+from experiments.tasks.items import Item, whole_dial
 from experiments.tasks.sandbox import passes
 
 ASK = "Complete this Python function.\n```python\n{code}\n```"
@@ -23,7 +22,7 @@ MAIN = re.compile(r'^if __name__ == [\'"]__main__[\'"]:', re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class CodeFeedback(Rows):
+class CodeFeedback(HubRows):
     """Programming tasks.
 
     Args:
@@ -32,8 +31,8 @@ class CodeFeedback(Rows):
         data: CodeFeedback-Filtered-Instruction: columns query, answer, lang, resource.
         test_data: HumanEval: columns task_id, prompt, entry_point, canonical_solution, test.
         lang: use only records of this language, e.g. "python"; None: all.
-        first: use only the first so many records of `data`; None: all.
-        longest: leave out records of `data` with more characters than this; None: none.
+        first: as in `HubRows`.
+        longest: as in `HubRows`.
         execute: run generated programs to score them. They are a model's, and no sandbox is perfect.
         seconds: that a program may take.
     """
@@ -41,8 +40,6 @@ class CodeFeedback(Rows):
     data: str = "m-a-p/CodeFeedback-Filtered-Instruction"
     test_data: str = "openai/openai_humaneval"
     lang: str | None = None
-    first: int | None = None
-    longest: int | None = None
     execute: bool = False
     seconds: int = 5
 
@@ -51,26 +48,8 @@ class CodeFeedback(Rows):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole_dial(self, "seconds", 1)
-        for dial in ("first", "longest"):
-            if getattr(self, dial) is not None:
-                whole_dial(self, dial, 1)
         if not isinstance(self.execute, bool):
             raise RunError(f"dial execute is {self.execute!r}; true or false is needed")
-
-    def train(self, n: int, seed: int) -> list[Item]:
-        """Give `n` rows of CodeFeedback in an order of this seed."""
-        items = self._items(validation=False)
-        Random(f"codefeedback {seed}").shuffle(items)
-        return self.rows(take(items, self.examples_for(n), f"the training part of {self.data}"), n)
-
-    def held_out(self, split: str, n: int) -> list[Item]:
-        """Give the first `n` items of a split; those of HumanEval have an answer if programs may run."""
-        known_split(split)
-        if split == "validation":
-            return take(self._items(validation=True), n, f"the validation part of {self.data}")
-        needed = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-        found = records(self.test_data, "test", needed)
-        return take([self._humaneval(record) for record in found], n, f"{self.test_data} (test)")
 
     def right(self, item: Item, generated: str) -> bool:
         """Whether the generated function passes the item's tests; runs it.
@@ -82,19 +61,20 @@ class CodeFeedback(Rows):
             raise RunError("scoring HumanEval runs generated programs; allow it by the dial execute = true")
         return item.answer is not None and passes(program(item.answer, generated), seconds=self.seconds)
 
-    def _items(self, *, validation: bool) -> list[Item]:
-        """Give all items of one part, in the data's order; records without an answer are none."""
-        found = records(self.data, "train", ("query", "answer", "lang", "resource"))
-        n = len(found) if self.first is None else min(self.first, len(found))
-        columns = found[:n]
+    def _items(self, *, validation: bool) -> list[Item]:  # records without an answer are none
+        columns = self._columns("query", "answer", "lang", "resource")
         return [
             Item(prompt(query), f" {answer.strip()}")
             for query, answer, lang in zip(columns["query"], columns["answer"], columns["lang"], strict=True)
             if answer.strip()
             and self.lang in (None, lang)
             and for_validation(query) == validation
-            and (self.longest is None or len(query) + len(answer) <= self.longest)
+            and self._short(query, answer)
         ]
+
+    def _tested(self) -> list[Item]:  # they have an answer if programs may run
+        needed = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
+        return [self._humaneval(record) for record in records(self.test_data, "test", needed)]
 
     def _humaneval(self, record: Mapping[str, str]) -> Item:
         """An item in the form that CodeFeedback teaches: the whole function in a fenced block."""

@@ -1,14 +1,17 @@
-"""Real data sets: records from the hub or from local files in their published schema; the prompt."""
+"""Real data sets: records from the hub or local files in their published schema; prompt and rows."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from experiments.configs import RunError
+from experiments.tasks.items import Item, Rows, known_split, take, whole_dial
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 HELD_OUT_SHARE = 50  # one group of records in so many is for validation
@@ -19,6 +22,60 @@ PROMPT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+
+
+@dataclass(frozen=True)
+class HubRows(Rows):
+    """Rows of one data set, and the items of another to be tested on.
+
+    Args:
+        merged: as in `Rows`.
+        copies: as in `Rows`.
+        data: to learn; a part of it is for validation.
+        test_data: to be tested on.
+        first: use only the first so many records of `data`; None: all.
+        longest: leave out records of `data` with more characters than this; None: none.
+    """
+
+    data: str = ""
+    test_data: str = ""
+    first: int | None = None
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for dial in ("first", "longest"):
+            if getattr(self, dial) is not None:
+                whole_dial(self, dial, 1)
+
+    def train(self, n: int, seed: int) -> list[Item]:
+        """Give `n` rows of the training part in an order of this seed."""
+        items = self._items(validation=False)
+        Random(f"{self.name.partition('-')[0]} {seed}").shuffle(items)
+        return self.rows(take(items, self.examples_for(n), f"the training part of {self.data}"), n)
+
+    def held_out(self, split: str, n: int) -> list[Item]:
+        """Give the first `n` items of a split: of `data` for validation, of `test_data` for the test."""
+        known_split(split)
+        if split == "validation":
+            return take(self._items(validation=True), n, f"the validation part of {self.data}")
+        return take(self._tested(), n, f"{self.test_data} (test)")
+
+    def _items(self, *, validation: bool) -> list[Item]:
+        """Give all items of one part of `data`, in its order."""
+        raise NotImplementedError
+
+    def _tested(self) -> list[Item]:
+        """Give all items of `test_data`, in its order."""
+        raise NotImplementedError
+
+    def _columns(self, *needed: str) -> Any:
+        """Give the columns of the records of `data` that are used."""
+        found = records(self.data, "train", needed)
+        return found[: len(found) if self.first is None else min(self.first, len(found))]
+
+    def _short(self, *texts: str) -> bool:
+        return self.longest is None or sum(map(len, texts)) <= self.longest
 
 
 def prompt(instruction: str) -> str:

@@ -10,12 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from random import Random
 from typing import ClassVar
 
 from experiments.configs import RunError
-from experiments.tasks.hub import for_validation, prompt, records
-from experiments.tasks.items import Item, Rows, known_split, take, whole_dial
+from experiments.tasks.hub import HubRows, for_validation, prompt, records
+from experiments.tasks.items import Item
 
 MARK = re.compile(r"the answer is:?|####", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?(?:\.\d+|\d)(?:\s*/\s*\d+)?")
@@ -27,7 +26,7 @@ SAID = "The answer is: "
 
 
 @dataclass(frozen=True)
-class MetaMath(Rows):
+class MetaMath(HubRows):
     """Mathematics problems.
 
     Args:
@@ -35,53 +34,30 @@ class MetaMath(Rows):
         copies: as in `Rows`.
         data: MetaMathQA: columns query, response, type; original_question where it is there.
         test_data: GSM8K: columns question, answer.
-        first: use only the first so many records of `data`, as the paper does; None: all.
-        longest: leave out records of `data` with more characters than this; None: none.
+        first: as in `HubRows`; the paper uses the first 100,000.
+        longest: as in `HubRows`.
     """
 
     data: str = "meta-math/MetaMathQA"
     test_data: str = "openai/gsm8k"
-    first: int | None = None
-    longest: int | None = None
 
     name: ClassVar[str] = "metamath-gsm8k"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for dial in ("first", "longest"):
-            if getattr(self, dial) is not None:
-                whole_dial(self, dial, 1)
-
-    def train(self, n: int, seed: int) -> list[Item]:
-        """Give `n` rows of MetaMathQA in an order of this seed."""
-        items = self._items(validation=False)
-        Random(f"metamath {seed}").shuffle(items)
-        return self.rows(take(items, self.examples_for(n), f"the training part of {self.data}"), n)
-
-    def held_out(self, split: str, n: int) -> list[Item]:
-        """Give the first `n` items of a split: MetaMathQA's own for validation, GSM8K's test set."""
-        known_split(split)
-        if split == "validation":
-            return take(self._items(validation=True), n, f"the validation part of {self.data}")
-        found = records(self.test_data, "test", ("question", "answer"), "main")
-        return take([_gsm8k(record) for record in found], n, f"{self.test_data} (test)")
 
     def right(self, item: Item, generated: str) -> bool:
         """Whether the generated answer is the same number, or for want of a number the same text."""
         return item.answer is not None and same(extracted(generated), item.answer)
 
     def _items(self, *, validation: bool) -> list[Item]:
-        """Give all items of one part, in the data's order."""
-        found = records(self.data, "train", ("query", "response", "type"))
-        n = len(found) if self.first is None else min(self.first, len(found))
-        columns = found[:n]
+        columns = self._columns("query", "response", "type")
         groups = columns.get("original_question", columns["query"])
         return [
             Item(prompt(query), f" {response.strip()}", extracted(response))
             for query, response, group in zip(columns["query"], columns["response"], groups, strict=True)
-            if for_validation(group) == validation
-            and (self.longest is None or len(query) + len(response) <= self.longest)
+            if for_validation(group) == validation and self._short(query, response)
         ]
+
+    def _tested(self) -> list[Item]:
+        return [_gsm8k(r) for r in records(self.test_data, "test", ("question", "answer"), "main")]
 
 
 def _gsm8k(record: Mapping[str, str]) -> Item:

@@ -29,8 +29,6 @@ NOT_ALL = (
     "only {here} of {size} data-parallel ranks came to measure B_noise within {seconds:.0f} s: let every "
     "rank do so, each with batches of its own"
 )
-
-
 LEFT = "a data-parallel rank left while B_noise was measured: {why}"
 
 
@@ -58,7 +56,7 @@ class Alone:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        pass
+        """Leave; there is nobody to tell."""
 
 
 class Together(Alone):
