@@ -139,8 +139,9 @@ def _branch(prepared: Prepared, state: State, about: dict[str, Any], limit: floa
     optimizer = loop.optimizer_of(prepared.trainable, config)
     fresh = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(copy.deepcopy(moments))
-    for group, own in zip(optimizer.param_groups, fresh, strict=True):  # β₂ may follow the batch
-        group.update({name: own[name] for name in ("betas",) if name in own})
+    for group, own in zip(optimizer.param_groups, fresh, strict=True):
+        if "betas" in own:  # β₂ may follow the batch
+            _carry_over(optimizer, group, own["betas"])
     first, last = about["at_examples"], about["at_examples"] + about["examples"]
     (order,) = epoch_batches(config.n_train, config.n_train, config.data_seed, 0)
     size = about["batch_size"]
@@ -152,23 +153,35 @@ def _branch(prepared: Prepared, state: State, about: dict[str, Any], limit: floa
     return {"status": "done" if fine else "diverged", "loss": loss}
 
 
+def _carry_over(optimizer: torch.optim.Optimizer, group: dict[str, Any], betas: tuple[float, float]) -> None:
+    """Change β₂ of moments that are under way: what was stored is scaled, so that v̂ = v/(1 − β₂ᵗ) stays."""
+    old, new = group["betas"][1], betas[1]
+    group["betas"] = betas
+    for parameter in group["params"]:
+        state = optimizer.state[parameter]
+        t = float(state["step"])
+        state["exp_avg_sq"].mul_((1 - new**t) / (1 - old**t))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make branches for each seed, write their rows, say the critical batch size; 1 where a row failed."""
     asked = argparse.ArgumentParser(prog="python -m experiments.branches", description=__doc__)
     asked.add_argument("--config", required=True, help="JSON of the trunk's RunConfig, or a file with it")
     asked.add_argument("--at", type=int, required=True, help="steps of the trunk")
-    asked.add_argument("--examples", type=int, help="of a branch (default: 16 steps of the largest)")
+    asked.add_argument("--examples", type=int, help="of a branch (default: 16 steps at the least)")
     asked.add_argument("--multiples", type=int, nargs="+", default=[1, 2, 4, 8])
     asked.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     asked.add_argument("--out", type=Path, help="file of JSON lines that the rows are added to")
     asked.add_argument("--device", help="of torch (default: an accelerator if there is one)")
     given = asked.parse_args(arguments)
+    if 1 not in given.multiples:
+        asked.error("--multiples without 1: the branch at the trunk's own batch is what others are held to")
     text = given.config if given.config.lstrip().startswith("{") else Path(given.config).read_text()
     try:
         config = RunConfig.of({"schedule": "constant"} | json.loads(text))
     except (RunError, json.JSONDecodeError) as error:
         asked.error(f"--config: {error}")
-    examples = given.examples or 16 * max(given.multiples) * config.batch_size
+    examples = given.examples or 16 * math.lcm(*given.multiples) * config.batch_size
     rows: list[dict[str, Any]] = []
     for seed in given.seeds:
         made = branch_runs(

@@ -108,6 +108,10 @@ class RunConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:  # 32 and 32.0 are one run: the hash is of what is written
+            value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, name, float(value))
         _check(self)
 
     @classmethod
@@ -166,6 +170,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "gns_metric": ("euclidean", "adam"),
 }
+_NUMBERS = ("lr", "alpha", "warmup", "weight_decay", "beta1", "beta2", "clip", "dropout", "target_loss")
 _COUNTS = ("n_train", "rank", "batch_size", "epochs", "evals", "n_eval", "max_length")
 _COUNTS_OR_NONE = ("micro_batch", "beta2_batch", "steps")
 _FROM_ZERO = ("generate", "seed", "data_seed", "gns_every")
@@ -183,8 +188,14 @@ def _check(config: RunConfig) -> None:
         for name in names:
             if not (none and getattr(config, name) is None):
                 check_whole(name, getattr(config, name), least, error=RunError)
-    if not (math.isfinite(config.lr) and config.lr > 0):
-        raise RunError(f"lr is {config.lr}; a number above 0 is needed")
+    for name in ("lr", "alpha", "clip", "target_loss"):
+        value = getattr(config, name)
+        if value is None and name != "lr":
+            continue
+        if not (math.isfinite(value) and value > 0):
+            raise RunError(f"{name} is {value}; a number above 0 is needed")
+    if not (math.isfinite(config.weight_decay) and config.weight_decay >= 0):
+        raise RunError(f"weight_decay is {config.weight_decay}; a number, 0 or more, is needed")
     for name in ("warmup", "beta1", "beta2", "dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise RunError(f"{name} is {getattr(config, name)}; a number in [0, 1) is needed")

@@ -234,7 +234,7 @@ def _estimated(found: Efficiency, lows: Floats, highs: Floats, level: float, sha
         low, high = interval(lows[1:], level)[0], interval(highs[1:], level)[1]
     else:
         low, high = 0.0, math.inf
-        notes.append("one seed: no interval")
+        notes.append("one seed, or one batch with all: no interval")
     if found.censored[0]:
         return Estimated(math.nan, 0.0, math.inf, "the smallest batch did not reach the target")
     if found.censored.any():
@@ -287,9 +287,8 @@ def _examples(rows: Sequence[Row], cell: Cell, target: float) -> tuple[Floats, n
 
 def _choice(means: Floats, short: Floats) -> np.ndarray:
     """[..., J], the learning rate of each batch: fewest censored seeds, then fewest examples."""
-    best = np.where(short == short.min(axis=-1, keepdims=True), means, np.inf)
-    best = np.where(np.isinf(short), np.nan, best)  # not tried with all seeds
-    return np.nanargmin(np.nan_to_num(best, nan=np.nan, posinf=1e300), axis=-1)
+    key = np.where(np.isfinite(means), np.arctan(means), 2.0)  # in order, below 2; a diverged seed is last
+    return np.where(short == short.min(axis=-1, keepdims=True), key, 3.0).argmin(axis=-1)
 
 
 def _at_edge(cell: Cell, j: int, chosen: int) -> bool:
@@ -299,12 +298,18 @@ def _at_edge(cell: Cell, j: int, chosen: int) -> bool:
 
 
 def _replicates(logs: Floats, short: Floats, chosen: np.ndarray, draws: int, seed: int) -> Floats:
-    """[R, J]: ln E at the learning rates that each replicate chooses; [0, J] with one seed."""
+    """[R, J]: ln E at the learning rates that each replicate chooses; [0, J] where seeds show no spread.
+
+    What a seed does to all batches alike is left out, so two batches with all seeds are needed.
+    """
     n_batches, n_rates, n_seeds = logs.shape
     if n_seeds < 2:
         return np.empty((0, n_batches))
     own = logs[np.arange(n_batches), chosen]  # [J, S]
-    pool = _residuals(own[np.isfinite(own).all(axis=1) & (short[np.arange(n_batches), chosen] == 0)])
+    usable = own[np.isfinite(own).all(axis=1) & (short[np.arange(n_batches), chosen] == 0)]
+    if len(usable) < 2:
+        return np.empty((0, n_batches))
+    pool = _residuals(usable)
     random = np.random.default_rng(seed)
     drawn = random.choice(pool, size=(draws, n_batches, n_rates, n_seeds)).mean(axis=3)
     new = logs.mean(axis=2) + drawn  # [R, J, L]

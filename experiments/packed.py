@@ -13,6 +13,7 @@ A slot that is over (diverged, or at its target) leaves the program; the others 
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -116,19 +117,21 @@ def run_packed(
         Runs that do not fit into the memory of an accelerator together are made in two halves.
     """
     rows, started = [header(config, "packed") for config in configs], time.monotonic()
+    too_large = False
     try:
         where = device_of(device)
         found = _made(configs, where, progress)
         found = [{"device": device_name(where)} | each for each in found]
     except torch.OutOfMemoryError as error:
-        if len(configs) > 1:
-            half = len(configs) // 2
-            torch.cuda.empty_cache()
-            parts = configs[:half], configs[half:]
-            return [row for part in parts for row in run_packed(part, device=device, progress=progress)]
-        found = [_failed(error)] * len(configs)
+        too_large, found = len(configs) > 1, [_failed(error)] * len(configs)
     except (Exception, SystemExit) as error:
         found = [_failed(error)] * len(configs)
+    if too_large:  # not in the handler, whose traceback holds the program that did not fit
+        gc.collect()
+        torch.cuda.empty_cache()
+        half = len(configs) // 2
+        parts = configs[:half], configs[half:]
+        return [row for part in parts for row in run_packed(part, device=device, progress=progress)]
     seconds = round((time.monotonic() - started) / max(1, len(configs)), 3)
     return [plain(row | each | {"seconds": seconds}) for row, each in zip(rows, found, strict=True)]
 

@@ -115,8 +115,9 @@ def _execute(ledger: Any, claims: Sequence[Any], engine: Any, job: Job) -> None:
     except KeyboardInterrupt:
         written = rowsfile.results(rowsfile.read(job.rows))
         for claim in claims:
-            if claim.config.hash in written:
-                ledger.finish(claim, written[claim.config.hash])
+            row = written.get(claim.config.hash)
+            if row is not None and row["status"] in rowsfile.RESULTS:  # not a failure that is tried again
+                ledger.finish(claim, row)
             else:
                 ledger.release(claim)
         raise

@@ -105,9 +105,16 @@ def regret(
 
     Returns:
         The mean over configurations, nats per token, with its interval; and the regret of each.
+
+    Raises:
+        ValueError: there is not one choice for each configuration, or one is NaN.
     """
     if len(found) != len(chosen) or not found:
         raise ValueError(f"a rule needs a choice for each configuration; seen {len(chosen)} for {len(found)}")
+    if any(math.isnan(batch) for batch in chosen):
+        raise ValueError(
+            "a rule's choice is NaN; leave that configuration out, or say what the rule then does"
+        )
     random = np.random.default_rng(seed)
     own = [_cost(c, b, c.loss, c.validation) for c, b in zip(found, chosen, strict=True)]
     means = np.empty(draws)
@@ -125,7 +132,8 @@ def _drawn_cost(found: Curve, batch: float, random: np.random.Generator) -> floa
 
 def _cost(found: Curve, batch: float, loss: Floats, validation: Floats) -> float:
     """Loss at a batch minus the loss at the batch that is best on validation data."""
-    at = float(np.interp(math.log2(batch), np.log2(found.batches), loss))
+    inside = min(max(batch, found.batches[0]), found.batches[-1])  # 0 and ∞ are legal answers of a rule
+    at = float(np.interp(math.log2(inside), np.log2(found.batches), loss))
     return at - float(loss[int(validation.argmin())])
 
 

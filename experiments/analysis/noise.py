@@ -26,27 +26,29 @@ def measured(
         metric: of the readings.
 
     Returns:
-        B_simple, examples; infinite where some run found no upper end; None where nothing was measured.
+        B_simple, examples: NaN where some run found none (|G|² not above 0), the upper end infinite where
+        some run found no upper end; None where nothing was measured.
     """
     read = [(row, _part(row["gns"][kind], part)) for row in cell.rows if _has(row, kind, metric)]
     if not read:
         return None
     smallest = min(row["config"]["batch_size"] for row, _ in read)
     at = [(row, found) for row, found in read if row["config"]["batch_size"] == smallest]
-    losses: dict[float, list[float]] = {}
-    for row, _ in at:
-        losses.setdefault(row["config"]["lr"], []).append(row["validation"][-1]["loss"])
-    best = min(losses, key=lambda rate: float(np.mean(losses[rate])))
+    means = cell.validation[cell.batches.index(smallest)].mean(axis=-1)  # over all seeds, as a curve's
+    best = min({row["config"]["lr"] for row, _ in at}, key=lambda rate: _loss(means[cell.rates.index(rate)]))
     chosen = [found for row, found in at if row["config"]["lr"] == best]
-    value, low, high = (_geometric([_number(f[key]) for f in chosen]) for key in ("b_simple", "low", "high"))
+    value = _geometric([_known(f["b_simple"]) for f in chosen])
+    low = _geometric([_known(f["low"]) for f in chosen])
+    high = _geometric([math.inf if f["high"] is None else f["high"] for f in chosen])
     note = f"batch {smallest}, learning rate {best:.3g}, {len(chosen)} run(s)"
     return Estimated(value, low, high, note)
 
 
 def _has(row: dict, kind: str, metric: str) -> bool:
-    """Whether a row has a reading of this kind."""
+    """Whether a row has a reading of this kind, with steps enough for one."""
     gns = row.get("gns")
-    return row["status"] == "done" and bool(gns) and gns["metric"] == metric and "joint" in gns[kind]
+    there = row["status"] == "done" and bool(gns) and gns["metric"] == metric and "joint" in gns[kind]
+    return there and gns[kind]["joint"].get("status") != "collecting"
 
 
 def _part(reading: dict, part: str) -> dict:
@@ -54,13 +56,20 @@ def _part(reading: dict, part: str) -> dict:
     return reading.get(part, reading["joint"])
 
 
-def _number(value: float | None) -> float:
-    """JSON has no infinity: null stands for it."""
-    return math.inf if value is None else value
+def _loss(mean: float) -> float:
+    """A mean over seeds; of one that diverged or is missing nothing is known, and it comes last."""
+    return float(mean) if math.isfinite(mean) else math.inf
+
+
+def _known(value: float | None) -> float:
+    """JSON has no NaN: null stands for it."""
+    return math.nan if value is None else value
 
 
 def _geometric(values: list[float]) -> float:
-    """Geometric mean; a single infinite value makes it so, and one that is not positive makes it 0."""
-    if min(values) <= 0:
+    """Geometric mean: NaN where a value is NaN or below 0, 0 where one is 0, infinite where one is."""
+    if any(math.isnan(v) or v < 0 for v in values):
+        return math.nan
+    if 0 in values:
         return 0.0
     return math.inf if math.inf in values else float(np.exp(np.mean(np.log(values))))

@@ -106,7 +106,7 @@ def _accuracies(axes: Axes, found: Sequence[Curve]) -> None:
         places = [cell.batches.index(int(b)) for b in curve.batches]
         rates = [_chosen(curve, j) for j in places]
         share = np.array([np.nanmean(cell.accuracy[j, i]) for j, i in zip(places, rates, strict=True)])
-        error = 1.96 * np.sqrt(share * (1 - share) / max(1, cell.items * len(cell.seeds)))
+        error = 1.96 * np.sqrt(share * (1 - share) / max(1, cell.items))  # all seeds answer the same items
         beside = curve.batches * 1.06 ** (k - (len(found) - 1) / 2)  # bars must not hide each other
         axes.errorbar(beside, 100 * share, 100 * error, capsize=2, markersize=5, linewidth=1.2, **style)
     batch_axis(axes, [float(b) for curve in found for b in curve.batches])

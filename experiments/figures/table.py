@@ -34,7 +34,7 @@ def table(found: Sequence[Curve], series: Sequence[str]) -> str:
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     for curve in found:
         best, largest = optimum(curve), largest_within(curve, DELTA)
-        loss = f"{curve.loss.min():.3f}"
+        loss = f"{curve.loss[curve.validation.argmin()]:.3f}"  # no choice is made on the test data
         rates = [f"ε {e} at {plain(b)}" for b, e in zip(curve.batches, curve.rate_edges, strict=True) if e]
         edges = ", ".join([note for note in (best.note, largest.note) if note][:1] + rates)
         ends = curve.batches[0], curve.batches[-1]

@@ -34,9 +34,7 @@ def figure(name: str, rows: Sequence[dict[str, Any]]) -> Figure:
     same = _line(there, AA)
     xs = [x for x, *_ in same]
     low, high = [each[2] for each in same], [each[3] for each in same]
-    ax.fill_between(
-        xs, low, high, color=GREY, alpha=0.25, linewidth=0, label="untouched beside itself (quartiles)"
-    )
+    ax.fill_between(xs, low, high, color=GREY, alpha=0.25, linewidth=0, label=SAME)
     ax.axhline(1, color=INK, linewidth=0.8)
     for arm, (colour, marker, dashes) in STYLE.items():
         found = _line(there, arm)

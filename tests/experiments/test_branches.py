@@ -53,6 +53,26 @@ def test_a_branch_is_its_own_steps_from_the_trunks_state(tiny_base, monkeypatch)
     assert steps == {5.0}  # the trunk's three and its own two
 
 
+def test_a_branch_with_another_beta2_begins_with_the_trunks_second_moments(tiny_base, monkeypatch):
+    seen = []
+    step = loop.step
+
+    def noted(p, o, numbers, lr):
+        if o.state:
+            group = o.param_groups[0]
+            beta2 = group["betas"][1]
+            v = [o.state[q]["exp_avg_sq"] / (1 - beta2 ** float(o.state[q]["step"])) for q in group["params"]]
+            seen.append((len(numbers), [x.clone() for x in v]))
+        return step(p, o, numbers, lr)
+
+    monkeypatch.setattr(loop, "step", noted)
+    branch_runs(_trunk(tiny_base, beta2_batch=2, beta2=0.9), 3, 16, [1, 4], device="cpu")
+    trunk = next(v for n, v in seen[2:] if n == 2)  # where the trunk ended and the first branch begins
+    branch = next(v for n, v in seen if n == 8)
+    for a, b in zip(trunk, branch, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+
+
 def test_a_branch_that_leaves_all_bounds_is_a_result_and_the_next_one_does_not_see_it(tiny_base, monkeypatch):
     monkeypatch.setitem(branches.POWERS, "sgd", 25.0)  # so that a larger branch overflows
     trunk = _trunk(tiny_base, optimizer="sgd", lr=0.1, clip=None)

@@ -43,6 +43,9 @@ def test_the_hash_depends_on_every_field_but_the_engine():
         ({"rank": True}, "rank is True"),
         ({"gns_every": -1}, "gns_every is -1; a whole number, 0 or more"),
         ({"lr": float("nan")}, "lr is nan; a number above 0"),
+        ({"clip": 0.0}, "clip is 0.0; a number above 0"),
+        ({"alpha": -1.0}, "alpha is -1.0; a number above 0"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; a number, 0 or more"),
         ({"beta2": 1.0}, r"beta2 is 1.0; a number in \[0, 1\)"),
         ({"batch_size": 2048}, "batch_size 2048 is larger than the data: n_train 1024"),
         ({"steps": 5}, "protocol is 'epochs' and steps is 5"),
@@ -66,6 +69,11 @@ def test_what_cannot_be_run_is_named(changed, said):
 def test_a_mapping_that_is_no_run_is_named(given, said):
     with pytest.raises(RunError, match=said):
         RunConfig.of(given)
+
+
+def test_a_whole_number_is_the_same_run_as_that_number():
+    whole, other = (dataclasses.replace(RUN, alpha=a, lr=a) for a in (1, 1.0))
+    assert whole.hash == other.hash
 
 
 def test_steps_count_the_last_small_batch():

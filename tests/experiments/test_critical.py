@@ -146,7 +146,7 @@ def test_the_best_learning_rate_of_each_batch_is_used():
 
 def test_one_seed_has_no_interval():
     one = overhead(efficiency(_exact(seeds=1)))
-    assert (one.low, one.high) == (0.0, math.inf) and "one seed: no interval" in one.note
+    assert (one.low, one.high) == (0.0, math.inf) and "one seed, or one batch with all" in one.note
     assert one.value == pytest.approx(_truth(1.0), rel=0.03)
 
 
@@ -215,6 +215,23 @@ def test_a_branch_within_the_tolerance_is_found():
     wide = branched(_branches((0.0, 0.005, 0.015, 0.1), noise=0.003))
     assert 8 < wide.value < 16 and wide.low < wide.value < wide.high
     assert branched(_branches((0.0, 0.005, 0.01, 0.1)), delta=0.005).value == pytest.approx(8, rel=1e-3)
+
+
+def test_one_batch_that_arrives_shows_no_spread_of_its_seeds():
+    rows = [
+        _row(1, 2_000, seed=0),
+        _row(1, 6_000, seed=1),
+        *(_row(64, None, seed=s, seen=20_000) for s in (0, 1)),
+    ]
+    found = overhead(efficiency(rows))
+    assert math.isinf(found.high) and "no interval" in found.note
+
+
+def test_a_rate_that_no_seed_reached_with_is_not_chosen():
+    reached = [_row(64, 9_000, seed=0, lr=1e-3), _row(64, None, seed=1, lr=1e-3, status="diverged")]
+    neither = [_row(64, None, seed=s, lr=1e-4) for s in (0, 1)]
+    found = efficiency([*_exact(batches=(1,)), *reached, *neither])
+    assert found.rates[-1] == 1e-3
 
 
 def test_branches_that_all_stay_within_it_or_diverge():
