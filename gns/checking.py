@@ -18,6 +18,9 @@ def check_whole(
         unit: what is counted.
         error: to be raised.
         more: what else would do.
+
+    Raises:
+        Exception: `error`, where it is none.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         of = f" of {unit}" if unit else ""
@@ -32,6 +35,9 @@ def check_choice(name: str, value: Any, known: Collection[str], error: type[Exce
         value: of it.
         known: what it may be.
         error: to be raised.
+
+    Raises:
+        Exception: `error`, where it is none of them.
     """
     if value not in known:
         raise error(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")

@@ -37,7 +37,7 @@ from gns.curvature.lanczos import lanczos
 from gns.curvature.parts import Point, fingerprint, pieces
 from gns.curvature.products import METHODS
 from gns.curvature.result import Block, Cost, CurvatureEstimate
-from gns.curvature.together import Alone, Places, everyone
+from gns.curvature.together import Alone, Places, digest, everyone
 from gns.pooling import refusal, unwrapped
 from gns.projections import is_sharded
 from gns.segments import SegmentsOf
@@ -230,17 +230,23 @@ def _agreed(
     Raises:
         CurvatureError: ranks ask for different things, or the same examples come twice.
     """
-    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    shapes = [(name, tuple(p.shape)) for name, p in named]
+    bits = digest(p for _, p in named) if ranks.size > 1 else ""
     wanted = replace(asked, segments=asked.segments if isinstance(asked.segments, str) else None)
     prints = [fingerprint(b) for b in for_g], [fingerprint(b) for b in for_h]
-    found = ranks.all((shapes, wanted, prints))
-    for rank, (others, other, _) in enumerate(found):
+    found = ranks.all((shapes, wanted, bits, prints))
+    for rank, (others, other, theirs, _) in enumerate(found):
         if others != found[0][0] or other != found[0][1]:
             what = "trainable parameters" if others != found[0][0] else "arguments"
             raise CurvatureError(f"ranks 0 and {rank} have other {what}; B_noise is of the same on all ranks")
-    counts = [len(g) for _, _, (g, _) in found]
-    places, total = Places(counts, ranks), sum(len(h) for _, _, (_, h) in found)
-    _fresh([g for _, _, (g, _) in found], [h for _, _, (_, h) in found])
+        if theirs != found[0][2]:
+            raise CurvatureError(
+                f"ranks 0 and {rank} have other weights; B_noise is of one point: load the same on all ranks"
+            )
+    counts = [len(g) for *_, (g, _) in found]
+    places, total = Places(counts, ranks), sum(len(h) for *_, (_, h) in found)
+    _fresh([g for *_, (g, _) in found], [h for *_, (_, h) in found])
     return places, total
 
 

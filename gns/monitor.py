@@ -108,6 +108,11 @@ class GNSMonitor(Summaries):
         ):
             check_whole(name, value, 1, unit)
         check_whole("curvature_spectrum", curvature_spectrum, 0, "products")
+        if curvature_spectrum and curvature_every is None:
+            raise ValueError(
+                f"curvature_spectrum is {curvature_spectrum} and curvature_every None; it goes with readings "
+                "of B_noise: give curvature_every too"
+            )
         for name, value, known in (
             ("weights", weights, WEIGHTS),
             ("metric", metric, METRICS),

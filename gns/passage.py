@@ -26,7 +26,7 @@ class TapFunction(torch.autograd.Function):
     """Identity on the output; the sums leave as gradients of the leaves."""
 
     @classmethod
-    def plainly(cls, *args: Any) -> Tensor:
+    def apply_outright(cls, *args: Any) -> Tensor:
         """Do what `apply` does outside function transforms, without its look for what one may have left."""
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[reportAttributeAccessIssue]
 

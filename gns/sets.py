@@ -119,6 +119,14 @@ def status_of(moments: Moments, high: float, empty: bool) -> str:
     return "lower bound" if math.isinf(high) else "measured"
 
 
+def satterthwaite(variance: float, squares: float) -> float:
+    """Degrees of freedom of a sum of independent variances v, `squares` being Σ v²/df; 0 where all are 0.
+
+    Source: Satterthwaite 1946, Biometrics Bull. 2:110.
+    """
+    return variance**2 / squares if squares > 0 else 0.0
+
+
 def indefinite(moments: Moments, level: float) -> bool:
     """Whether X or Y is significantly below 0: a noise scale in a metric that is none (a Hessian)."""
     t, se_x = _quantile(moments, level), math.sqrt(moments.second[0] * moments.k / moments.df)

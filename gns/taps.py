@@ -287,7 +287,7 @@ class OutputHook(_Hook):
             leaves = where.each, tap.weighed, tap.leaf, *tap.sites(x, where)
         sums = (*tap.checks.values(), *tap.contracted.values())
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
-        tapped = TapFunction.apply if compiling else TapFunction.plainly
+        tapped = TapFunction.apply if compiling else TapFunction.apply_outright
         return tapped(out, x, tap, live, where, *leaves, *sums)
 
 

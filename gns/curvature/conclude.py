@@ -29,7 +29,7 @@ import numpy as np
 
 from gns.curvature.contractions import Contractions
 from gns.moments import Moments
-from gns.sets import detection_limit, honest_set, indefinite
+from gns.sets import detection_limit, honest_set, indefinite, satterthwaite
 
 MIN_PROBES = 6  # fewer replicates are not trusted with their own spread; simulated, sets of 3 to 5 do cover
 STATUSES = ("measured", "lower bound", "not detectable", "collecting", "indefinite")
@@ -145,7 +145,7 @@ def _joined(x: float, y: float, parts: list[tuple[np.ndarray, np.ndarray]]) -> M
         of_d = float(d @ d) * k / (k - 1)
         variance, at, squares = variance + v, at + of_d, squares + of_d**2 / (k - 1)
         third = third + [(a**3).sum(), (a * a * b).sum(), (a * b * b).sum(), (b**3).sum()]
-    df = at**2 / squares if squares > 0 else float(len(parts[0][0]) - 1)
+    df = satterthwaite(at, squares) or float(len(parts[0][0]) - 1)
     aa, ab, bb = (float(v) for v in variance * df / (df + 1))
     aaa, aab, abb, bbb = (float(v) for v in third)
     return Moments(x, y, (aa, ab, bb), (aaa, aab, abb, bbb), df + 1)

@@ -19,7 +19,7 @@ import numpy as np
 
 from gns.curvature.result import CurvatureEstimate, CurvatureReading
 from gns.moments import Moments, exact_unit
-from gns.sets import detection_limit, honest_set, indefinite, status_of
+from gns.sets import detection_limit, honest_set, indefinite, satterthwaite, status_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,11 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
 
 
 def joined(estimates: Sequence[CurvatureEstimate]) -> Moments:
-    """The averages over readings of tr(HΣ) and GᵀHG, with their spread, up to a common power of two."""
+    """The averages over readings of tr(HΣ) and GᵀHG, with their spread, up to a common power of two.
+
+    Readings are taken as independent. With one at every step they share examples, those of one reading's g
+    being those of the next one's H, and the spread is then a little too small.
+    """
     x, y = np.array([(e.trace_h_sigma, e.g_h_g) for e in estimates]).T
     unit = exact_unit(x, y)
     known = [e.moments for e in estimates if e.moments is not None]
@@ -93,7 +97,8 @@ def joined(estimates: Sequence[CurvatureEstimate]) -> Moments:
     theta = x.sum() / y.sum() if y.sum() > 0 else math.inf
     at = np.array([1, -2 * theta, theta**2] if math.isfinite(theta) else [0, 0, 1])
     each = variances @ at
-    df = each.sum() ** 2 / float(each**2 @ (1 / np.array([m.df for m in known])))  # Satterthwaite's
+    own = np.array([m.df for m in known])
+    df = satterthwaite(float(each.sum()), float(each**2 @ (1 / own))) or float(own.sum())
     second = variances.sum(0) / n**2 * df / (df + 1)
     third = np.sum([m.third for m in known], axis=0) * unit**3 / n**3
     return Moments(

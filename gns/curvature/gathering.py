@@ -101,9 +101,9 @@ class Sums:
         """‖uₛ‖² by parameter, [S, P], in float64."""
         found = []
         for name, signed in self.signed.items():
-            e = torch.from_numpy(self.sign_share).to(signed.device)
-            u = signed.flatten(1).double() - e[:, None] * self.mean[name].flatten().double()
-            found.append(u.square().sum(1).cpu())
+            mean, shares = self.mean[name].double(), self.sign_share.tolist()
+            rows = zip(signed, shares, strict=True)  # one at a time: in float64 all S would not fit
+            found.append(torch.stack([(u.double() - e * mean).square().sum() for u, e in rows]).cpu())
         return torch.stack(found, -1).numpy()
 
     def centred_sq(self) -> np.ndarray:

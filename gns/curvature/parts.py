@@ -213,7 +213,10 @@ def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
 
 def along(stacked: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> np.ndarray:
     """The same of S vectors, kept as parameter → [S, *shape], with one, [S, P]."""
-    found = [x.flatten(1).double() @ vector[name].flatten().double() for name, x in stacked.items()]
+    found = []
+    for name, x in stacked.items():
+        v = vector[name].flatten().double()
+        found.append(torch.stack([row.flatten().double() @ v for row in x]))  # in float64 all S would not fit
     return torch.stack([f.to(found[0].device) for f in found], -1).cpu().numpy()  # one transfer
 
 

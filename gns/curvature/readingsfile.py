@@ -43,6 +43,8 @@ def _numbers(x: Any) -> Any:
     """Read it back."""
     if isinstance(x, dict):
         return {key: _numbers(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [_numbers(value) for value in x]
     return float(x) if isinstance(x, str) and x in WORDS else x
 
 

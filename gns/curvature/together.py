@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -154,6 +155,14 @@ def _as_said(told: tuple[str, str]) -> Exception:
 def everyone() -> Alone:
     """All ranks of the default process group, or this process alone where there is no other."""
     return Together() if world_size() > 1 else Alone()
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Give a hash of the bits of some tensors, to compare them between ranks."""
+    found = hashlib.sha1(usedforsecurity=False)
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 class Places:

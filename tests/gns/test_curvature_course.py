@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,3 +116,9 @@ def test_the_scale_of_the_loss_does_not_matter(scale):
     scaled = [reading(r.step, scale * r.estimate.trace_h_sigma, scale * r.estimate.g_h_g) for r in every]
     a, b = over_readings(every), over_readings(scaled)
     close([a.b_noise, a.low, a.high], [b.b_noise, b.low, b.high], rtol=1e-9)
+
+
+def test_readings_without_any_spread_are_joined_without_a_division_by_zero():
+    none = Moments(0.0, 0.0, (0.0,) * 3, (0.0,) * 4, 8.0)
+    found = joined([SimpleNamespace(trace_h_sigma=0.0, g_h_g=0.0, moments=none)] * 3)
+    assert found.second == (0.0, 0.0, 0.0) and found.df == 3 * none.df

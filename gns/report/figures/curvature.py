@@ -40,7 +40,8 @@ def curvature(
     if not readings or len(run.so_far) < 2:
         return None
     simple = [(step, r.b_simple, r.low, r.high) for step, r in run.so_far]
-    together = [(r.step, r.b_noise, r.low, r.high) for r in so_far(readings, level=level)]
+    courses = [r for r in so_far(readings, level=level) if r.status != "indefinite"]
+    together = [(r.step, r.b_noise, r.low, r.high) for r in courses]
     estimates = [(r.step, r.estimate) for r in readings]
     single = [(step, e.b_noise, e.low, e.high) for step, e in estimates if e.status != "indefinite"]
     off = [step for step, e in estimates if e.status == "indefinite"]
@@ -143,10 +144,11 @@ def _ratios(ax: Axes, together: Rows, single: Rows, theme: Theme) -> None:
 
 
 def _in_words(ratios: Sequence[Rows], readings: int) -> list[str]:
-    """The last ratio of all readings, or of the last one, in words; nothing where there is none."""
-    for rows, which in zip(ratios, (f"all {readings} readings", "the last reading"), strict=True):
+    """The last ratio of all readings, or of the last that has one, in words; nothing where there is none."""
+    for rows, many in zip(ratios, (True, False), strict=True):
         if rows and math.isfinite(rows[-1][1]):
             _, value, low, high = rows[-1]
             found = f"≥ {low:.2g}" if math.isinf(high) else f"{value:.2g} ({low:.2g} … {high:.2g})"
+            which = f"all {readings} readings" if many else f"the reading at step {rows[-1][0]}"
             return [f"B_noise / B_simple {found} by {which}"]
     return []

@@ -69,8 +69,8 @@ def same_numbers() -> dict[str, Any]:
     }
 
 
-def training(curvature_every: int | None, size: int = 1) -> tuple[list[Any], dict[str, Any]]:
-    """Train under DDP; one rank more or less, the rows differ."""
+def training(curvature_every: int | None) -> tuple[list[Any], dict[str, Any]]:
+    """Train under DDP; ranks have unequal batches."""
     rank, model = distributed.get_rank(), lora("gpt2").train()
     engine = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -108,6 +108,9 @@ def asked(**options: Any) -> str:
     for_g, for_h = batches("many", distributed.get_rank())
     how = {"hessian_batches": for_h, "loss": token_mean, "probes": 4}
     model = lora("gpt2", torch.float64)
+    if options.pop("elsewhere", False):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).view(-1)[0] += 1.0
     return said(lambda: b_noise(model, options.pop("for_g", for_g), **{**how, **options}))
 
 
@@ -135,6 +138,7 @@ def refusals() -> dict[str, Any]:
         "no H": asked(hessian_batches=[] if rank else batches("many", 0)[1]),
         "argument": asked(probes=4 if rank else 1),
         "other arguments": asked(probes=4 + (rank == 1)),
+        "other weights": asked(elsewhere=rank == 1),
         "no loss": asked(loss=(lambda model, batch: None) if rank else token_mean),
         "same g": asked(for_g=of_0),
         "H of another's g": asked(hessian_batches=of_0[:1] if rank == 1 else batches("many", rank)[1]),

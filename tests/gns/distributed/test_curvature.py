@@ -58,7 +58,8 @@ def test_during_a_training(found):
         for_g, for_h = (
             [tokens(3 + rank, seed=10 * s + rank) for rank in range(len(found))] for s in (step, step - 1)
         )
-        e = b_noise(model, for_g, hessian_batches=for_h, probes=min(8, 7), seed=step)
+        probes = min(8, sum(3 + rank for rank in range(len(found))))  # no more than there are examples
+        e = b_noise(model, for_g, hessian_batches=for_h, probes=probes, seed=step)
         close(both, [e.trace_h_sigma, e.g_h_g], rtol=1e-4)
 
 
@@ -68,6 +69,7 @@ REFUSED = {
     "no H": "CurvatureError: rank 1: no batch for g, or none for H",
     "argument": "CurvatureError: rank 0: probes is 1",
     "other arguments": "CurvatureError: rank 0: ranks 0 and 1 have other arguments",
+    "other weights": "CurvatureError: rank 0: ranks 0 and 1 have other weights",
     "no loss": "ProbeError: rank 1: the loss is a NoneType",
     "same g": "CurvatureError: rank 0: two batches for g have the same examples",
     "H of another's g": "CurvatureError: rank 0: batch 0 for H of rank 1 has the same examples as one for g",
