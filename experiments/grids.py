@@ -10,7 +10,8 @@
     [grid]              field → list: all combinations
     [[zip]]             fields → lists of one length, taken together; a list in such a list is one more grid
     [[cells]]           a fractional design: the grid is run once for each cell; a cell's value replaces the
-                        default or the grid's list, and a list in it is one more grid
+                        default or the grid's list, and a list in it is one more grid; its own [[cells.zip]]
+                        replace those of all cells
     [[exclude]]         fields → a value or a list of values: runs that match all of them are left out
 
 Fields of the task are written `dials.NAME`, or as a table `dials`. A run may come up once only.
@@ -173,13 +174,12 @@ def _expanded(written: Mapping[str, Any], file: str) -> Iterator[tuple[dict[str,
     grid = _flat(written.get("grid", {}), f"{file}, [grid]")
     for key, values in grid.items():
         _listed(values, f"{file}, [grid]: {key}")
-    zips = [
-        _zipped(table, f"{file}, [[zip]] {i + 1}") for i, table in enumerate(_tables(written, file, "zip"))
-    ]
+    shared = _zips(written, file)
     cells = _tables(written, file, "cells") or [{}]
     for i, cell in enumerate(cells):
         where = f"{file}, [[cells]] {i + 1}" if cell else file
-        own = _flat(cell, where)
+        zips = _zips(cell, where) if "zip" in cell else shared
+        own = _flat({key: value for key, value in cell.items() if key != "zip"}, where)
         lists: dict[str, list] = {k: v for k, v in (grid | own).items() if isinstance(v, list)}
         for key, values in lists.items():
             _listed(values, f"{where}: {key}")
@@ -201,6 +201,12 @@ def _spread(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     lists = {key: value for key, value in given.items() if isinstance(value, list)}
     for values in itertools.product(*lists.values()):
         yield given | dict(zip(lists, values, strict=True))
+
+
+def _zips(written: Mapping[str, Any], where: str) -> list[list[dict[str, Any]]]:
+    """Give the rows of every group of lists that move together."""
+    tables = _tables(written, where, "zip")
+    return [_zipped(table, f"{where}, [[zip]] {i + 1}") for i, table in enumerate(tables)]
 
 
 def _zipped(table: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -278,5 +284,7 @@ def _starved(given: Mapping[str, Any], least: int) -> tuple | None:
 
 def _axes(written: Mapping[str, Any]) -> set[str]:
     """Name the fields that a preset varies."""
-    tables = [written.get("grid", {}), *written.get("zip", []), *written.get("cells", [])]
+    cells = written.get("cells", [])
+    tables = [written.get("grid", {}), *written.get("zip", []), *(t for c in cells for t in c.get("zip", []))]
+    tables += [{key: value for key, value in cell.items() if key != "zip"} for cell in cells]
     return {key for table in tables for key in _flat(table, "")}

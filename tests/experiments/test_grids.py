@@ -35,6 +35,15 @@ def test_a_cell_replaces_the_grid_and_what_is_zipped():
     assert seen(text, "rank", "lr", "seed", "data_seed") == [(2, 0.1, 0, 3), (2, 0.2, 0, 3), (4, 0.5, 7, 3)]
 
 
+def test_a_cells_own_zip_replaces_that_of_all_cells():
+    text = "[[zip]]\nbatch_size = [1, 2]\nlr = [0.1, 0.2]\n[[cells]]\nrank = 2\n[[cells]]\nrank = 4\n"
+    text += "[[cells.zip]]\nbatch_size = [1, 8]\nlr = [0.3, [0.4, 0.5]]"
+    got = [(2, 1, 0.1), (2, 2, 0.2), (4, 1, 0.3), (4, 8, 0.4), (4, 8, 0.5)]
+    assert seen(text, "rank", "batch_size", "lr") == got
+    with pytest.raises(RunError, match=r"\[\[cells\]\] 2, \[\[zip\]\] 1: lists of one length"):
+        preset(text.replace("[1, 8]", "[1]"))
+
+
 def test_dials_are_fields_in_either_spelling():
     configs = preset('dials = {difficulty = 2}\n[grid]\n"dials.label_noise" = [0.0, 0.5]').configs
     assert [dict(c.dials) for c in configs] == [{"difficulty": 2, "label_noise": x} for x in (0.0, 0.5)]
