@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.analysis.cells import Cell, Floats
 from experiments.analysis.resampling import DRAWS, LEVEL, interval, means, replicates
@@ -56,6 +57,7 @@ class Curve:
         validation_draws: [R, J].
         draws: [R, J], of `loss`.
         rate_draws: [R, J], of `rates`.
+        edge_draws: [R, J], whether a replicate's rate is at an edge, as of `rate_edges`.
         diverged: batches at which no learning rate that was tried was survived by every seed: their loss is
             worse than any, and none of the arrays above has a place for them.
     """
@@ -69,6 +71,7 @@ class Curve:
     validation_draws: Floats
     draws: Floats
     rate_draws: Floats
+    edge_draws: NDArray[np.bool_]
     diverged: Floats = field(default_factory=lambda: np.empty(0))
 
     def ends(self, level: float = LEVEL) -> tuple[Floats, Floats]:
@@ -111,6 +114,7 @@ def curve(cell: Cell, draws: int = DRAWS, seed: int = 0) -> Curve:
         at(new_validation, new_fill)[:, kept],
         at(new_test, new_fill)[:, kept],
         rate_draws[:, kept],
+        _edges(validation, new_best)[:, kept],
         np.array([b for j, b in enumerate(cell.batches) if _diverged(cell.validation[j])], dtype=float),
     )
 
@@ -208,6 +212,13 @@ def _edge(validation: Floats, place: int) -> str:
     tried = np.flatnonzero(~np.isnan(validation))
     low, high = place == tried[0], place == tried[-1]
     return "single" if low and high else "low" if low else "high" if high else ""
+
+
+def _edges(validation: Floats, places: Floats) -> NDArray[np.bool_]:
+    """[R, J], whether there is nothing tried beyond the best rates of replicates on one of their sides."""
+    tried = ~np.isnan(validation)
+    first, last = tried.argmax(axis=-1), validation.shape[-1] - 1 - tried[:, ::-1].argmax(axis=-1)
+    return (places == first) | (places == last)
 
 
 def _refined(validation: Floats, log_rates: Floats, places: Floats) -> Floats:
