@@ -125,8 +125,8 @@ def efficiency(
     cell = _one_cell(rows)
     if len(often := sorted({row["config"]["evals"] for row in rows})) > 1:
         raise ValueError(
-            f"evals is {' in some rows and '.join(map(str, often))} in others; E is read between evaluations, "
-            "so rows of one number are needed"
+            f"evals is {' in some rows and '.join(map(str, often))} in others; E is read between "
+            "evaluations, so rows of one number are needed"
         )
     target = cell.fields.get("target_loss") if target is None else target
     if target is None:
