@@ -4,6 +4,10 @@ One run, the trunk, is made up to a point; from its weights and optimizer state 
 next examples, with k times the batch and a rescaled learning rate: √k times with AdamW, k times with SGD. How
 much loss a larger batch costs is what `experiments.critical.branched` reads.
 
+The branch at the trunk's own batch is the trunk going on, with its random numbers (of dropout; there are no
+others). Every other branch has a stream of its own, from the seed and its k: it must not depend on which
+branches were made before it, and masks that branches share would hide a part of what differs between them.
+
 Source: Merrill et al. 2025, arXiv:2505.23971.
 """
 
@@ -18,8 +22,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from experiments import loop
@@ -33,7 +38,20 @@ from experiments.rowsfile import append
 from experiments.seeding import seeded
 
 POWERS = {"adamw": 0.5, "sgd": 1.0}  # of k, in the learning rate
-State = tuple[list[torch.Tensor], dict[str, Any]]
+
+
+class State(NamedTuple):
+    """What a branch starts from.
+
+    Args:
+        weights: of the trainable parameters.
+        optimizer: its state.
+        random: of the generator that dropout draws from.
+    """
+
+    weights: list[torch.Tensor]
+    optimizer: dict[str, Any]
+    random: torch.Tensor
 
 
 def branch_runs(
@@ -115,6 +133,7 @@ def _made(prepared: Prepared, at: int, branches: Sequence[dict[str, Any]]) -> li
     config = prepared.config
     prepared.model.train()
     start = prepared.validation_loss()
+    torch.manual_seed(config.seed)  # of the dropout, as in `experiments.run`
     trunk = epoch_batches(config.n_train, config.batch_size, config.data_seed, 0)[:at]
     optimizer = loop.optimizer_of(prepared.trainable, config)
     if not all(math.isfinite(loop.step(prepared, optimizer, numbers, config.lr)) for numbers in trunk):
@@ -126,19 +145,36 @@ def _made(prepared: Prepared, at: int, branches: Sequence[dict[str, Any]]) -> li
 
 def _state(prepared: Prepared, optimizer: torch.optim.Optimizer) -> State:
     """Copy what a branch starts from."""
-    return [p.detach().clone() for p in prepared.trainable], copy.deepcopy(optimizer.state_dict())
+    weights = [p.detach().clone() for p in prepared.trainable]
+    return State(weights, copy.deepcopy(optimizer.state_dict()), _generator(prepared.device).get_state())
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Give the generator that dropout draws from on a device."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[device.index or 0]
+
+
+def _seed_branch(prepared: Prepared, state: State, multiple: int) -> None:
+    """Let dropout go on where the trunk's stopped, or for a larger batch in a stream of its own."""
+    if multiple == 1:
+        _generator(prepared.device).set_state(state.random)
+        return
+    own = np.random.SeedSequence([prepared.config.seed, multiple]).generate_state(1, np.uint64)
+    torch.manual_seed(int(own[0]))
 
 
 def _branch(prepared: Prepared, state: State, about: dict[str, Any], limit: float) -> dict[str, Any]:
     """Go on from a state over the examples after it; "diverged": not finite, or above `limit` at the end."""
-    weights, moments = state
+    _seed_branch(prepared, state, about["multiple"])
     config = replace(prepared.config, batch_size=about["batch_size"])
     with torch.no_grad():
-        for parameter, kept in zip(prepared.trainable, weights, strict=True):
+        for parameter, kept in zip(prepared.trainable, state.weights, strict=True):
             parameter.copy_(kept)
     optimizer = loop.optimizer_of(prepared.trainable, config)
     fresh = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(copy.deepcopy(moments))
+    optimizer.load_state_dict(copy.deepcopy(state.optimizer))
     for group, own in zip(optimizer.param_groups, fresh, strict=True):
         if "betas" in own:  # β₂ may follow the batch
             _carry_over(optimizer, group, own["betas"])

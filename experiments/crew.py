@@ -16,6 +16,7 @@ from rich.table import Table
 from experiments import forecast, rowsfile, worker
 from experiments.configs import RunError
 from experiments.grids import Preset
+from experiments.patience import Passing
 from experiments.worker import Job
 
 LOOK = 0.5  # seconds between two looks at the workers and their rows
@@ -24,15 +25,21 @@ SAY = 60.0  # seconds between two lines, where nobody watches
 MOST_DEATHS = 20  # of workers in a row without a row
 
 
-def settled(job: Job, *, extend: bool = False, retry: bool = False) -> Counter[str]:
+def settled(job: Job, *, extend: bool = False, retry: bool = False, patient: bool = True) -> Counter[str]:
     """Open a sweep's ledger, bring it in line with the rows on disk, and count.
+
+    Args:
+        job: of the sweep.
+        extend: as of `experiments.ledger.Ledger`.
+        retry: enqueue failed runs once more.
+        patient: as of `experiments.ledger.Ledger`.
 
     Raises:
         RunError: as `experiments.ledger.Ledger`.
     """
     from experiments.ledger import Ledger
 
-    ledger = Ledger(job.url, job.preset, job.configs, extend=extend, length=job.lease)
+    ledger = Ledger(job.url, job.preset, job.configs, extend=extend, length=job.lease, patient=patient)
     while hopeless := ledger.settle(lambda: rowsfile.results(rowsfile.read(job.rows))):
         rowsfile.append(job.rows, hopeless)
     if retry:
@@ -89,12 +96,19 @@ class Crew:
                 self._muster(bool(new))
                 now = time.monotonic()
                 if now - recounted > RECOUNT:
-                    counts, recounted = settled(self.job), now
+                    counts, recounted = self._recounted(counts), now
                 if self.console.is_terminal:
                     live.update(self._view(counts), refresh=True)
                 elif now - said > SAY:
                     said = now
                     self.console.print(self._line(counts))
+
+    def _recounted(self, counts: Counter[str]) -> Counter[str]:
+        """Ask the ledger; if it does not answer now, its workers wait for it, and this count goes on."""
+        try:
+            return settled(self.job, patient=False)
+        except Passing:
+            return counts
 
     def _muster(self, progress: bool) -> None:
         """Replace workers that were killed; let those go that are done.

@@ -118,10 +118,16 @@ def efficiency(
         seed: of the replicates.
 
     Raises:
-        ValueError: the rows are of several configurations or none, name no target, or lack seeds everywhere.
+        ValueError: the rows are of several configurations or none, differ in how often they were evaluated,
+            name no target, or lack seeds everywhere.
     """
     rows = [row for row in rows if row["status"] != "failed"]
     cell = _one_cell(rows)
+    if len(often := sorted({row["config"]["evals"] for row in rows})) > 1:
+        raise ValueError(
+            f"evals is {' in some rows and '.join(map(str, often))} in others; E is read between "
+            "evaluations, so rows of one number are needed"
+        )
     target = cell.fields.get("target_loss") if target is None else target
     if target is None:
         raise ValueError("the runs have no target_loss; name a target")

@@ -1,6 +1,7 @@
 """Which runs are executed together, and how: the one place where a sweep meets what trains.
 
-A sweep takes the two functions from a module by name, so that a test can give another one.
+A sweep takes `companions` and `execute` from a module by name, so that a test can give another one, and calls
+them by `accompanied` and `executed`: an engine that breaks must not stop the runs after it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.configs import RunConfig
+from experiments.rowsfile import Row
 
 
 def companions(config: RunConfig, waiting: Sequence[RunConfig], device: str | None) -> list[RunConfig]:
@@ -43,3 +45,38 @@ def execute(configs: Sequence[RunConfig], device: str | None) -> list[dict[str, 
     from experiments import run
 
     return [run.run(config, device=device) for config in configs]
+
+
+def accompanied(
+    engine: Any, config: RunConfig, waiting: Sequence[RunConfig], device: str | None
+) -> list[RunConfig]:
+    """Ask an engine for a run's companions; none where it cannot tell: what is wrong, the run's row will say.
+
+    Args:
+        engine: module with `companions`.
+        config: as of `companions`.
+        waiting: as of `companions`.
+        device: as of `companions`.
+    """
+    try:
+        return engine.companions(config, waiting, device)
+    except Exception:
+        return []
+
+
+def executed(engine: Any, configs: Sequence[RunConfig], device: str | None) -> list[Row]:
+    """Let an engine execute runs; whatever goes wrong inside of it is a row too.
+
+    Args:
+        engine: module with `execute`.
+        configs: as of `execute`.
+        device: as of `execute`.
+    """
+    try:
+        return engine.execute(configs, device)
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {error}"
+        return [
+            {"hash": c.hash, "config": c.to_dict(), "status": "failed", "error": said, "seconds": None}
+            for c in configs
+        ]

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from experiments import lease
 from experiments.configs import RunConfig, RunError
+from experiments.patience import Passing, patiently
 from experiments.rowsfile import RESULTS, Row
 
 try:
@@ -45,6 +46,9 @@ except ImportError as error:
     ) from error
 
 FORMAT = 1  # of what is kept in a study; another number is refused
+LOCKED = (
+    10  # seconds that SQLite itself waits for a lock; no signal is heard meanwhile, and `patiently` goes on
+)
 MOST_STARTS = 5  # of one run, before it is recorded as failed
 _AXES: dict[str, BaseDistribution] = {  # what Optuna's own plots can show
     "lr": FloatDistribution(1e-9, 1e3, log=True),
@@ -57,7 +61,11 @@ T = TypeVar("T")
 
 
 class LedgerError(RunError):
-    """The database did not answer: full, locked for a minute, gone, or none."""
+    """The database cannot be used: none, or not there."""
+
+
+class LedgerBusy(LedgerError, Passing):
+    """The database does not answer now: locked by another program, full, or its server is away."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class Ledger:
         extend: take in runs that the ledger does not know yet; those no longer asked for are left alone.
         length: seconds after which a claim that was not renewed is void; clocks of several machines may
             differ by much less than this.
+        patient: wait for a database that does not answer now, see `experiments.patience`.
 
     Raises:
         RunError: the database cannot be opened, or belongs to another version or to another sweep.
@@ -98,8 +107,10 @@ class Ledger:
         *,
         extend: bool = False,
         length: float = 300.0,
+        patient: bool = True,
     ) -> None:
-        self.url, self.preset, self.length = url, preset, length
+        self.url, self.preset, self.length, self.patient = url, preset, length, patient
+        self._opened = False
         self.configs = {config.hash: config for config in configs}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with _opening(url):
@@ -111,6 +122,7 @@ class Ledger:
                     )._study_id
                 )
             )
+            self._opened = True
             self._check(extend)
             self._enqueue()
         self._trials: dict[str, FrozenTrial] = {}
@@ -154,10 +166,15 @@ class Ledger:
                 claims.append(Claim(config, trial._trial_id, signed))
         return claims
 
-    def holds(self, claim: Claim) -> bool:
-        """Renew a claim and say whether it is still held: asked before its row is written."""
+    def holds(self, claim: Claim, *, patient: bool = True) -> bool:
+        """Renew a claim and say whether it is still held: asked before its row is written.
+
+        Args:
+            claim: of this process.
+            patient: wait for a database that does not answer now.
+        """
         renewed = dict(claim.lease) | {"beat": lease.signed(0)["beat"]}
-        return self._note(claim.trial, "lease", renewed)
+        return self._note(claim.trial, "lease", renewed, patient)
 
     def finish(self, claim: Claim, row: Row) -> None:
         """Finish the trial of a row that is on disk."""
@@ -197,7 +214,7 @@ class Ledger:
             elif trial.state == TrialState.RUNNING and row is None:
                 hopeless.append(_killed(config))
             elif trial.state == TrialState.RUNNING:
-                self._finish(trial._trial_id, row or {})
+                self._finish(trial._trial_id, row)
         self.refresh()
         return hopeless
 
@@ -284,10 +301,10 @@ class Ledger:
         """Give every trial, oldest first."""
         return self._guard(lambda: self.storage.get_all_trials(self.id, deepcopy=False))
 
-    def _note(self, trial: int, key: str, value: Any) -> bool:
+    def _note(self, trial: int, key: str, value: Any, patient: bool = True) -> bool:
         """Note something on a trial; give False where it is finished."""
         try:
-            self._guard(lambda: self.storage.set_trial_user_attr(trial, key, value))
+            self._guard(lambda: self.storage.set_trial_user_attr(trial, key, value), patient)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
         return True
@@ -300,18 +317,40 @@ class Ledger:
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
 
-    def _guard(self, work: Callable[[], T]) -> T:
-        """Do one thing to the database; what goes wrong there is said in one line."""
+    def _guard(self, work: Callable[[], T], patient: bool = True) -> T:
+        """Do one thing to the database, again if need be; what goes wrong there is said in one line."""
+        if patient and self.patient:
+            return patiently(lambda: self._once(work))
+        return self._once(work)
+
+    def _once(self, work: Callable[[], T]) -> T:
         try:
             return work()
         except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             cause = error.__cause__ or error
             said = str(getattr(cause, "orig", None) or cause).partition("\n")[0]
+            if _passes(self.url, cause, said, self._opened):
+                raise LedgerBusy(f"{self.url}: the ledger does not answer: {said}") from error
             raise LedgerError(f"{self.url}: the ledger cannot be used: {said}") from error
         except RuntimeError as error:  # Optuna's word for a schema of another version
             if "version" not in str(error):
                 raise
             raise RunError(f"{self.url}: made by another version of Optuna: {error}") from error
+
+
+def _passes(url: str, cause: BaseException, said: str, opened: bool) -> bool:
+    """Whether a database that did not answer may do so in a while.
+
+    Args:
+        url: of the database.
+        cause: what it raised.
+        said: its words.
+        opened: it has answered before; a server that never has is rather not there.
+    """
+    if url.startswith("sqlite"):
+        return any(word in said for word in ("locked", "busy", "disk is full", "disk I/O"))
+    kinds = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
+    return opened and (isinstance(cause, kinds) or getattr(cause, "connection_invalidated", False))
 
 
 def _current(trials: Iterable[FrozenTrial], hashes: Collection[str]) -> dict[str, FrozenTrial]:
@@ -347,7 +386,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     """Open a database; on SQLite every transaction takes the write lock when it begins."""
     if not url.startswith("sqlite"):
         return optuna.storages.RDBStorage(url)
-    storage = optuna.storages.RDBStorage(url, {"connect_args": {"timeout": 60}})
+    storage = optuna.storages.RDBStorage(url, {"connect_args": {"timeout": LOCKED}})
 
     def manual(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # or the driver begins late, at the first write

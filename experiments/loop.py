@@ -25,6 +25,28 @@ def optimizer_of(parameters: Iterable[torch.nn.Parameter], config: RunConfig) ->
     raise ValueError(f"optimizer {config.optimizer!r} has no rule; add one to `optimizer_of`")
 
 
+class Steps:
+    """The steps of a run, one after the other, with one optimizer.
+
+    Args:
+        prepared: whose model is trained; put into training mode.
+        course: hears of every step.
+    """
+
+    def __init__(self, prepared: Prepared, course: Course) -> None:
+        self.prepared, self.course = prepared, course
+        self.optimizer = optimizer_of(prepared.trainable, prepared.config)
+        self.batches = batches_of(prepared.config)
+        prepared.model.train()
+
+    def next(self) -> None:
+        """Make the next step."""
+        numbers, config = next(self.batches), self.prepared.config
+        loss = step(self.prepared, self.optimizer, numbers, lr_at(config, self.course.steps))
+        tokens = sum(n_labels(self.prepared.data.train[i]) for i in numbers)
+        self.course.stepped(loss, len(numbers), tokens)
+
+
 def train(prepared: Prepared, course: Course) -> None:
     """Make the steps of a run until its course is over.
 
@@ -32,15 +54,9 @@ def train(prepared: Prepared, course: Course) -> None:
         prepared: whose model is trained, in training mode.
         course: hears of every step, and of every evaluation after the first step.
     """
-    config = prepared.config
-    optimizer = optimizer_of(prepared.trainable, config)
-    prepared.model.train()
-    for numbers in batches_of(config):
-        if course.over:
-            return
-        loss = step(prepared, optimizer, numbers, lr_at(config, course.steps))
-        tokens = sum(n_labels(prepared.data.train[i]) for i in numbers)
-        course.stepped(loss, len(numbers), tokens)
+    steps = Steps(prepared, course)
+    while not course.over:
+        steps.next()
         if course.due:
             course.evaluated(prepared.validation_loss())
 

@@ -23,15 +23,6 @@ EXAMPLES = 16  # of a solo run in one timing, at the least
 Clock = Callable[[int], float]
 
 
-class _Untested(Course):
-    """The course of a run that is only timed: no evaluation."""
-
-    @property
-    def due(self) -> bool:
-        """Never."""
-        return False
-
-
 def timed(config: RunConfig) -> RunConfig:
     """Give a run of the same steps without an end, a target or more data than it needs."""
     n_train = min(config.n_train, max(64, 16 * config.batch_size))
@@ -48,13 +39,17 @@ def timed(config: RunConfig) -> RunConfig:
 
 
 def solo_clock(config: RunConfig, device: torch.device) -> Clock:
-    """Make a solo run and give what times so many of its steps, in seconds; its first step is made."""
+    """Make a solo run and give what times so many of its steps, in seconds; its first step is made.
+
+    It goes on from timing to timing with one optimizer, as a program does: whoever makes its moments anew for
+    a few steps is slower than any run.
+    """
     config = timed(config)
-    prepared = prepare(config, device)
+    prepared, course = prepare(config, device), Course(config)
+    made = loop.Steps(prepared, course)
 
     def steps(n: int) -> float:
-        course = _Untested(replace(config, steps=n))
-        return _seconds(lambda: loop.train(prepared, course), device)
+        return _seconds(lambda: [made.next() for _ in range(n)], device)
 
     steps(1)
     return steps

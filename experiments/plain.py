@@ -12,6 +12,8 @@ from typing import Any
 
 from experiments import forecast, rowsfile
 from experiments.configs import RunConfig, RunError
+from experiments.engines import accompanied, executed
+from experiments.patience import patiently
 
 SAY = 10.0  # seconds between two lines of progress
 
@@ -52,7 +54,7 @@ def run_file(source: Path, target: Path, *, engine: str, device: str | None, ret
         0 if every run has a result, 1 if some failed.
 
     Raises:
-        RunError: a file holds something else, or the disk is full.
+        RunError: a file holds something else, or the disk was full for minutes.
     """
     configs = read_configs(source)
     known = rowsfile.results(rowsfile.read(target))
@@ -62,7 +64,7 @@ def run_file(source: Path, target: Path, *, engine: str, device: str | None, ret
     tally.rows(known.values())
     said = 0.0
     for rows in _executed(todo, importlib.import_module(engine), device):
-        rowsfile.append(target, rows)
+        patiently(lambda rows=rows: rowsfile.append(target, rows))
         tally.rows(rows)
         known |= {row["hash"]: row for row in rows}
         if time.monotonic() - said > SAY:
@@ -79,7 +81,7 @@ def run_file(source: Path, target: Path, *, engine: str, device: str | None, ret
 def _executed(todo: list[RunConfig], engine: Any, device: str | None) -> Iterator[list[rowsfile.Row]]:
     """Execute runs, several in one program where that pays."""
     while todo:
-        group = [todo[0], *engine.companions(todo[0], todo[1:], device)]
+        group = [todo[0], *accompanied(engine, todo[0], todo[1:], device)]
         done = {config.hash for config in group}
         todo = [config for config in todo if config.hash not in done]
-        yield engine.execute(group, device)
+        yield executed(engine, group, device)

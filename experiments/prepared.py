@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from experiments.adapters import adapted
 from experiments.bases import base_path
-from experiments.configs import RunConfig
+from experiments.configs import RunConfig, RunError
 from experiments.evaluation import eval_batch, item_losses, token_mean
 from experiments.tasks import Item, Task, encoded, task
 from gns.data import NO_LOSS, Collator, Row, pad_id
@@ -40,6 +40,16 @@ class Data:
     validation: Sequence[Row]
     test: Sequence[Row]
     answered: Sequence[Item]
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(len(row.input_ids) for row in (*self.train, *self.validation, *self.test))
+
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """Largest token id of all examples."""
+        return max(max(row.input_ids) for row in (*self.train, *self.validation, *self.test))
 
 
 @dataclass
@@ -152,13 +162,36 @@ def prepare(config: RunConfig, device: torch.device) -> Prepared:
     """Load, adapt and encode.
 
     Raises:
-        RunError: the run cannot be made as configured.
+        RunError: the run cannot be made as configured, or base and data do not go together.
     """
     data = data_of(config)  # first: what is wrong with it is found before minutes of loading
     model, tokenizer = load_base(config)
+    _check_fit(config, model, data)
     if config.adapter in ("pissa", "milora"):
         model.to(device)  # where their decompositions are fast
     return Prepared(config, adapted(model, config).to(device), tokenizer, data, device)
+
+
+def _check_fit(config: RunConfig, model: Any, data: Data) -> None:
+    """Check that a model can read its data: an index beyond a table ends a GPU's program without a word.
+
+    Ids are those that occur: a tokenizer may have entries that no text has (Gemma 3's has one for images).
+
+    Raises:
+        RunError: an example is longer than the model has positions, or a token has no embedding.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and data.longest > positions:
+        raise RunError(
+            f"base {config.base} has {positions} positions, the longest example {data.longest} tokens; set "
+            f"max_length to {positions} or less"
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if data.largest_id >= embeddings:
+        raise RunError(
+            f"base {config.base} has {embeddings} embeddings, the data hold token {data.largest_id}; give a "
+            "base with its own tokenizer"
+        )
 
 
 def plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configs import RunError
+from experiments.patience import Passing
 
 Row = dict[str, Any]
 RESULTS = ("done", "diverged")  # a diverged run is a result; a failed one is not
@@ -25,7 +26,7 @@ STATUSES = (*RESULTS, "failed")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class DiskFull(RunError):
+class DiskFull(Passing):
     """A row could not be written for want of space; the file holds what it held before."""
 
 

@@ -9,19 +9,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from experiments import rowsfile
 from experiments.configs import RunConfig, RunError
+from experiments.engines import accompanied, executed
+from experiments.patience import patiently
 from experiments.rowsfile import Row
-
-PATIENCE = 600.0  # seconds that a finished row waits for space on the disk, or for the database
-PAUSE = 5.0  # seconds between two tries
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def work(job: Job) -> None:
             continue
         began = time.monotonic()
         if hopeless := ledger.settle(lambda: rowsfile.results(rowsfile.read(job.rows))):
-            rowsfile.append(job.rows, hopeless)
+            patiently(lambda hopeless=hopeless: rowsfile.append(job.rows, hopeless))
             continue
         counts = ledger.counts()
         if not counts["waiting"] and not counts["running"]:
@@ -97,12 +95,10 @@ def _claimed(ledger: Any, engine: Any, job: Job) -> list[Any]:
     if not claims or not share:
         return claims
     try:
-        others = engine.companions(claims[0].config, waiting, job.device)
+        others = accompanied(engine, claims[0].config, waiting, job.device)
     except KeyboardInterrupt:
         ledger.release(claims[0])
         raise
-    except Exception:  # what is wrong with the run, its own row will say
-        return claims
     return claims + ledger.claim(others, min(share, len(others)))
 
 
@@ -110,8 +106,9 @@ def _execute(ledger: Any, claims: Sequence[Any], engine: Any, job: Job) -> None:
     """Execute what was claimed and keep the rows; on a stop, give back what has none."""
     try:
         with _renewed(ledger, claims, job.lease / 5):
-            for claim, row in zip(claims, _rows(engine, claims, job.device), strict=True):
-                _patiently(lambda claim=claim, row=row: _keep(ledger, claim, row, job.rows))
+            made = executed(engine, [claim.config for claim in claims], job.device)
+            for claim, row in zip(claims, made, strict=True):
+                _keep(ledger, claim, row, job.rows)
     except KeyboardInterrupt:
         written = rowsfile.results(rowsfile.read(job.rows))
         for claim in claims:
@@ -123,45 +120,21 @@ def _execute(ledger: Any, claims: Sequence[Any], engine: Any, job: Job) -> None:
         raise
 
 
-def _rows(engine: Any, claims: Sequence[Any], device: str | None) -> list[Row]:
-    """Give the rows of claimed runs; whatever goes wrong inside of a run is a row too."""
-    configs = [claim.config for claim in claims]
-    try:
-        return engine.execute(configs, device)
-    except Exception as error:  # an engine that breaks must not stop the runs after it
-        said = f"{type(error).__name__}: {error}"
-        return [
-            {"hash": c.hash, "config": c.to_dict(), "status": "failed", "error": said, "seconds": None}
-            for c in configs
-        ]
-
-
 def _keep(ledger: Any, claim: Any, row: Row, path: Path) -> None:
-    """Write a row and finish its trial, unless another worker was given the run meanwhile."""
-    if ledger.holds(claim):
-        rowsfile.append(path, [row])
-        ledger.finish(claim, row)
-
-
-def _patiently(work: Callable[[], T]) -> T:
-    """Do what needs space on the disk, or the database; where there is none, say so and try again.
+    """Write a row and finish its trial, unless another worker was given the run meanwhile.
 
     Raises:
-        RunError: there was none all the time.
+        RunError: there was no space on the disk, or no ledger, all the time. Without a ledger the row is
+            written all the same: should the run have been given away, readers take the first of two rows.
     """
-    until = time.monotonic() + PATIENCE
-    said = False
-    while True:
-        try:
-            return work()
-        except RunError as error:
-            if time.monotonic() > until:
-                raise
-            if not said:
-                wait = f"a finished run waits up to {PATIENCE:.0f} s for it"
-                print(f"\nworker {os.getpid()}: {error}; {wait}", file=sys.stderr, flush=True)
-                said = True
-            time.sleep(PAUSE)
+    try:
+        held = ledger.holds(claim)
+    except RunError:
+        patiently(lambda: rowsfile.append(path, [row]))
+        raise
+    if held:
+        patiently(lambda: rowsfile.append(path, [row]))
+        ledger.finish(claim, row)
 
 
 @contextmanager
@@ -178,7 +151,7 @@ def _renewed(ledger: Any, claims: Sequence[Any], every: float) -> Generator[None
                 renewed[0] = time.monotonic()
                 try:
                     for claim in claims:
-                        ledger.holds(claim)
+                        ledger.holds(claim, patient=False)
                 except RunError:
                     pass  # the next renewal may succeed; if none does, the claim lapses, and `holds` says so
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from experiments.analysis.cells import Floats
@@ -61,7 +62,8 @@ def calibration(
 
     Returns:
         c, the geometric mean of the ratios; and the share of configurations within a factor of two of
-        c · predicted, c fitted to the others. Notes say how many pairs were left out.
+        c · predicted, c fitted to the others: in a replicate without any copy of the one that is predicted.
+        Notes say how many pairs were left out.
 
     Raises:
         ValueError: fewer than three finite pairs.
@@ -80,12 +82,12 @@ def calibration(
         top, bottom = ([pair[i] for pair in pairs] for i in (1, 0))
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.log(_drawn(top, chosen, random) / _drawn(bottom, chosen, random))
-        ratios = ratios[np.isfinite(ratios)]
-        constants[r] = math.exp(ratios.mean()) if len(ratios) else math.nan
-        shares[r] = _within_two(ratios) if len(ratios) > 1 else math.nan
+        known = np.isfinite(ratios)
+        constants[r] = math.exp(ratios[known].mean()) if known.any() else math.nan
+        shares[r] = _within_two(ratios[known], chosen[known])
     return (
         Estimated(math.exp(logs.mean()), *interval(constants), note, constants),
-        Estimated(_within_two(logs), *interval(shares), note, shares),
+        Estimated(_within_two(logs, np.arange(len(logs))), *interval(shares), note, shares),
     )
 
 
@@ -155,10 +157,13 @@ def _rank_correlation(x: Floats, y: Floats) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _within_two(logs: Floats) -> float:
-    """Share of log ratios within log 2 of the mean of the others."""
-    others = (logs.sum() - logs) / (len(logs) - 1)
-    return float((np.abs(logs - others) <= math.log(2)).mean())
+def _within_two(logs: Floats, configurations: NDArray[np.intp]) -> float:
+    """Share of log ratios within log 2 of the mean of those of other configurations; NaN if there is none."""
+    others = configurations[:, None] != configurations
+    n = others.sum(axis=1)
+    if not n.all():
+        return math.nan
+    return float((np.abs(logs - others @ logs / n) <= math.log(2)).mean())
 
 
 def _positive(number: Estimated) -> bool:

@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 Floats = NDArray[np.float64]
 AXES = ("batch_size", "lr")
 SEEDS = ("seed", "data_seed")
-# what does not move the weights of a run
+# what does not move the weights of a run; `evals` only where no evaluation can end it, see `_kept`
 IGNORED = (*AXES, *SEEDS, "engine", "micro_batch", "gns_every", "gns_metric", "evals", "generate")
 
 
@@ -23,7 +23,7 @@ class Cell:
     """All runs of one configuration, over J batch sizes, learning rates and S seeds.
 
     Args:
-        fields: of the configuration, task dials as `dials.NAME`; without `IGNORED`.
+        fields: of the configuration, task dials as `dials.NAME`; without what does not move a run's weights.
         batches: [J], examples a step, rising.
         rates: learning rates, rising; all that occur at any batch size, L of them.
         seeds: (seed, data_seed), S of them.
@@ -59,14 +59,15 @@ def fields_of(row: Row) -> dict[str, Any]:
 def cells(rows: Iterable[Row]) -> list[Cell]:
     """Sort rows into cells, in the order in which they come up.
 
-    Failed runs are no results. Seeds that a cell has at some batch sizes only are left NaN at the others.
+    Failed runs are no results. Seeds that a cell has at some batch sizes only are left NaN at the others. Of
+    several rows of one place (one of them answered, say) that with the most answers counts.
     """
     groups: dict[tuple, list[tuple[dict[str, Any], Row]]] = {}
     for row in rows:
         if row["status"] == "failed":
             continue
         fields = fields_of(row)
-        key = tuple(sorted((k, repr(v)) for k, v in fields.items() if k not in IGNORED))
+        key = tuple(sorted((k, repr(v)) for k, v in _kept(fields).items()))
         groups.setdefault(key, []).append((fields, row))
     return [_cell(members) for members in groups.values()]
 
@@ -77,6 +78,12 @@ def varied(found: Sequence[Cell]) -> list[str]:
     return [name for name in names if len({repr(cell.fields.get(name)) for cell in found}) > 1]
 
 
+def _kept(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what a cell is told by: a run to a target ends at an evaluation, so their number counts there."""
+    to_target = fields.get("protocol") == "target"
+    return {k: v for k, v in fields.items() if k not in IGNORED or (k == "evals" and to_target)}
+
+
 def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
     """Put the rows of one configuration into arrays."""
     batches = sorted({fields["batch_size"] for fields, _ in members})
@@ -84,7 +91,7 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
     seeds = sorted({(fields["seed"], fields["data_seed"]) for fields, _ in members})
     validation = np.full((len(batches), len(rates), len(seeds)), math.nan)
     test, accuracy = validation.copy(), validation.copy()
-    for fields, row in members:
+    for fields, row in sorted(members, key=lambda member: len(member[1].get("items_right") or ())):
         seed = (fields["seed"], fields["data_seed"])
         at = batches.index(fields["batch_size"]), rates.index(fields["lr"]), seeds.index(seed)
         if row["status"] == "diverged":
@@ -95,5 +102,14 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
             accuracy[at] = math.nan if row.get("accuracy") is None else row["accuracy"]
     items = max(len(row.get("items_right") or ()) for _, row in members)
     rows = tuple(row for _, row in members)
-    kept = {k: v for k, v in members[0][0].items() if k not in IGNORED}
-    return Cell(kept, tuple(batches), tuple(rates), tuple(seeds), validation, test, accuracy, items, rows)
+    return Cell(
+        _kept(members[0][0]),
+        tuple(batches),
+        tuple(rates),
+        tuple(seeds),
+        validation,
+        test,
+        accuracy,
+        items,
+        rows,
+    )

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.analysis.cells import Cell, Floats
 from experiments.analysis.resampling import DRAWS, LEVEL, interval, means, replicates
+
+Place = tuple[float, float, float]  # log₂ B: a place, what it is at the least, and at the most
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Estimated:
         high: upper end; may be infinite.
         note: what a reader must know, as "at the largest batch"; "" for nothing.
         draws: [R], bootstrap replicates, for what is computed from this; may be empty.
+        least: [R], what each replicate is at the least, where the grid does not tell it; empty: `draws`.
+        most: [R], what it is at the most.
     """
 
     value: float
@@ -33,6 +38,8 @@ class Estimated:
     high: float
     note: str = ""
     draws: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+    least: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+    most: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class Curve:
         validation_draws: [R, J].
         draws: [R, J], of `loss`.
         rate_draws: [R, J], of `rates`.
+        edge_draws: [R, J], whether a replicate's rate is at an edge, as of `rate_edges`.
+        diverged: batches at which no learning rate that was tried was survived by every seed: their loss is
+            worse than any, and none of the arrays above has a place for them.
     """
 
     cell: Cell
@@ -61,6 +71,8 @@ class Curve:
     validation_draws: Floats
     draws: Floats
     rate_draws: Floats
+    edge_draws: NDArray[np.bool_]
+    diverged: Floats = field(default_factory=lambda: np.empty(0))
 
     def ends(self, level: float = LEVEL) -> tuple[Floats, Floats]:
         """Give the interval of each loss, [J] and [J]; without what a seed does to all batches alike."""
@@ -102,6 +114,8 @@ def curve(cell: Cell, draws: int = DRAWS, seed: int = 0) -> Curve:
         at(new_validation, new_fill)[:, kept],
         at(new_test, new_fill)[:, kept],
         rate_draws[:, kept],
+        _edges(validation, new_best)[:, kept],
+        np.array([b for j, b in enumerate(cell.batches) if _diverged(cell.validation[j])], dtype=float),
     )
 
 
@@ -110,16 +124,18 @@ def optimum(found: Curve) -> Estimated:
 
     Returns:
         Examples a step. Its note says if it lies on the edge of the grid, in the data or in the interval:
-        then the end beyond which nothing was tried is 0 or infinite.
+        then the end beyond which nothing was tried is 0 or infinite. Beside a batch at which all diverged
+        there is no parabola: the value is the best batch itself, the interval spans its neighbours.
     """
-    return _located(found, lambda losses: _lowest(np.log2(found.batches), losses))
+    return _located(found, _lowest)
 
 
 def largest_within(found: Curve, delta: float = 0.01) -> Estimated:
     """Give B_max(δ), the largest batch whose tuned loss is within δ of the best.
 
     Between two batch sizes the loss is a line in log₂ B. A curve that stays within δ to its end gives
-    infinity with a note: the largest batch that was tried is then a lower bound.
+    infinity with a note: the largest batch that was tried is then a lower bound. Where every run of the next
+    larger batch diverged, the value is the last batch that did not, and the interval reaches to that one.
 
     Args:
         found: the curve.
@@ -128,39 +144,55 @@ def largest_within(found: Curve, delta: float = 0.01) -> Estimated:
     Returns:
         Examples a step.
     """
-    return _located(found, lambda losses: _last(np.log2(found.batches), losses, delta))
+    return _located(found, lambda x, losses: _last(x, losses, delta))
 
 
-def _located(found: Curve, locate: Callable[[Floats], float]) -> Estimated:
+def _located(found: Curve, locate: Callable[[Floats, Floats], Place]) -> Estimated:
     """Find a place in log₂ B, in the data and in each replicate."""
-    value = locate(found.loss)
-    draws = np.array([locate(each) for each in found.draws])
-    low, high = interval(draws)
+    batches = np.concatenate([found.batches, found.diverged])
+    order = np.argsort(batches)
+    x = np.log2(batches[order])
+
+    def losses(own: Floats) -> Floats:
+        return np.concatenate([own, np.full(len(found.diverged), math.inf)])[order]
+
+    value, least, most = locate(x, losses(found.loss))
+    draws = np.array([locate(x, losses(each)) for each in found.draws])  # [R, 3]
+    low, high = min(least, interval(draws[:, 1])[0]), max(most, interval(draws[:, 2])[1])
     notes = []
     for name, sign in (("smallest", -1), ("largest", 1)):
         if value == sign * math.inf:
             notes.append(f"at the {name} batch")
         elif (low if sign < 0 else high) == sign * math.inf:
             notes.append(f"the interval reaches the {name} batch")
-    return Estimated(2.0**value, 2.0**low, 2.0**high, ", ".join(notes), np.exp2(draws))
+    if beside := [b for b in found.diverged if np.log2(b) in (low, high)]:
+        notes.append(f"every run diverged at batch {', '.join(f'{b:.0f}' for b in beside)}")
+    value, low, high = (2.0**place for place in (value, low, high))
+    return Estimated(value, low, high, ", ".join(notes), *np.exp2(draws.T))
 
 
-def _lowest(x: Floats, losses: Floats) -> float:
+def _lowest(x: Floats, losses: Floats) -> Place:
     """Place of the minimum; ± infinity where it is an edge of the grid."""
     j = int(np.argmin(losses))
-    if j in (0, len(x) - 1):
-        return math.inf if j else -math.inf
-    return _vertex(x[j - 1 : j + 2], losses[j - 1 : j + 2])
+    if j == 0:
+        return -math.inf, -math.inf, float(x[0])
+    if j == len(x) - 1:
+        return math.inf, float(x[-1]), math.inf
+    if not np.isfinite(losses[j - 1 : j + 2]).all():
+        return float(x[j]), float(x[j - 1]), float(x[j + 1])
+    return (_vertex(x[j - 1 : j + 2], losses[j - 1 : j + 2]),) * 3
 
 
-def _last(x: Floats, losses: Floats, delta: float) -> float:
+def _last(x: Floats, losses: Floats, delta: float) -> Place:
     """Place where the curve leaves, for good, what is within delta of its minimum; infinity if nowhere."""
     bound = losses.min() + delta
     j = int(np.flatnonzero(losses <= bound)[-1])
     if j == len(x) - 1:
-        return math.inf
+        return math.inf, float(x[j]), math.inf
+    if math.isinf(losses[j + 1]):
+        return float(x[j]), float(x[j]), float(x[j + 1])
     share = (bound - losses[j]) / (losses[j + 1] - losses[j])
-    return float(x[j] + share * (x[j + 1] - x[j]))
+    return (float(x[j] + share * (x[j + 1] - x[j])),) * 3
 
 
 def _best(validation: Floats) -> Floats:
@@ -169,11 +201,24 @@ def _best(validation: Floats) -> Floats:
     return np.where(np.isfinite(finite).any(axis=-1), finite.argmin(axis=-1), math.nan)
 
 
+def _diverged(validation: Floats) -> bool:
+    """Whether at each learning rate of [L, S] that was tried some seed diverged."""
+    tried = ~np.isnan(validation).all(axis=-1)
+    return bool(tried.any() and np.isinf(validation[tried]).any(axis=-1).all())
+
+
 def _edge(validation: Floats, place: int) -> str:
     """Say on which side of the best rate the grid ends; a diverged neighbour is a worse one."""
     tried = np.flatnonzero(~np.isnan(validation))
     low, high = place == tried[0], place == tried[-1]
     return "single" if low and high else "low" if low else "high" if high else ""
+
+
+def _edges(validation: Floats, places: Floats) -> NDArray[np.bool_]:
+    """[R, J], whether there is nothing tried beyond the best rates of replicates on one of their sides."""
+    tried = ~np.isnan(validation)
+    first, last = tried.argmax(axis=-1), validation.shape[-1] - 1 - tried[:, ::-1].argmax(axis=-1)
+    return (places == first) | (places == last)
 
 
 def _refined(validation: Floats, log_rates: Floats, places: Floats) -> Floats:

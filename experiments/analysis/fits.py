@@ -14,6 +14,7 @@ from experiments.analysis.curves import Curve, Estimated
 from experiments.analysis.resampling import LEVEL, interval, means, replicates
 
 OCTAVES = np.arange(-8.0, 24.0, 0.05)  # log₂ of the noise scales that a law is tried with
+LEAST = 3  # batch sizes that a law is fitted to: with two figures a fit to two says nothing
 LAWS: dict[str, Callable[[Floats, Floats], Floats]] = {
     # (B, B_n) → ε/ε_max
     "surge": lambda b, noise: 2 / (np.sqrt(noise / b) + np.sqrt(b / noise)),
@@ -32,12 +33,14 @@ class LawFit:
         peak: ε_max; for "sqrt" the rate at batch 1, for "constant" the rate.
         noise: B_n, examples; NaN where the law has none. Infinite ends: the data do not bend.
         misfit: root mean square of log₂ (measured/fitted), over the degrees of freedom that are left.
+        left_out: batch sizes whose best learning rate is at the edge of its grid, and so not known.
     """
 
     law: str
     peak: float
     noise: Estimated
     misfit: float
+    left_out: int = 0
 
     def rate(self, batches: Floats) -> Floats:
         """Give ε at batch sizes, the law with its fitted figures."""
@@ -89,50 +92,92 @@ def exponent(sizes: Sequence[float], found: Sequence[Estimated], level: float = 
         level: of the interval.
 
     Returns:
-        k. A batch size beyond the grid, in the data or in a draw, says only "at least": there the exponent is
-        NaN, and the note says in what share of the draws.
+        k. A batch size beyond the grid says only "at least": in the data k is then NaN; a replicate counts
+        with the smallest k that it leaves possible for the lower end, and the largest for the upper one. The
+        note says how many such replicates there are.
+
+    Raises:
+        ValueError: all data sizes are one.
     """
     log_sizes = np.log(np.asarray(sizes, dtype=float))
-    draws = np.log(np.stack([each.draws for each in found]))  # [K, R]
-    values = np.log(np.array([each.value for each in found]))
     if len(log_sizes) < 2 or np.ptp(log_sizes) == 0:
         raise ValueError(f"an exponent needs two data sizes; seen {list(sizes)}")
     centered = log_sizes - log_sizes.mean()
     weights = centered / (centered @ centered)
-    with np.errstate(invalid="ignore"):  # ∞ − ∞
-        slopes, value = weights @ draws, float(weights @ values)
-    slopes = np.where(np.isfinite(slopes), slopes, math.nan)
-    lost = float(np.isnan(slopes).mean())
-    note = f"beyond the grid in {lost:.0%} of the draws" if lost else ""
-    low, high = interval(slopes, level) if lost < 1 else (-math.inf, math.inf)
-    return Estimated(value if math.isfinite(value) else math.nan, low, high, note, slopes)
+    weights[np.abs(weights) < 1e-9 * np.abs(weights).max()] = 0.0  # of a size in the middle: of no account
+    with np.errstate(divide="ignore"):
+        values = np.log(np.array([each.value for each in found]))
+        least, most, draws = (np.log(np.stack(bound)) for bound in _bounds(found))  # [K, R] each
+    rising = (weights > 0)[:, None]
+    lows = _weighted(weights, np.where(rising, least, most))
+    highs = _weighted(weights, np.where(rising, most, least))
+    open_ = float((least != most).any(axis=0).mean())
+    note = f"beyond the grid in {open_:.0%} of the draws" if open_ else ""
+    value = float(_weighted(weights, values[:, None])[0])
+    ends = interval(lows, level)[0], interval(highs, level)[1]
+    return Estimated(
+        value if math.isfinite(value) else math.nan, *ends, note, _weighted(weights, draws), lows, highs
+    )
+
+
+def _bounds(found: Sequence[Estimated]) -> tuple[list[Floats], list[Floats], list[Floats]]:
+    """Give of each number what its replicates are at the least, at the most, and themselves.
+
+    An infinite replicate without a bound may be anything.
+    """
+    least = [f.least if len(f.least) else np.where(np.isfinite(f.draws), f.draws, 0.0) for f in found]
+    most = [f.most if len(f.most) else f.draws for f in found]
+    return least, most, [f.draws for f in found]
+
+
+def _weighted(weights: Floats, logs: Floats) -> Floats:
+    """[R], Σ weights·logs over [K, R], without what has no weight; NaN for ∞ − ∞."""
+    used = weights != 0
+    with np.errstate(invalid="ignore"):
+        return weights[used] @ logs[used]
 
 
 def fit_law(law: str, found: Curve) -> LawFit:
     """Fit a law to the best learning rates of a curve, in log₂.
 
-    ε_max has a closed form at each B_n, so B_n is searched on a grid of 20 values an octave.
+    ε_max has a closed form at each B_n, so B_n is searched on a grid of 20 values an octave. A learning rate
+    at the edge of its grid was not measured, the best one lies beyond: such batch sizes are left out, in the
+    data and in each replicate. A replicate that keeps fewer than three may mean any B_n.
 
     Args:
         law: "surge": ε = 2ε_max/(√(B_n/B) + √(B/B_n)), for Adam, whose B_n is not tr(HΣ)/GᵀHG (Li et al.
             2024, arXiv:2405.14578). "sgd": ε = ε_max/(1 + B_n/B) (McCandlish et al. 2018, arXiv:1812.06162,
             eq. 2.6). "sqrt" and "constant" to compare with.
         found: the curve.
+
+    Raises:
+        ValueError: the best learning rate is inside its grid at fewer than three batch sizes.
     """
     log_rates, batches = np.log2(found.rates), found.batches
+    inside = np.array([edge == "" for edge in found.rate_edges])
+    if inside.sum() < LEAST:
+        raise ValueError(
+            f"a law needs {LEAST} batch sizes whose best learning rate is inside its grid; seen "
+            f"{inside.sum()} of {len(inside)}. Extend the learning rates of the others"
+        )
     has_noise = law in ("surge", "sgd")
     octaves = OCTAVES if has_noise else np.zeros(1)
     shapes = np.atleast_2d(np.log2(LAWS[law](batches, np.exp2(octaves)[:, None])))  # [G, J]
-    place, peak, misfit = _fitted(shapes, log_rates)
-    free = len(batches) - 1 - has_noise
-    left = math.sqrt(misfit / free) if free > 0 else math.nan
+    place, peak, misfit = _fitted(shapes[:, inside], log_rates[inside])
+    free, lost = int(inside.sum()) - 1 - has_noise, int((~inside).sum())
+    left = math.sqrt(misfit / free)
     if not has_noise:
-        return LawFit(law, 2.0**peak, Estimated(math.nan, math.nan, math.nan), left)
-    drawn = np.array([_open(octaves, _fitted(shapes, each)[0]) for each in np.log2(found.rate_draws)])
-    low, high = interval(drawn)
+        return LawFit(law, 2.0**peak, Estimated(math.nan, math.nan, math.nan), left, lost)
+    drawn = np.full(len(found.rate_draws), math.nan)
+    for r, (rates, edge) in enumerate(zip(np.log2(found.rate_draws), found.edge_draws, strict=True)):
+        if (~edge).sum() >= LEAST:
+            drawn[r] = _open(octaves, _fitted(shapes[:, ~edge], rates[~edge])[0])
+    low = interval(np.where(np.isnan(drawn), -math.inf, drawn))[0]
+    high = interval(np.where(np.isnan(drawn), math.inf, drawn))[1]
     value = 2.0 ** float(octaves[place])
     note = "" if 0 < place < len(octaves) - 1 else "the rates do not bend within the grid"
-    return LawFit(law, 2.0**peak, Estimated(value, 2.0**low, 2.0**high, note, np.exp2(drawn)), left)
+    noise = Estimated(value, 2.0**low, 2.0**high, note, np.exp2(drawn))
+    return LawFit(law, 2.0**peak, noise, left, lost)
 
 
 def surface(cell: Cell, window: float = 0.1, draws: int = 500, seed: int = 0) -> Surface:

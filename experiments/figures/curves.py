@@ -38,7 +38,7 @@ def draw(found: Sequence[Curve], series: Sequence[str]) -> Figure:
 
 def _losses(axes: Axes, found: Sequence[Curve], series: Sequence[str]) -> None:
     """Test loss with intervals, a line for each cell."""
-    batches = sorted({float(b) for curve in found for b in curve.batches})
+    batches = _tried(found)
     for curve, style in zip(found, _styles(len(found)), strict=True):
         low, high = curve.ends()
         axes.fill_between(curve.batches, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -47,6 +47,10 @@ def _losses(axes: Axes, found: Sequence[Curve], series: Sequence[str]) -> None:
         axes.plot(
             curve.batches[edges], curve.loss[edges], linestyle="", marker="o", markersize=10,
             fillstyle="none", markeredgecolor=style["color"], markeredgewidth=0.8,
+        )  # fmt: skip
+        axes.plot(
+            curve.diverged, np.ones(len(curve.diverged)), transform=axes.get_xaxis_transform(), marker="x",
+            color=style["color"], linestyle="", markersize=7, clip_on=False,
         )  # fmt: skip
     batch_axis(axes, batches)
     label(axes, "", "test loss (nats per token)\nat the best learning rate")
@@ -60,12 +64,15 @@ def _losses(axes: Axes, found: Sequence[Curve], series: Sequence[str]) -> None:
             "linestyle": "",
         }
         handles.append(Line2D([], [], label="best rate at the edge of its grid", **ring))
+    if any(len(curve.diverged) for curve in found):
+        said = "every run of the batch diverged"
+        handles.append(Line2D([], [], label=said, marker="x", markersize=7, color=GREY, linestyle=""))
     axes.legend(handles=handles, fontsize=8, loc="best")
 
 
 def _places(axes: Axes, found: Sequence[Curve]) -> None:
     """Best batch, largest batch within δ, and noise scale of each cell, with intervals, on the batch axis."""
-    batches = [float(b) for curve in found for b in curve.batches]
+    batches = _tried(found)
     low, high = min(batches) / 1.6, max(batches) * 1.6
     kinds = (("best batch", optimum, "*"), (f"B_max({DELTA:g} nat)", lambda c: largest_within(c, DELTA), ">"))
     for i, (curve, style) in enumerate(zip(found, _styles(len(found)), strict=True)):
@@ -74,6 +81,8 @@ def _places(axes: Axes, found: Sequence[Curve]) -> None:
             marks.append((noise, "d"))
         for k, (place, marker) in enumerate(marks):
             _mark(axes, place, -i - 0.26 * (k - 1), marker, style["color"], (low, high))
+        at = np.full(len(curve.diverged), -float(i))
+        axes.plot(curve.diverged, at, marker="x", color=style["color"], linestyle="", markersize=6)
     axes.set_ylim(-len(found) + 0.45, 0.55)
     axes.set_xlim(low, high)
     axes.set_yticks([])
@@ -117,6 +126,11 @@ def _chosen(curve: Curve, j: int) -> int:
     """Place of the learning rate that is best on validation data at a batch."""
     losses = curve.cell.validation[j].mean(axis=-1)
     return int(np.where(np.isfinite(losses), losses, math.inf).argmin())
+
+
+def _tried(found: Sequence[Curve]) -> list[float]:
+    """Give all batch sizes, rising, those included at which every run diverged."""
+    return sorted({float(b) for curve in found for b in (*curve.batches, *curve.diverged)})
 
 
 def _styles(n: int) -> list[dict]:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.analysis.curves import Curve
-from experiments.analysis.fits import fit_law
+from experiments.analysis.fits import LEAST, fit_law
 from experiments.analysis.resampling import interval
 from experiments.figures.style import (
     GREY,
@@ -43,9 +43,15 @@ def draw(found: Sequence[Curve], series: Sequence[str]) -> Figure:
             curve.batches, curve.rates, [np.maximum(low, 0), np.maximum(high, 0)], color=style["color"],
             marker=style["marker"], linestyle="", capsize=2.5, markersize=5, zorder=3,
         )  # fmt: skip
+        edges = np.array([edge != "" for edge in curve.rate_edges])
+        axes.plot(
+            curve.batches[edges], curve.rates[edges], marker=style["marker"], color=style["color"],
+            linestyle="", markersize=5, markerfacecolor="white", zorder=4,
+            label=f"at the edge of its grid ({edges.sum()}, in no fit)" if edges.any() else None,
+        )  # fmt: skip
         fine = np.geomspace(curve.batches.min(), curve.batches.max(), 200)
         for law, dash in DASHES.items():
-            if len(curve.batches) < 3:
+            if (~edges).sum() < LEAST:
                 break
             fit = fit_law(law, curve)
             said = f"{SAID[law]}, off by ×{2**fit.misfit:.2f}"

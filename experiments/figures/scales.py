@@ -32,7 +32,7 @@ def draw(found: Sequence[Curve], series: Sequence[str]) -> Figure:
     kinds = [(name, places) for name, places in kinds if any(place is not None for place in places)]
     figure = figure_of(7.6, 1.5 + 0.32 * len(found) * len(kinds) / 2 + 0.2 * len(found))
     axes = figure.subplots()
-    batches = [float(b) for curve in found for b in curve.batches]
+    batches = [float(b) for curve in found for b in (*curve.batches, *curve.diverged)]
     noise = [p.value for _, places in kinds[2:] for p in places if p is not None and math.isfinite(p.value)]
     low, high = min([*batches, *noise]) / 1.5, max([*batches, *noise]) * 1.5
     for k, (name, places) in enumerate(kinds):

@@ -36,7 +36,8 @@ def table(found: Sequence[Curve], series: Sequence[str]) -> str:
         best, largest = optimum(curve), largest_within(curve, DELTA)
         loss = f"{curve.loss[curve.validation.argmin()]:.3f}"  # no choice is made on the test data
         rates = [f"ε {e} at {plain(b)}" for b, e in zip(curve.batches, curve.rate_edges, strict=True) if e]
-        edges = ", ".join([note for note in (best.note, largest.note) if note][:1] + rates)
+        lost = [f"ε high at {plain(b)}: every run diverged" for b in curve.diverged]
+        edges = ", ".join([note for note in (best.note, largest.note) if note][:1] + rates + lost)
         ends = curve.batches[0], curve.batches[-1]
         cells = [named(curve.cell, series), str(len(curve.cell.seeds)), loss]
         cells += [_said(place, ends) for place in (best, largest)] + [

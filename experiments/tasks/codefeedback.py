@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from experiments.configs import RunError
-from experiments.tasks.hub import HubRows, for_validation, prompt, records
+from experiments.tasks.hub import HubRows, for_validation, prompt, records, taught
 from experiments.tasks.items import Item, whole_dial
 from experiments.tasks.sandbox import passes
 
@@ -61,16 +61,20 @@ class CodeFeedback(HubRows):
             raise RunError("scoring HumanEval runs generated programs; allow it by the dial execute = true")
         return item.answer is not None and passes(program(item.answer, generated), seconds=self.seconds)
 
-    def _items(self, *, validation: bool) -> list[Item]:  # records without an answer are none
+    def _items(self, *, validation: bool) -> list[Item]:
         columns = self._columns("query", "answer", "lang", "resource")
         return [
             Item(prompt(query), f" {answer.strip()}")
             for query, answer, lang in zip(columns["query"], columns["answer"], columns["lang"], strict=True)
-            if answer.strip()
+            if taught(query, answer)
             and self.lang in (None, lang)
             and for_validation(query) == validation
             and self._short(query, answer)
         ]
+
+    def _pairs(self) -> tuple[Sequence[str], Sequence[str]]:
+        columns = self._columns("query", "answer", "lang", "resource")
+        return columns["query"], columns["answer"]
 
     def _tested(self) -> list[Item]:  # they have an answer if programs may run
         needed = ("task_id", "prompt", "entry_point", "canonical_solution", "test")

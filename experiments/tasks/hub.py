@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,6 +28,9 @@ PROMPT = (
 @dataclass(frozen=True)
 class HubRows(Rows):
     """Rows of one data set, and the items of another to be tested on.
+
+    Records of `data` without a question or without an answer teach nothing, and are left out: published sets
+    have a few (four of MetaMathQA have no question, https://github.com/meta-math/MetaMath/issues/35).
 
     Args:
         merged: as in `Rows`.
@@ -52,18 +56,29 @@ class HubRows(Rows):
         """Give `n` rows of the training part in an order of this seed."""
         items = self._items(validation=False)
         Random(f"{self.name.partition('-')[0]} {seed}").shuffle(items)
-        return self.rows(take(items, self.examples_for(n), f"the training part of {self.data}"), n)
+        return self.rows(
+            take(items, self.examples_for(n), f"the training part of {self.data}{self._said()}"), n
+        )
 
     def held_out(self, split: str, n: int) -> list[Item]:
         """Give the first `n` items of a split: of `data` for validation, of `test_data` for the test."""
         known_split(split)
         if split == "validation":
-            return take(self._items(validation=True), n, f"the validation part of {self.data}")
+            return take(self._items(validation=True), n, f"the validation part of {self.data}{self._said()}")
         return take(self._tested(), n, f"{self.test_data} (test)")
 
     def _items(self, *, validation: bool) -> list[Item]:
-        """Give all items of one part of `data`, in its order."""
+        """Give all items of one part of `data`, in its order, of records that are `taught`."""
         raise NotImplementedError
+
+    def _pairs(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Give the questions and the answers of all records of `data` that are used."""
+        raise NotImplementedError
+
+    def _said(self) -> str:
+        """Say how many records were left out for want of a question or an answer; nothing if none was."""
+        lost = sum(not taught(*pair) for pair in zip(*self._pairs(), strict=True))
+        return f" ({lost} records without a question or an answer left out)" if lost else ""
 
     def _tested(self) -> list[Item]:
         """Give all items of `test_data`, in its order."""
@@ -76,6 +91,11 @@ class HubRows(Rows):
 
     def _short(self, *texts: str) -> bool:
         return self.longest is None or sum(map(len, texts)) <= self.longest
+
+
+def taught(question: Any, answer: Any) -> bool:
+    """Whether a record has both a question and an answer."""
+    return all(isinstance(text, str) and text.strip() for text in (question, answer))
 
 
 def prompt(instruction: str) -> str:

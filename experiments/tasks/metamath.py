@@ -7,13 +7,13 @@ fiftieth of those original problems with all their rephrasings; the test set is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
 from experiments.configs import RunError
-from experiments.tasks.hub import HubRows, for_validation, prompt, records
+from experiments.tasks.hub import HubRows, for_validation, prompt, records, taught
 from experiments.tasks.items import Item
 
 MARK = re.compile(r"the answer is:?|####", re.IGNORECASE)
@@ -53,8 +53,14 @@ class MetaMath(HubRows):
         return [
             Item(prompt(query), f" {response.strip()}", extracted(response))
             for query, response, group in zip(columns["query"], columns["response"], groups, strict=True)
-            if for_validation(group) == validation and self._short(query, response)
+            if taught(query, response)
+            and for_validation(group or query) == validation
+            and self._short(query, response)
         ]
+
+    def _pairs(self) -> tuple[Sequence[str], Sequence[str]]:
+        columns = self._columns("query", "response", "type")
+        return columns["query"], columns["response"]
 
     def _tested(self) -> list[Item]:
         return [_gsm8k(r) for r in records(self.test_data, "test", ("question", "answer"), "main")]

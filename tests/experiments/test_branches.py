@@ -10,6 +10,7 @@ from experiments import branches, loop, prepared
 from experiments.branches import branch_runs, main
 from experiments.course import Course
 from experiments.critical import branched
+from experiments.run import run
 from tests.experiments.small_runs import config
 
 pytestmark = pytest.mark.usefixtures("sentences")
@@ -36,6 +37,31 @@ def test_the_branch_at_the_trunks_batch_is_the_run_itself(tiny_base, optimizer, 
     powers = {"adamw": 0.5, "sgd": 1.0}
     assert [row["branch"]["lr"] for row in rows] == [lr * k ** powers[optimizer] for k in (2, 1, 4)]
     assert [row["branch"]["batch_size"] for row in rows] == [4, 2, 8]
+
+
+def test_with_dropout_a_branch_has_its_own_stream_whatever_was_made_before_it(tiny_base):
+    trunk = _trunk(tiny_base, dropout=0.5, lr=0.1)
+    rows = branch_runs(trunk, 6, 24, [2, 4, 1], device="cpu")
+    for row, k in zip(rows, (2, 4, 1), strict=True):
+        (alone,) = branch_runs(trunk, 6, 24, [k], device="cpu")
+        assert alone["loss"] == row["loss"], k
+    whole = dataclasses.replace(trunk, protocol="steps", steps=18)
+    assert run(whole, device="cpu")["validation"][-1]["loss"] == rows[2]["loss"]
+
+
+def test_no_two_branches_draw_the_same_masks(tiny_base, monkeypatch):
+    drawn, step = [], loop.step
+
+    def noted(p, o, numbers, lr):
+        state = torch.random.get_rng_state()
+        drawn.append((len(numbers), torch.rand(2).tolist()))
+        torch.random.set_rng_state(state)
+        return step(p, o, numbers, lr)
+
+    monkeypatch.setattr(loop, "step", noted)
+    branch_runs(_trunk(tiny_base, dropout=0.5), 3, 16, [1, 2, 4], device="cpu")
+    first = {size: next(values for n, values in drawn[3:] if n == size) for size in (2, 4, 8)}
+    assert len({tuple(values) for values in first.values()}) == 3
 
 
 def test_a_branch_is_its_own_steps_from_the_trunks_state(tiny_base, monkeypatch):

@@ -46,6 +46,17 @@ def _truth(share, b_crit=B_CRIT, smallest=1):
     return b_crit * ((1 + share) * (1 + smallest / b_crit) - 1)
 
 
+@pytest.mark.parametrize("protocol", ["target", "epochs"])
+def test_rows_that_were_evaluated_more_and_less_often_are_not_one_curve(protocol):
+    made = _exact()
+    for i, row in enumerate(made):
+        told = {"protocol": protocol, "target_loss": TARGET if protocol == "target" else None}
+        row["config"] |= told | {"evals": 64 if i % 2 else 4}
+    said = {"target": "differ in evals", "epochs": "evals is 4 in some rows and 64 in others"}[protocol]
+    with pytest.raises(ValueError, match=said):
+        efficiency(made, TARGET, draws=5)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.2])
 @pytest.mark.parametrize("b_crit", [6.0, 24.0, 100.0])
 def test_a_known_hyperbola_is_read_off(share, b_crit):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from experiments import packed_width
+from experiments import loop, packed_width
 from experiments.packed_width import best_width, packed_clock, solo_clock
 from tests.experiments.small_runs import config
 
@@ -63,3 +63,15 @@ def test_real_clocks_run_and_count_steps(tiny_base):
     for clock in (solo_clock(given, torch.device("cpu")), packed_clock(given, 2, torch.device("cpu"))):
         one, many = (min(clock(n) for _ in range(3)) for n in (1, 20))
         assert 0 < one < many
+
+
+@pytest.mark.usefixtures("sentences")
+def test_a_solo_run_is_timed_with_one_optimizer_as_a_program_is(tiny_base, monkeypatch):
+    """Moments that are made anew in every timing would make packing look faster than it is."""
+    made, of = [], loop.optimizer_of
+    monkeypatch.setattr(loop, "optimizer_of", lambda *given: made.append(of(*given)) or made[-1])
+    clock = solo_clock(config(tiny_base), torch.device("cpu"))
+    for _ in range(3):
+        clock(2)
+    (optimizer,) = made
+    assert {float(state["step"]) for state in optimizer.state.values()} == {7.0}

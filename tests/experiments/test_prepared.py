@@ -49,6 +49,35 @@ def test_what_is_wrong_with_the_data_is_found_before_the_model_is_loaded(tiny_ba
         prepare(config(tiny_base, max_length=3), CPU)
 
 
+def test_data_that_the_base_cannot_read_are_named(tiny_base, monkeypatch):
+    """Beyond a table of positions or embeddings, a GPU's program ends without a word on why."""
+    load = prepared.load_base
+
+    def short(given, **changed):
+        model, tokenizer = load(given)
+        model.config.update(changed)
+        return model, tokenizer
+
+    longest = data_of(config(tiny_base)).longest
+    made = prepare(config(tiny_base, max_length=4_096), CPU)  # which no example reaches
+    assert made.data.longest == longest
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "load_base", lambda given: short(given, max_position_embeddings=longest - 1))
+        said = f"has {longest - 1} positions, the longest example {longest} tokens; set max_length to"
+        with pytest.raises(RunError, match=said):
+            prepare(config(tiny_base), CPU)
+    largest = data_of(config(tiny_base)).largest_id
+    model, tokenizer = load(config(tiny_base))
+    model.set_input_embeddings(
+        torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight[:largest])
+    )
+    monkeypatch.setattr(prepared, "load_base", lambda given: (model, tokenizer))
+    with pytest.raises(
+        RunError, match=f"has {largest} embeddings, the data hold token {largest}; give a base"
+    ):
+        prepare(config(tiny_base), CPU)
+
+
 def test_a_base_that_is_not_there_is_named(tmp_path):
     with pytest.raises(RunError, match="no such folder"):
         prepare(config(str(tmp_path / "nothing")), CPU)

@@ -2,18 +2,21 @@
 
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
 import pytest
 
-from experiments import crew, grids, plain, rowsfile, sweep, worker
+from experiments import crew, grids, patience, plain, rowsfile, sweep, worker
 from experiments.configs import RunConfig, RunError
 
 pytest.importorskip("optuna")
 import psutil
+import sqlalchemy.exc
 
 FAKE = "tests.experiments.fake_engine"
 TEXT = """
@@ -138,15 +141,73 @@ def test_a_full_disk_is_said_and_the_finished_row_waits_for_space(tmp_path, monk
         append(file, rows)
 
     monkeypatch.setattr(rowsfile, "append", full)
-    monkeypatch.setattr(worker, "PAUSE", 0.01)
+    monkeypatch.setattr(patience, "PAUSE", 0.01)
     assert in_process(job(path, tmp_path)) == {"done": 1}
     assert len(rows_of(tmp_path)) == 1 and len(tries) == 3
     said = capsys.readouterr().err
-    assert said.count("rows.jsonl: no space left; a finished run waits up to 600 s for it") == 1
-    monkeypatch.setattr(worker, "PATIENCE", 0.0)
+    assert said.count("rows.jsonl: no space left; process") == 1 and "tries again for up to 600 s" in said
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
     tries.clear()
-    with pytest.raises(rowsfile.DiskFull):
+    with pytest.raises(rowsfile.DiskFull, match="no space left; tried again for 0 s in vain. Every row"):
         in_process(job(preset_of(tmp_path, 1), tmp_path / "other"))
+
+
+def test_a_ledger_that_another_program_holds_is_waited_for(tmp_path, monkeypatch, capsys):
+    """Someone browses the database with a transaction open, for longer than SQLite waits by itself."""
+    the_job = job(preset_of(tmp_path, 3), tmp_path)
+    crew.settled(the_job)
+    monkeypatch.setattr("experiments.ledger.LOCKED", 0.05)
+    monkeypatch.setattr(patience, "PAUSE", 0.01)
+    browser = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None, check_same_thread=False)
+    browser.execute("BEGIN IMMEDIATE")
+    threading.Timer(1.0, lambda: browser.execute("COMMIT")).start()
+    worker.work(the_job)
+    assert crew.settled(the_job) == {"done": 3} and len(rows_of(tmp_path)) == 3
+    said = capsys.readouterr().err
+    assert "ledger.db: the ledger does not answer: database is locked; process" in said
+    browser.close()
+
+
+def test_a_ledger_that_never_answers_again_costs_no_finished_row(tmp_path, monkeypatch):
+    from experiments.ledger import Ledger, LedgerBusy
+
+    the_job = job(preset_of(tmp_path, 1), tmp_path)
+    monkeypatch.setattr("experiments.ledger.LOCKED", 0.05)
+    monkeypatch.setattr(patience, "PATIENCE", 0.2)
+    book = Ledger(the_job.url, the_job.preset, the_job.configs)
+    (claim,) = book.claim(book.waiting())
+    browser = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+    browser.execute("BEGIN IMMEDIATE")
+    row = {"hash": claim.config.hash, "config": claim.config.to_dict(), "status": "done", "test_loss": 1.0}
+    with pytest.raises(LedgerBusy, match="database is locked; tried again for 0 s in vain. Every row"):
+        worker._keep(book, claim, row, the_job.rows)
+    assert [r["hash"] for r in rows_of(tmp_path)] == [claim.config.hash]
+    began = time.monotonic()
+    seen = crew.Crew(the_job, grids.load(tmp_path / "made.toml"))._recounted(Counter(running=1))
+    assert seen == {"running": 1} and time.monotonic() - began < 5  # the display does not wait
+    browser.close()
+
+
+def test_a_row_is_written_once_though_the_ledger_fails_after_it(tmp_path, monkeypatch):
+    from experiments.ledger import Ledger
+
+    the_job = job(preset_of(tmp_path, 1), tmp_path)
+    book = Ledger(the_job.url, the_job.preset, the_job.configs)
+    (claim,) = book.claim(book.waiting())
+    set_, tries = book.storage.set_trial_state_values, []
+
+    def busy(*given):
+        tries.append(given)
+        if len(tries) < 3:
+            raise sqlalchemy.exc.OperationalError("UPDATE", {}, Exception("database is locked"))
+        return set_(*given)
+
+    monkeypatch.setattr(book.storage, "set_trial_state_values", busy)
+    monkeypatch.setattr(patience, "PAUSE", 0.01)
+    row = {"hash": claim.config.hash, "config": claim.config.to_dict(), "status": "done", "test_loss": 1.0}
+    worker._keep(book, claim, row, the_job.rows)
+    assert len(rows_of(tmp_path)) == 1 and len(tries) == 3
+    assert crew.settled(the_job) == {"done": 1}
 
 
 def test_a_worker_whose_claim_lapsed_keeps_its_row_to_itself(tmp_path, monkeypatch):
@@ -188,6 +249,30 @@ def test_the_plain_path_resumes_by_hash_and_its_rows_merge_into_a_ledger(tmp_pat
     assert sweep.merge(the_job, [rows, rows]).startswith("0 rows taken over, 3 known before")
     with pytest.raises(RunError, match="nowhere.jsonl: no such file of rows"):
         sweep.merge(the_job, [tmp_path / "nowhere.jsonl"])
+
+
+def test_on_the_plain_path_a_run_that_breaks_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    broken = [RunConfig("1m", "wordmath", dials={"breaks": True}, lr=lr) for lr in (1e-3, 2e-3)]
+    fine = [RunConfig("1m", "wordmath", lr=lr) for lr in (1e-3, 2e-3)]
+    sweep.write_configs(tmp_path / "in", [broken[0], fine[0], broken[1], fine[1]])
+    append, tries = rowsfile.append, []
+
+    def full_at_first(file, rows):
+        tries.append(file)
+        if len(tries) == 1:
+            raise rowsfile.DiskFull(f"{file}: no space left")
+        append(file, rows)
+
+    monkeypatch.setattr(rowsfile, "append", full_at_first)
+    monkeypatch.setattr(patience, "PAUSE", 0.01)
+    assert plain.run_file(tmp_path / "in", tmp_path / "out", engine=FAKE, device=None) == 1
+    found = rowsfile.read(tmp_path / "out")
+    assert [row["status"] for row in found] == ["failed", "done", "failed", "done"]
+    assert found[0]["error"] == "RuntimeError: this engine is broken"
+    said = capsys.readouterr()
+    assert "out: no space left; process" in said.err and "2 done, 0 diverged, 2 failed" in said.out
+    assert plain.run_file(tmp_path / "in", tmp_path / "out", engine=FAKE, device=None, retry=True) == 1
+    assert len(rowsfile.read(tmp_path / "out")) == 6
 
 
 def test_the_plain_path_needs_neither_optuna_nor_datasets(tmp_path):

@@ -59,6 +59,14 @@ def test_a_calibration_constant_is_a_geometric_mean():
         calibration(exact(1, 2), exact(1, math.inf))
 
 
+def test_a_configuration_drawn_twice_does_not_predict_itself():
+    """Ratios so far apart that none is near a mean of others, however often those are drawn."""
+    constant, share = calibration(exact(1, 1, 1, 1), exact(1, 10**0.4, 1e30, 1e70))
+    assert share.value == 0.0
+    assert (share.low, share.high) == (0.0, 0.0)
+    assert constant.low < constant.value < constant.high
+
+
 def test_a_calibration_covers_its_constant():
     hits = 0
     for n in range(40):

@@ -35,3 +35,17 @@ def test_diverged_runs_are_censored_and_failed_ones_are_no_results():
     (found,) = cells(made)
     assert math.isnan(found.validation[0, 0, 0]) and np.isinf(found.validation[:, -1]).all()
     assert list(found.tried(0)) == list(range(1, 9)) and list(found.tried(1)) == list(range(9))
+
+
+def test_how_often_a_run_is_evaluated_tells_cells_apart_only_where_it_can_end_a_run():
+    to_target = {"protocol": "target", "target_loss": 0.5}
+    assert len(cells(rows(evals=4, **to_target) + rows(evals=64, **to_target))) == 2
+    assert varied(cells(rows(evals=4, **to_target) + rows(evals=64, **to_target))) == ["evals"]
+    assert len(cells(rows(evals=4, protocol="epochs") + rows(evals=64, protocol="epochs"))) == 1
+
+
+def test_a_row_without_answers_does_not_hide_those_of_another():
+    answered = [r | {"accuracy": 0.5, "items_right": [0, 1]} for r in rows(generate=2)]
+    for made in (answered + rows(generate=0), rows(generate=0) + answered):
+        (found,) = cells(made)
+        assert (found.accuracy == 0.5).all() and found.items == 2

@@ -51,11 +51,31 @@ def test_a_rate_that_any_seed_diverged_at_is_not_chosen_but_closes_the_grid():
         only(made)
 
 
-def test_batches_at_which_all_runs_diverged_are_left_out():
-    made = [
-        r | {"status": "diverged", "test_loss": None} if r["config"]["batch_size"] == 1 else r for r in rows()
+def without_a_survivor(made, *batches):
+    lost = {"status": "diverged", "test_loss": None}
+    return [r | lost if r["config"]["batch_size"] in batches else r for r in made]
+
+
+def test_a_batch_at_which_all_runs_diverged_is_worse_than_any_and_not_beyond_what_was_tried():
+    """The loss hardly rises to batch 64; at 128 nothing survives: B_max is from 64 to 128, not infinite."""
+    found = only(without_a_survivor(rows(best=8, flat=9.0, sigma=1e-4), 128), draws=50)
+    assert list(found.batches) == [1, 2, 4, 8, 16, 32, 64] and list(found.diverged) == [128]
+    largest = largest_within(found, 0.01)
+    assert (largest.value, largest.low, largest.high) == (64, 64, 128)
+    assert largest.note == "every run diverged at batch 128"
+    best = optimum(only(without_a_survivor(rows(best=64, shift=0), 128), draws=50))
+    assert (best.value, best.low, best.high, best.note) == (64, 32, 128, "every run diverged at batch 128")
+    # elsewhere it changes nothing
+    inside = [
+        largest_within(only(made, draws=5), 0.03) for made in (rows(), without_a_survivor(rows(), 1, 128))
     ]
-    assert list(only(made, draws=5).batches) == [2, 4, 8, 16, 32, 64, 128]
+    assert inside[0].value == pytest.approx(inside[1].value) and inside[0].value < 64
+
+
+def test_a_batch_whose_runs_are_not_all_there_is_no_diverged_one():
+    made = [r for r in rows() if r["config"]["batch_size"] < 128 or r["config"]["seed"] == 0]
+    assert len(only(made, draws=5).diverged) == 0
+    assert len(only(without_a_survivor(made, 128), draws=5).diverged) == 1  # one seed is enough
 
 
 @pytest.mark.parametrize(

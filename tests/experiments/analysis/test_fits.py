@@ -44,11 +44,44 @@ def test_an_exponent_comes_back_and_its_intervals_cover():
     assert 1e-3 < stats.binom.cdf(hits, 100, 0.95) < 1 - 1e-3 or hits == 100
 
 
-def test_a_batch_beyond_the_grid_gives_no_exponent_but_says_so():
+def test_a_batch_beyond_the_grid_gives_no_exponent_but_a_bound():
+    """N grows fourfold; B is 8, then 8 or beyond 32: the exponent is 0 or at least 1."""
     inside, beyond = np.full(4, 8.0), np.array([8.0, math.inf, math.inf, 8.0])
-    found = exponent([100, 400], [Estimated(8, 0, 0, draws=inside), Estimated(math.inf, 0, 0, draws=beyond)])
+    bounds = {"least": np.where(np.isinf(beyond), 32.0, 8.0), "most": beyond}
+    more = Estimated(math.inf, 0, 0, draws=beyond, **bounds)
+    found = exponent([100, 400], [Estimated(8, 0, 0, draws=inside), more])
     assert math.isnan(found.value) and found.note == "beyond the grid in 50% of the draws"
+    assert (found.low, found.high) == (pytest.approx(0.0, abs=1e-9), math.inf)
+    always = Estimated(
+        math.inf, 0, 0, draws=np.full(4, math.inf), least=np.full(4, 32.0), most=np.full(4, math.inf)
+    )
+    found = exponent([100, 400], [Estimated(8, 0, 0, draws=inside), always])
+    assert (found.low, found.high) == (pytest.approx(1.0), math.inf)
+    found = exponent([100, 400], [always, Estimated(8, 0, 0, draws=inside)])
+    assert (found.low, found.high) == (-math.inf, pytest.approx(-1.0))
+    # a size in the middle has no weight; without bounds an infinite draw says nothing
+    found = exponent(
+        [100, 200, 400], [Estimated(8, 0, 0, draws=inside), always, Estimated(8, 0, 0, draws=inside)]
+    )
     assert (found.low, found.high) == pytest.approx((0.0, 0.0), abs=1e-9)
+    bare = Estimated(math.inf, 0, 0, draws=np.full(4, math.inf))
+    assert exponent([100, 400], [Estimated(8, 0, 0, draws=inside), bare]).low == -math.inf
+
+
+def test_draws_beyond_the_grid_do_not_bias_the_interval_of_an_exponent():
+    """B = N^0.9/25 with noise, read off a grid that ends at 64: dropping draws pulls the exponent down."""
+    sizes, truth, hits = [256, 1024, 4096], 0.9, 0
+    for n in range(60):
+        random = np.random.default_rng(n)
+        found = []
+        for size in sizes:
+            made = size**truth / 25 * math.exp(random.normal(0, 0.3))
+            draws = made * np.exp(random.normal(0, 0.3, 300))
+            seen = np.where(draws > 64, math.inf, draws)
+            found.append(Estimated(made, 0, 0, draws=seen, least=np.minimum(draws, 64.0), most=seen))
+        each = exponent(sizes, found)
+        hits += each.low <= truth <= each.high
+    assert stats.binom.cdf(hits, 60, 0.95) > 1e-3, hits
 
 
 def test_the_surge_law_finds_its_peak_and_its_noise_scale():
@@ -60,6 +93,23 @@ def test_the_surge_law_finds_its_peak_and_its_noise_scale():
         fit_law(law, only(rows(rate_of=best_rate), draws=5)).misfit for law in ("sgd", "sqrt", "constant")
     ]
     assert min(others) > 3 * found.misfit
+
+
+def test_rates_at_the_edge_of_their_grid_are_in_no_fit():
+    """At batches 1 and 2 the grid begins above the law's rate: the best of the grid is not the best one."""
+    made = [
+        r for r in rows(rate_of=best_rate) if r["config"]["lr"] >= 1.4e-3 or r["config"]["batch_size"] > 2
+    ]
+    found = only(made, draws=20)
+    assert found.rate_edges == ("low",) * 2 + ("",) * 6
+    fit = fit_law("surge", found)
+    assert fit.left_out == 2 and fit.noise.value == pytest.approx(16, rel=0.05)
+    assert fit.peak == pytest.approx(2e-3, rel=0.02) and fit.misfit < 0.05
+    beyond = only(rows(rate_of=lambda batch: 1.0), draws=5)
+    with pytest.raises(
+        ValueError, match="3 batch sizes whose best learning rate is inside its grid; seen 0 of 8"
+    ):
+        fit_law("sgd", beyond)
 
 
 def test_the_sgd_law_finds_its_noise_scale():

@@ -33,6 +33,11 @@ def with_noise(made, value=12.0, high=None):
     return made
 
 
+def without_a_survivor(made, batch):
+    lost = {"status": "diverged", "test_loss": None}
+    return [r | lost if r["config"]["batch_size"] == batch else r for r in made]
+
+
 def curves_of(made):
     return [curve(cell, draws=30) for cell in cells(made)]
 
@@ -41,6 +46,7 @@ CASES = {
     "one cell": rows(**BASE),
     "noise scale, divergence": with_noise(rows(sigma=0.01, diverges=2e-3, **BASE))
     + rows(rank=64, best=0.2, **BASE),
+    "a batch at which every run diverged": without_a_survivor(rows(**BASE), 128),
     "accuracy": [r | {"accuracy": 0.5, "items_right": [0, 1]} for r in rows(seeds=2, **BASE)],
     "one batch, one rate, one seed": rows(seeds=1, batches=[4], rates=[1e-3], **BASE),
     "nine cells": [
@@ -76,7 +82,17 @@ def test_the_table_says_what_was_found_and_what_to_extend():
     )
     text = table(curves_of(made), ["rank"]).splitlines()
     assert text[2].startswith("| rank 8 | 3 | 1.000 | 8 (8–8) |") and "| 12 (4–90) | – |" in text[2]
-    assert "| ≤ 1 (…–…) |" in text[3] and "at the smallest batch, ε low at 1" in text[3]
+    assert "| ≤ 1 (…–1) |" in text[3] and "at the smallest batch, ε low at 1" in text[3]
+
+
+def test_a_batch_at_which_every_run_diverged_is_a_bound_in_table_and_figure():
+    found = curves_of(without_a_survivor(rows(best=64, flat=9.0, shift=0, **BASE), 128))
+    (line,) = table(found, ["rank"]).splitlines()[2:]
+    assert "| 64 (64–128) |" in line and "ε high at 128: every run diverged" in line
+    with matplotlib.rc_context(LOOK):
+        losses = DRAW["curves"](found, ["rank"]).axes[0]
+    crosses = [mark for mark in losses.lines if mark.get_marker() == "x"]
+    assert [list(mark.get_xdata()) for mark in crosses] == [[128.0]]
 
 
 def test_cells_are_named_by_what_tells_them_apart():

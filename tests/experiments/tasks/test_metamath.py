@@ -67,6 +67,21 @@ def test_dials_that_leave_records_out(metamath, rows):
         metamath(longest=0)
 
 
+@pytest.mark.parametrize("lost", [{"query": ""}, {"response": " \n"}, {"response": None}, {"query": None}])
+def test_records_without_a_question_or_an_answer_are_left_out_and_counted(tmp_path, data, rows, lost):
+    """Four of the 395,000 published records have no question; one such row used to end every run."""
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps([rows[0] | lost, *rows, rows[1] | lost]))
+    odd, whole = (
+        task("metamath-gsm8k", {"data": str(p), "test_data": str(data / "gsm8k.jsonl")})
+        for p in (path, data / "metamathqa.json")
+    )
+    assert odd.train(10, 0) == whole.train(10, 0)
+    assert odd.held_out("validation", 4) == whole.held_out("validation", 4)
+    with pytest.raises(RunError, match="2 records without a question or an answer left out.* has 10 items"):
+        odd.train(11, 0)
+
+
 def test_gsm8k_in_the_words_that_are_taught(metamath):
     first, *others = metamath().held_out("test", 3)
     asked = "Ten crates hold 120 bottles each. 200 bottles are broken. How many bottles are whole?"
