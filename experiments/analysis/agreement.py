@@ -15,7 +15,12 @@ from experiments.analysis.resampling import DRAWS, LEVEL, interval
 
 
 def spearman(
-    x: Sequence[Estimated], y: Sequence[Estimated], draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+    x: Sequence[Estimated],
+    y: Sequence[Estimated],
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
+    groups: Sequence[str] | None = None,
 ) -> Estimated:
     """Rank correlation over configurations, with an interval for other configurations and other seeds.
 
@@ -29,28 +34,37 @@ def spearman(
         draws: replicates.
         seed: of the draws.
         level: of the interval.
+        groups: [K], the configuration of each pair, where one has several; None: each pair is its own.
 
     Raises:
         ValueError: fewer than four configurations.
     """
-    if len(x) != len(y) or len(x) < 4:
-        raise ValueError(f"a rank correlation needs four pairs; seen {len(x)} and {len(y)} numbers")
+    members = _members(groups, len(x))
+    if len(x) != len(y) or len(members) < 4:
+        raise ValueError(
+            f"a rank correlation needs pairs of four configurations; seen {len(x)} and {len(y)} numbers of "
+            f"{len(members)}"
+        )
     random = np.random.default_rng(seed)
     value = _rank_correlation(*(np.array([each.value for each in part]) for part in (x, y)))
     found = np.empty(draws)
     for r in range(draws):
-        chosen = random.integers(len(x), size=len(x))
+        chosen = _resampled(members, random)
         found[r] = _rank_correlation(*(_drawn(part, chosen, random) for part in (x, y)))
     inner = np.arctanh(np.clip(found[~np.isnan(found)], -0.999, 0.999))
     # a bootstrap of few points must not undercut Bonett and Wright 2000, Psychometrika 65:23
-    least = math.sqrt((1 + value**2 / 2) / max(1, len(x) - 3))
+    least = math.sqrt((1 + value**2 / 2) / max(1, len(members) - 3))
     width = stats.norm.ppf((1 + level) / 2) * max(float(inner.std()), least)
     middle = math.atanh(max(-0.999, min(0.999, value)))
     return Estimated(value, math.tanh(middle - width), math.tanh(middle + width), "", found)
 
 
 def calibration(
-    predicted: Sequence[Estimated], measured: Sequence[Estimated], draws: int = DRAWS, seed: int = 0
+    predicted: Sequence[Estimated],
+    measured: Sequence[Estimated],
+    draws: int = DRAWS,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> tuple[Estimated, Estimated]:
     """Fit measured = c · predicted, and say how far off the calibrated prediction is.
 
@@ -59,6 +73,8 @@ def calibration(
         measured: [K].
         draws: replicates, over configurations and seeds.
         seed: of the draws.
+        groups: [K], the configuration of each pair, where one has several: they are left out and drawn
+            together. None: each pair is its own.
 
     Returns:
         c, the geometric mean of the ratios; and the share of configurations within a factor of two of
@@ -66,28 +82,36 @@ def calibration(
         Notes say how many pairs were left out.
 
     Raises:
-        ValueError: fewer than three finite pairs.
+        ValueError: finite pairs of fewer than three configurations.
     """
-    pairs = [(p, m) for p, m in zip(predicted, measured, strict=True) if _positive(p) and _positive(m)]
-    if len(pairs) < 3:
-        raise ValueError(f"a calibration needs three finite pairs; seen {len(pairs)} of {len(predicted)}")
+    finite = [i for i, p in enumerate(predicted) if _positive(p) and _positive(measured[i])]
+    pairs = [(predicted[i], measured[i]) for i in finite]
+    members = _members(None if groups is None else [groups[i] for i in finite], len(finite))
+    if len(members) < 3:
+        raise ValueError(
+            f"a calibration needs finite pairs of three configurations; seen {len(pairs)} of "
+            f"{len(predicted)}, of {len(members)}"
+        )
     note = (
         f"{len(predicted) - len(pairs)} pairs without a finite number" if len(pairs) < len(predicted) else ""
     )
+    of = np.empty(len(pairs), dtype=int)  # the configuration of each pair
+    for k, each in enumerate(members):
+        of[each] = k
     random = np.random.default_rng(seed)
     logs = np.log([m.value / p.value for p, m in pairs])
     constants, shares = np.empty(draws), np.empty(draws)
     for r in range(draws):
-        chosen = random.integers(len(pairs), size=len(pairs))
+        chosen = _resampled(members, random)
         top, bottom = ([pair[i] for pair in pairs] for i in (1, 0))
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.log(_drawn(top, chosen, random) / _drawn(bottom, chosen, random))
         known = np.isfinite(ratios)
         constants[r] = math.exp(ratios[known].mean()) if known.any() else math.nan
-        shares[r] = _within_two(ratios[known], chosen[known])
+        shares[r] = _within_two(ratios[known], of[chosen[known]])
     return (
         Estimated(math.exp(logs.mean()), *interval(constants), note, constants),
-        Estimated(_within_two(logs, np.arange(len(logs))), *interval(shares), note, shares),
+        Estimated(_within_two(logs, of), *interval(shares), note, shares),
     )
 
 
@@ -137,6 +161,17 @@ def _cost(found: Curve, batch: float, loss: Floats, validation: Floats) -> float
     inside = min(max(batch, found.batches[0]), found.batches[-1])  # 0 and ∞ are legal answers of a rule
     at = float(np.interp(math.log2(inside), np.log2(found.batches), loss))
     return at - float(loss[int(validation.argmin())])
+
+
+def _members(groups: Sequence[str] | None, n: int) -> list[NDArray[np.intp]]:
+    """Give the places of each configuration's pairs."""
+    names = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    return [np.flatnonzero(names == k) for k in range(int(names.max(initial=-1)) + 1)]
+
+
+def _resampled(members: Sequence[NDArray[np.intp]], random: np.random.Generator) -> NDArray[np.intp]:
+    """Draw configurations with replacement, and give the places of all their pairs."""
+    return np.concatenate([members[k] for k in random.integers(len(members), size=len(members))])
 
 
 def _drawn(part: Sequence[Estimated], chosen: Floats, random: np.random.Generator) -> Floats:

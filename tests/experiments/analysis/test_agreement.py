@@ -25,7 +25,7 @@ def test_a_rank_correlation_is_spearmans_and_infinity_ranks_highest():
     found = spearman(exact(1, 5, 2, 9, 4), exact(3, 4, 1, math.inf, 8))
     assert found.value == pytest.approx(stats.spearmanr([1, 5, 2, 9, 4], [3, 4, 1, 99, 8]).statistic)
     assert -1 < found.low < found.value < found.high < 1
-    with pytest.raises(ValueError, match="four pairs; seen 3 and 3"):
+    with pytest.raises(ValueError, match="four configurations; seen 3 and 3"):
         spearman(exact(1, 2, 3), exact(1, 2, 3))
 
 
@@ -55,7 +55,7 @@ def test_a_calibration_constant_is_a_geometric_mean():
     constant, share = calibration(exact(1, 2, 3, 4), exact(5, 10, 15, math.inf))
     assert (constant.value, share.value) == (pytest.approx(5.0), 1.0)
     assert constant.note == "1 pairs without a finite number"
-    with pytest.raises(ValueError, match="three finite pairs; seen 1 of 2"):
+    with pytest.raises(ValueError, match="of three configurations; seen 1 of 2, of 1"):
         calibration(exact(1, 2), exact(1, math.inf))
 
 
@@ -65,6 +65,26 @@ def test_a_configuration_drawn_twice_does_not_predict_itself():
     assert share.value == 0.0
     assert (share.low, share.high) == (0.0, 0.0)
     assert constant.low < constant.value < constant.high
+
+
+def test_pairs_of_one_configuration_are_left_out_and_drawn_together():
+    """Three readings of each of five configurations say no more than one does."""
+    values, others = (1.0, 2.0, 4.0, 8.0, 16.0), (3.0, 2.5, 60.0, 9.0, 80.0)
+    names = list("abcde")
+    once = calibration(exact(*values), exact(*others))
+    threefold = calibration(exact(*values * 3), exact(*others * 3), groups=names * 3)
+    for a, b in zip(once, threefold, strict=True):
+        assert (a.value, a.low, a.high) == pytest.approx((b.value, b.low, b.high))
+    alone = calibration(exact(*values * 3), exact(*others * 3))
+    assert alone[0].high / alone[0].low < 0.8 * once[0].high / once[0].low  # as if there were 15
+    one, three = (
+        spearman(exact(*values), exact(*others)),
+        spearman(exact(*values * 3), exact(*others * 3), groups=names * 3),
+    )
+    assert three.value == pytest.approx(one.value)
+    assert three.high - three.low >= 0.95 * (one.high - one.low)
+    with pytest.raises(ValueError, match="of three configurations; seen 3 of 3, of 2"):
+        calibration(exact(1, 2, 3), exact(1, 2, 3), groups=["a", "a", "b"])
 
 
 def test_a_calibration_covers_its_constant():

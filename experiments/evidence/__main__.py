@@ -1,0 +1,90 @@
+"""`python -m experiments.evidence`: judge the predictions from committed rows; figures and a page.
+
+    python -m experiments.evidence --collect runs/sweeps/laptop-critical    # take over a sweep's rows first
+    python -m experiments.evidence                                          # figures and page from rows only
+
+Rows are read from experiments/results/evidence, one compressed file a sweep, and frozen.jsonl.gz of
+`experiments.evidence.frozen`; figures and README.md are written beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from experiments import rows, rowsfile
+from experiments.configs import RunError
+from experiments.evidence import figures, page
+from experiments.evidence.readout import Readout, read_out
+from experiments.figures.style import LOOK, heading
+
+FOLDER = Path("experiments/results/evidence")
+FROZEN = "frozen.jsonl.gz"
+
+
+def collect(sweep: Path, folder: Path) -> Path:
+    """Take over the results of a sweep's folder, as one compressed file.
+
+    Raises:
+        RunError: there are no rows.
+    """
+    source = sweep / "rows.jsonl"
+    if not source.exists():
+        raise RunError(f"{source}: no such file of rows")
+    found = rowsfile.results(rowsfile.read(source)).values()
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{sweep.name}.jsonl.gz"
+    rows.write(target, [row for row in found if row["status"] in rowsfile.RESULTS])
+    return target
+
+
+def draw(found: Readout, folder: Path) -> list[Path]:
+    """Draw what there are rows for, and write the page."""
+    below = f"{found.runs:,} runs, {found.diverged} diverged (censored). Intervals: 95 %."
+    drawn = {}
+    with matplotlib.rc_context(LOOK):
+        if any(each.noise for each in found.compared.values()):
+            drawn["referee"] = (
+                figures.referee(found.compared, found.judged),
+                "Noise scale and critical batch size",
+            )
+        if found.compared:
+            drawn["efficiency"] = figures.efficiency(found.compared), "Examples to one loss, over batch size"
+        if found.frozen:
+            drawn["frozen"] = figures.frozen(found.frozen), "Noise scales at initialisation, nothing trained"
+        written = []
+        for name, (figure, title) in drawn.items():
+            heading(figure, title, below if name != "frozen" else f"{len(found.frozen)} frozen probes.")
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], dpi=130, metadata={"Software": None})
+    text = folder / "README.md"
+    text.write_text(page.page(found, list(drawn)), encoding="utf-8")
+    return [*written, text]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line; exit with 2 and a word on what is missing if it cannot be done."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.evidence", description="Judge the predictions."
+    )
+    parser.add_argument("--collect", type=Path, nargs="+", metavar="SWEEP", help="folders of sweeps")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    asked = parser.parse_args(arguments)
+    try:
+        for sweep in asked.collect or []:
+            print(collect(sweep, asked.folder))
+        sources = sorted(p for p in asked.folder.glob("*.jsonl.gz") if p.name != FROZEN)
+        runs = rowsfile.results(row for path in sources for row in rows.read(path)).values()
+        frozen = rows.read(asked.folder / FROZEN)
+        if not runs and not frozen:
+            raise RunError(f"{asked.folder}: no rows; run a sweep, then --collect its folder")
+        print("\n".join(map(str, draw(read_out(list(runs), frozen), asked.folder))))
+    except RunError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The preregistered configurations by name, found in rows by the fields that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from experiments.analysis.cells import Row, fields_of
+
+SIZES = (512, 1_024, 2_048)
+SIZE = 1_024  # at which configurations are compared: runs on twice as much see E grow fourfold
+_REFERENCE: dict[str, Any] = {
+    "base": "math-200k",
+    "adapter": "lora",
+    "rank": 16,
+    "optimizer": "adamw",
+    "dials.label_noise": 0.0,
+    "dials.merged": 1,
+    "dials.copies": 1,
+}
+_DEFAULTS = {"dials.label_noise": 0.0, "dials.merged": 1, "dials.copies": 1}
+# name → what differs from the first, in the order of PREREGISTRATION.md
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "noise 0.2": {"dials.label_noise": 0.2},
+    "noise 0.5": {"dials.label_noise": 0.5},
+    "merged": {"dials.merged": 2},
+    "twice": {"dials.copies": 2},
+    "rank 4": {"rank": 4},
+    "rank 64": {"rank": 64},
+    "full": {"adapter": "full"},
+    "SGD": {"optimizer": "sgd"},
+    "math-1m": {"base": "math-1m"},
+    "math-1m, noise 0.5": {"base": "math-1m", "dials.label_noise": 0.5},
+    "merged, noise 0.2": {"dials.merged": 2, "dials.label_noise": 0.2},
+    "rank 4, twice": {"rank": 4, "dials.copies": 2},
+    "rank 64, noise 0.5": {"rank": 64, "dials.label_noise": 0.5},
+    "full, noise 0.5": {"adapter": "full", "dials.label_noise": 0.5},
+    "rank 4, noise 0.2": {"rank": 4, "dials.label_noise": 0.2},
+}
+
+
+def named(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Sort rows into configurations, in their order; rows of none of them are left out.
+
+    Only runs at a constant learning rate over one epoch count: from them the configurations are read.
+    """
+    found: dict[str, list[Row]] = {name: [] for name in CONFIGURATIONS}
+    for row in rows:
+        fields = _DEFAULTS | fields_of(row)
+        if (fields["schedule"], fields["protocol"], fields["epochs"]) != ("constant", "epochs", 1):
+            continue
+        if fields["warmup"] or fields["beta2_batch"] is not None or fields["task"] != "wordmath":
+            continue
+        for name, differs in CONFIGURATIONS.items():
+            if _is(fields, _REFERENCE | differs):
+                found[name].append(row)
+    return {name: part for name, part in found.items() if part}
+
+
+def per_row(rows: Iterable[Row]) -> int:
+    """Give the examples that a row of the training data holds."""
+    (merged,) = {(_DEFAULTS | fields_of(row))["dials.merged"] for row in rows}
+    return merged
+
+
+def _is(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a run is of a configuration; full fine-tuning has no rank."""
+    skipped = {"rank"} if wanted["adapter"] == "full" else set()
+    return all(fields.get(key) == value for key, value in wanted.items() if key not in skipped)

@@ -1,0 +1,223 @@
+"""What is set side by side: a configuration's critical batch sizes, and the noise scales of its runs.
+
+The critical batch is that of the way to one loss, so the noise scales are read over the same way: over the
+steps of a run at the reference batch until it is at that loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments.analysis.cells import Cell, Row, cells
+from experiments.analysis.curves import Estimated
+from experiments.analysis.resampling import DRAWS, LEVEL
+from experiments.course import Evaluation, crossing
+from experiments.critical import Efficiency, Hyperbola, efficiency, hyperbola, overhead
+from experiments.readings import steps_of
+from gns.sums import FACTORS, StepSums
+from gns.views import progress_weighted
+
+REFERENCE = 4  # batch size of the runs whose noise scale is read
+PRIMARY, SECOND = "B", "adam"
+EXPLORATORY = ("joint", "A", "plug-in")
+VARIANTS = (PRIMARY, SECOND, *EXPLORATORY)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One configuration at one data size.
+
+    Args:
+        cell: its runs.
+        n: N, rows of training data at which it is read.
+        target: nats per token.
+        examples: E(B).
+        doubled: B_crit, twice the examples of the smallest batch; rows a step.
+        fifth: where E is 1.2 times.
+        fit: the hyperbola, None where too few batches arrived.
+        noise: variant → noise scale up to the target, rows a step; what was not measured is left out.
+    """
+
+    cell: Cell
+    n: int
+    target: float
+    examples: Efficiency
+    doubled: Estimated
+    fifth: Estimated
+    fit: Hyperbola | None
+    noise: Mapping[str, Estimated]
+
+
+def measured(rows: Iterable[Row], n: int, target: float | None = None) -> Measured:
+    """Read one configuration at a data size, which may be smaller than that of its runs.
+
+    At a constant learning rate and with nested data the first n rows of a run are the run on n rows.
+
+    Args:
+        rows: of runs that differ in batch size, learning rate, seed and what they measured.
+        n: rows of training data.
+        target: nats per token, to compare configurations on the way to one loss; None: what the smallest
+            batch reaches after n/2 rows.
+
+    Raises:
+        ValueError: the rows are of several configurations, the learning rate is not constant, n is beyond
+            their data, or the smallest batch was not evaluated near n/2.
+    """
+    rows = [row for row in rows if row["status"] != "failed"]
+    found = cells(rows)
+    if len(found) != 1:
+        raise ValueError(f"rows of one configuration are needed; seen {len(found)}")
+    cell = found[0]
+    if cell.fields["schedule"] != "constant":
+        raise ValueError(
+            f"schedule {cell.fields['schedule']}: only a constant rate has prefixes that are runs"
+        )
+    if n > cell.fields["n_train"]:
+        raise ValueError(f"n is {n}; the runs have {cell.fields['n_train']} rows of data")
+    target = target_after(rows, n // 2) if target is None else target
+    examples = efficiency(rows, target)
+    try:
+        fit = hyperbola(examples)
+    except ValueError:
+        fit = None
+    noise = {}
+    for variant in VARIANTS:
+        scale = noise_scale(rows, examples, variant)
+        if scale is not None:
+            noise[variant] = scale
+    return Measured(cell, n, target, examples, overhead(examples), overhead(examples, 0.2), fit, noise)
+
+
+def target_after(rows: Sequence[Row], examples: int) -> float:
+    """Give the loss that the smallest batch reaches after so many examples at its best learning rate.
+
+    The mean over seeds of the lowest validation loss so far, at the rate at which it is smallest.
+
+    Args:
+        rows: of one configuration.
+        examples: seen.
+
+    Raises:
+        ValueError: no rate has an evaluation of every seed within a tenth below that number.
+    """
+    smallest = min(row["config"]["batch_size"] for row in rows)
+    seeds = {_seed(row) for row in rows if row["config"]["batch_size"] == smallest}
+    lowest: dict[float, dict[Any, float]] = {}
+    for row in rows:
+        config = row["config"]
+        if config["batch_size"] == smallest:
+            lowest.setdefault(config["lr"], {})[_seed(row)] = _lowest(row, examples)
+    means = [np.mean(list(each.values())) for each in lowest.values() if set(each) == seeds]
+    known = [mean for mean in means if math.isfinite(mean)]
+    if not known:
+        raise ValueError(
+            f"batch {smallest} has no learning rate at which all seeds were evaluated near {examples}"
+        )
+    return float(min(known))
+
+
+def noise_scale(rows: Sequence[Row], examples: Efficiency, variant: str = PRIMARY) -> Estimated | None:
+    """Give the noise scale of the runs at the reference batch up to the target, pooled over seeds.
+
+    Values and ends are geometric means over seeds: the interval has the width of a single run's, so it does
+    not pretend that seeds are the only spread. Draws are lognormal with that width.
+
+    Args:
+        rows: of one configuration.
+        examples: of that configuration; its choice of learning rate at the reference batch counts.
+        variant: one of `VARIANTS`.
+
+    Returns:
+        Rows a step; NaN where a seed found no positive value. None where nothing was measured.
+    """
+    metric = "adam" if variant == SECOND else "euclidean"
+    there = [row for row in rows if _reads(row, metric)]
+    if not there:
+        return None
+    best = examples.rates[list(examples.batches).index(REFERENCE)] if REFERENCE in examples.batches else None
+    rates = sorted({row["config"]["lr"] for row in there})
+    rate = min(rates, key=lambda r: abs(math.log(r / best))) if best else rates[len(rates) // 2]
+    chosen = [row for row in there if row["config"]["lr"] == rate]
+    found = [_scale(_way(row, examples.target), variant) for row in chosen]
+    value, low, high = (_geometric([each[i] for each in found]) for i in range(3))
+    note = f"batch {REFERENCE}, learning rate {rate:.3g}, {len(chosen)} run(s)"
+    if best and rate != best:
+        note += f"; the best was {best:.3g}"
+    return Estimated(value, low, high, note, _draws(value, low, high))
+
+
+def _reads(row: Row, metric: str) -> bool:
+    gns, config = row.get("gns"), row["config"]
+    return (
+        bool(gns)
+        and gns["metric"] == metric
+        and config["batch_size"] == REFERENCE
+        and row["status"] == "done"
+    )
+
+
+def _way(row: Row, target: float) -> list[StepSums]:
+    """Give the measured steps until the run is at the target; all, if it never is."""
+    known = [Evaluation(**e) for e in row["validation"] if e["loss"] is not None]
+    reached = crossing(known, target)
+    steps = steps_of(row["gns"])
+    return steps if reached is None else [step for step in steps if step.step < reached[0]]
+
+
+def _scale(steps: Sequence[StepSums], variant: str) -> tuple[float, float, float]:
+    """(value, low, high) of one run."""
+    if variant == "plug-in":
+        value = _plug_in(steps)
+        return value, value, value
+    try:
+        found = progress_weighted(steps)
+    except ValueError:
+        return math.nan, 0.0, math.inf
+    factor = PRIMARY if variant == SECOND else variant
+    if factor in FACTORS and any(factor in step.groups for step in steps):  # full fine-tuning has none
+        if factor not in found.groups:  # not resolved
+            return math.nan, 0.0, math.inf
+        found = found.groups[factor]
+    return found.b_simple, found.low, found.high
+
+
+def _plug_in(steps: Sequence[StepSums]) -> float:
+    """Σ tr Σ / Σ ‖ḡ‖², which saturates at the step's examples; of factor B where there are factors."""
+    parts = [step.groups.get("B", step) for step in steps]
+    below = sum(part.sq_norm_of_mean for part in parts)
+    return sum(part.trace_sigma for part in parts) / below if below else math.nan
+
+
+def _lowest(row: Row, examples: int) -> float:
+    """Lowest validation loss within so many examples; NaN where none was taken near that number."""
+    seen = [e for e in row["validation"] if e["examples"] <= examples and e["loss"] is not None]
+    if not seen or seen[-1]["examples"] < 0.9 * examples:
+        return math.nan
+    return min(e["loss"] for e in seen)
+
+
+def _seed(row: Row) -> tuple[int, int]:
+    return row["config"]["seed"], row["config"]["data_seed"]
+
+
+def _geometric(values: Sequence[float]) -> float:
+    """Geometric mean; NaN where one is no positive number, ∞ where one is."""
+    if any(math.isnan(v) or v < 0 for v in values):
+        return math.nan
+    if 0.0 in values:
+        return 0.0
+    return math.inf if math.inf in values else math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _draws(value: float, low: float, high: float, seed: int = 0) -> np.ndarray:
+    """Lognormal replicates whose 95 % interval is as wide as the set; none where it has an open end."""
+    if not (0 < low < high < math.inf and value > 0):
+        return np.empty(0)
+    spread = math.log(high / low) / (2 * stats.norm.ppf((1 + LEVEL) / 2))
+    return value * np.exp(spread * np.random.default_rng(seed).standard_normal(DRAWS))

@@ -1,0 +1,154 @@
+"""The page of the evidence: what was asked, what came out, with every number from rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from experiments.analysis.curves import Estimated
+from experiments.evidence.configurations import CONFIGURATIONS, SIZE
+from experiments.evidence.judged import WANTED, Judged
+from experiments.evidence.measured import PRIMARY, VARIANTS, Measured
+from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
+
+WORDS = {
+    "B": "B_simple, factor B (preregistered)",
+    "adam": "the same in Adam's metric (second)",
+    "joint": "joint (exploratory)",
+    "A": "factor A (exploratory)",
+    "plug-in": "plug-in of each step (exploratory)",
+    BY_SIZE: "rival: proportional to the data",
+    BY_DEFAULT: "rival: one batch size for all",
+}
+CAPTIONS = {
+    "referee": "Measured critical batch size over each noise scale",
+    "efficiency": "Examples to one loss over batch size",
+    "frozen": "Noise scales at initialisation",
+}
+
+
+def page(found: Readout, drawn: Sequence[str]) -> str:
+    """Write the page.
+
+    Args:
+        found: what the rows say.
+        drawn: names of the figures beside it.
+    """
+    parts = ["# Does the measured noise scale predict the critical batch size of LoRA?", answer(found)]
+    parts.append(
+        "Questions, design and the rule by which each number is judged were fixed before the runs, in "
+        "[PREREGISTRATION.md](../../PREREGISTRATION.md). This page and its figures are made by `python -m "
+        "experiments.evidence` from the rows in this folder."
+    )
+    if found.compared:
+        parts += [f"## Predictors, at N = {SIZE:,}", judged_table(found.judged)]
+        parts += ["## Predictors, over all data sizes", judged_table(found.over_sizes)]
+    parts += ["## Predictions", predictions_table(found)]
+    if found.compared:
+        parts += [f"## Configurations, at N = {SIZE:,}", configurations_table(found.compared)]
+    if found.missing:
+        parts.append(f"Not run yet: {', '.join(found.missing)}.")
+    parts += [f"{name} cannot be read: {why}." for name, why in found.broken.items()]
+    parts += [f"![{CAPTIONS[name]}]({name}.png)" for name in drawn]
+    if found.commits:
+        parts.append(
+            f"Rows of {found.runs:,} runs, {found.diverged} diverged; commits {', '.join(found.commits)}."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def answer(found: Readout) -> str:
+    """Answer the title's question in a paragraph, with numbers."""
+    primary = found.judged.get(PRIMARY)
+    if primary is None or math.isnan(primary.share.value):
+        n = len(found.compared)
+        return f"**Not answered yet**: {n} of {len(CONFIGURATIONS)} configurations have been measured."
+    said = {
+        "predicts": "**Yes, by the rule fixed beforehand**",
+        "does not": "**No, by the rule fixed beforehand**",
+        "undecided": "**Undecided by the rule fixed beforehand**",
+    }[primary.verdict]
+    fixed = found.judged[BY_DEFAULT]
+    return (
+        f"{said}, from {primary.pairs} of {len(CONFIGURATIONS)} configurations: {percent(primary.share)} of "
+        "the measured critical batch sizes lie within a factor of two of c · B_simple, with c fitted to the "
+        f"other configurations ({shown(primary.constant)}; {WANTED:.0%} was wanted); one batch size for all "
+        f"does so for {percent(fixed.share)}. The rank correlation of noise scale and critical batch size is "
+        f"{shown(primary.correlation)}."
+    )
+
+
+def judged_table(judged: Mapping[str, Judged]) -> str:
+    """Tabulate predictors and rivals."""
+    lines = []
+    for name in (*VARIANTS, BY_SIZE, BY_DEFAULT):
+        if name in judged:
+            each = judged[name]
+            lines.append(
+                (
+                    WORDS[name],
+                    shown(each.correlation),
+                    shown(each.constant),
+                    percent(each.share),
+                    f"{each.pairs} of {each.of}",
+                    each.verdict,
+                )
+            )
+    head = ("predictor", "rank correlation", "c", "within a factor of two", "pairs", "verdict")
+    return table(head, lines)
+
+
+def predictions_table(found: Readout) -> str:
+    """Tabulate the predictions with their ranges and verdicts."""
+    lines = [
+        (p.name, p.says, shown(p.number), f"{number(p.low)} … {number(p.high)}", f"**{p.verdict}**")
+        for p in found.predicted
+    ]
+    return table(("", "number", "measured", "predicted", "verdict"), lines)
+
+
+def configurations_table(found: dict[str, Measured]) -> str:
+    """Tabulate what was measured in each configuration."""
+    lines = []
+    for name, each in found.items():
+        noise = [shown(each.noise[v]) if v in each.noise else "–" for v in (PRIMARY, "adam", "joint")]
+        fit = "–" if each.fit is None else f"{shown(each.fit.b_crit)}, off by {each.fit.misfit:.2f}"
+        note = each.doubled.note
+        lines.append((name, f"{each.target:.3f}", shown(each.doubled), shown(each.fifth), fit, *noise, note))
+    head = (
+        "configuration",
+        "target, nats",
+        "B_crit",
+        "20 % more",
+        "hyperbola",
+        *(WORDS[v].split(" (")[0] for v in (PRIMARY, "adam", "joint")),
+        "",
+    )
+    return table(head, lines)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Write a table of Markdown."""
+    written = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in written)
+
+
+def shown(value: Estimated) -> str:
+    """A number with its interval."""
+    if math.isnan(value.value) and math.isinf(value.low) and math.isinf(value.high):
+        return "–"
+    return f"{number(value.value)} ({number(value.low)} … {number(value.high)})"
+
+
+def percent(value: Estimated) -> str:
+    """A share with its interval."""
+    if math.isnan(value.value):
+        return "–"
+    return f"{value.value:.0%} ({value.low:.0%} … {value.high:.0%})"
+
+
+def number(value: float) -> str:
+    """Three digits; ∞ and – where there is none."""
+    if math.isnan(value):
+        return "–"
+    return ("−" if value < 0 else "") + "∞" if math.isinf(value) else f"{value:.3g}".replace("-", "−")

@@ -1,0 +1,105 @@
+"""From all rows to all that is shown: readings, judged predictors, judged predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.analysis.cells import Row
+from experiments.analysis.curves import Estimated
+from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES, named, per_row
+from experiments.evidence.judged import Judged, judge
+from experiments.evidence.measured import PRIMARY, VARIANTS, Measured, measured
+from experiments.evidence.predictions import Prediction, predictions
+
+BY_SIZE, BY_DEFAULT = "c · N", "a constant"
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What the page and the figures are made of.
+
+    Args:
+        found: configuration → N → reading, N in examples.
+        broken: configuration → why it cannot be read.
+        judged: noise scale or rival → beside B_crit, a configuration once, at N = `SIZE`.
+        over_sizes: the same over all N.
+        predicted: the judged predictions.
+        frozen: rows of frozen probes.
+        runs: rows that were used or could have been.
+        diverged: of these.
+        missing: configurations without rows.
+        commits: that the rows name.
+    """
+
+    found: Mapping[str, Mapping[int, Measured]]
+    broken: Mapping[str, str]
+    judged: Mapping[str, Judged]
+    over_sizes: Mapping[str, Judged]
+    predicted: Sequence[Prediction]
+    frozen: Sequence[Mapping[str, Any]]
+    runs: int
+    diverged: int
+    missing: Sequence[str]
+    commits: Sequence[str]
+
+    @property
+    def compared(self) -> dict[str, Measured]:
+        """Readings at the size at which configurations are compared."""
+        return {name: by_size[SIZE] for name, by_size in self.found.items() if SIZE in by_size}
+
+
+def read_out(rows: Sequence[Row], frozen: Sequence[Mapping[str, Any]]) -> Readout:
+    """Read everything that the rows allow; what they do not allow is named."""
+    parts = named(rows)
+    found: dict[str, dict[int, Measured]] = {}
+    broken: dict[str, str] = {}
+    for name, part in parts.items():
+        for size in SIZES:
+            try:
+                reading = measured(part, size // per_row(part))
+            except ValueError as error:
+                broken.setdefault(name, str(error))
+            else:
+                found.setdefault(name, {})[size] = reading
+    target = found["reference"][SIZE].target if SIZE in found.get("reference", {}) else None
+    merged = parts.get("merged")
+    same_loss = measured(merged, SIZE // per_row(merged), target) if merged and target else None
+    return Readout(
+        found,
+        broken,
+        _judged(found, (SIZE,)),
+        _judged(found, SIZES),
+        predictions(found, frozen, SIZE, same_loss),
+        frozen,
+        sum(map(len, parts.values())),
+        sum(row["status"] == "diverged" for part in parts.values() for row in part),
+        [name for name in CONFIGURATIONS if name not in found],
+        sorted({row["commit"] or "unknown" for part in parts.values() for row in part}),
+    )
+
+
+def _judged(found: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int]) -> dict[str, Judged]:
+    """Set every predictor beside B_crit, over configurations and sizes."""
+    each = [(name, n, by[n]) for name, by in found.items() for n in sizes if n in by]
+    made = {}
+    for variant in VARIANTS:
+        there = [(name, one) for name, _, one in each if variant in one.noise]
+        if there:
+            made[variant] = judge(
+                variant,
+                [one.noise[variant] for _, one in there],
+                [one.doubled for _, one in there],
+                [name for name, _ in there],
+            )
+    there = [(name, n, one) for name, n, one in each if PRIMARY in one.noise]
+    for rival in (BY_SIZE, BY_DEFAULT):
+        sizes_ = [float(n) if rival == BY_SIZE else 1.0 for _, n, _ in there]
+        made[rival] = judge(
+            rival,
+            [Estimated(s, s, s) for s in sizes_],
+            [one.doubled for *_, one in there],
+            [name for name, *_ in there],
+        )
+    return made

@@ -1,0 +1,51 @@
+"""The page and the figures are made from rows, and say what is missing."""
+
+import pytest
+
+from experiments import rows as files
+from experiments import rowsfile
+from experiments.evidence.__main__ import main
+from tests.experiments.evidence.synthetic import rows
+from tests.experiments.evidence.test_predictions import frozen
+
+
+def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
+    made = rows(8.0, 8.0, noise=0.03, n=1) + rows(16.0, 16.0, noise=0.03, n=2, dials={"label_noise": 0.2})
+    made += rows(9.0, 8.0, noise=0.03, n=3, rank=4) + rows(8.0, 9.0, noise=0.03, n=4, rank=64)
+    files.write(tmp_path / "laptop-critical.jsonl.gz", made)
+    files.write(tmp_path / "frozen.jsonl.gz", frozen())
+    main(["--folder", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "from 4 of 16 configurations" in text
+    assert "Not run yet: noise 0.5, merged" in text
+    assert "| P8 | B_crit, rank 64 over rank 4 |" in text
+    assert "nan" not in text and "inf" not in text
+    for name in ("referee", "efficiency", "frozen"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert f"({name}.png)" in text
+
+
+def test_without_readings_the_question_is_not_answered(tmp_path):
+    files.write(tmp_path / "frozen.jsonl.gz", frozen())
+    main(["--folder", str(tmp_path)])
+    assert "**Not answered yet**: 0 of 16" in (tmp_path / "README.md").read_text()
+
+
+def test_rows_of_a_sweep_are_taken_over_once_and_without_failures(tmp_path):
+    sweep = tmp_path / "laptop-critical"
+    sweep.mkdir()
+    made = rows(8.0)[:6]
+    made[0] = made[0] | {"status": "failed"}
+    rowsfile.append(sweep / "rows.jsonl", [*made, made[1]])
+    main(["--collect", str(sweep), "--folder", str(tmp_path / "out")])
+    kept = files.read(tmp_path / "out" / "laptop-critical.jsonl.gz")
+    assert [row["hash"] for row in kept] == [row["hash"] for row in made[1:]]
+
+
+def test_nothing_to_read_is_said(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--folder", str(tmp_path)])
+    assert "no rows; run a sweep" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--collect", str(tmp_path / "none"), "--folder", str(tmp_path)])
+    assert "rows.jsonl: no such file of rows" in capsys.readouterr().err

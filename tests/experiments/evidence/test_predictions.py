@@ -1,0 +1,113 @@
+"""Predictions judged by intervals, on rows whose truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments.analysis.curves import Estimated
+from experiments.evidence.judged import judge
+from experiments.evidence.predictions import plug_in_excess, rank_slope, ratio, size_slope, verdict
+from experiments.evidence.readout import read_out
+from tests.experiments.evidence.synthetic import rows
+
+
+def number(value, low, high, note=""):
+    return Estimated(value, low, high, note)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.9, 1.1, "held"),
+        (0.2, 1.1, "undecided"),
+        (0.1, 0.4, "failed"),
+        (1.6, math.inf, "failed"),
+        (0.0, math.inf, "undecided"),
+    ],
+)
+def test_an_interval_decides(low, high, said):
+    assert verdict(number(1.0, low, high), 0.5, 1.5) == said
+
+
+def test_what_was_not_measured_is_neither_held_nor_undecided():
+    assert verdict(number(math.nan, -math.inf, math.inf), 0.5, 1.5) == "not measured"
+
+
+def test_a_ratio_has_the_spread_of_both():
+    random = np.random.default_rng(0)
+    top = Estimated(6.0, 5, 7, "", 6 * np.exp(0.1 * random.standard_normal(2_000)))
+    bottom = Estimated(2.0, 1, 3, "", 2 * np.exp(0.2 * random.standard_normal(2_000)))
+    found = ratio(top, bottom)
+    assert found.value == 3.0
+    assert math.log(found.high / found.low) == pytest.approx(2 * 1.96 * math.hypot(0.1, 0.2), rel=0.1)
+    ends = ratio(number(6, 5, math.inf), number(2, 1, 3, "censored"))
+    assert (ends.low, ends.high, ends.note) == (5 / 3, math.inf, "under: censored")
+    open_ended = ratio(Estimated(6.0, 5, math.inf, "", top.draws), bottom)
+    assert open_ended.high == math.inf  # what a censored run leaves open is not in its draws
+
+
+def frozen(slope=0.0, growth=0.0, spread=0.02, base="math-200k", b=4.0):
+    random = np.random.default_rng(1)
+    made = []
+    for rank, seed, data, n in [
+        *((r, s, 0, 2_048) for r in (4, 16, 64) for s in (0, 1, 2)),
+        *((16, 0, d, n) for d in (0, 1, 2, 3) for n in (128, 512, 2_048) if (d, n) != (0, 2_048)),
+    ]:
+        value = b * rank**slope * n**growth * math.exp(spread * random.standard_normal())
+        made.append(
+            {
+                "base": base, "adapter": "lora", "rank": rank, "seed": seed, "data_seed": data, "n": n,
+                "b_simple": value, "low": value / 1.1, "high": value * 1.1,
+                "plug_in": 1 / (1 / value + 1 / n),
+            }
+        )  # fmt: skip
+    return made
+
+
+def test_slopes_at_initialisation():
+    flat, steep = frozen(), frozen(slope=0.3, growth=0.2)
+    for found, truth in ((rank_slope(flat, "math-200k"), 0.0), (rank_slope(steep, "math-200k"), 0.3)):
+        assert found.low < truth < found.high and found.high - found.low < 0.1
+    for found, truth in ((size_slope(flat, "math-200k"), 0.0), (size_slope(steep, "math-200k"), 0.2)):
+        assert found.low < truth < found.high and found.high - found.low < 0.1
+    assert math.isnan(rank_slope([], "math-200k").value)
+
+
+def test_the_plug_in_is_set_beside_the_noise_scale_of_other_data():
+    assert plug_in_excess(frozen(), "math-200k").value == pytest.approx(1.0, abs=0.05)
+    assert plug_in_excess(frozen(growth=0.3), "math-200k").high < 0.9  # a plug-in that grows with the data
+
+
+def test_a_noise_scale_that_follows_is_told_from_one_that_does_not():
+    random = np.random.default_rng(3)
+    critical = np.exp(random.uniform(0, 3, 14))
+    exact = [number(c, c, c) for c in critical]
+    follows = [number(c / 3 * math.exp(0.1 * random.standard_normal()), 0, 1) for c in critical]
+    good = judge("B", follows, exact)
+    assert good.verdict == "predicts" and good.constant.value == pytest.approx(3, rel=0.2)
+    assert (good.pairs, good.of) == (14, 14)
+    bad = judge("B", [number(x, x, x) for x in random.permutation(critical) ** 2], exact)
+    assert bad.verdict == "does not" and bad.share.high < 0.8
+    fixed = judge("a constant", [number(1, 1, 1)] * 14, exact)
+    assert math.isnan(fixed.correlation.value) and fixed.share.value < 0.8
+    few = judge("B", follows[:2], exact[:2])
+    assert few.verdict == "undecided" and math.isnan(few.share.value)
+
+
+def test_a_readout_of_several_configurations():
+    """Noise moves both by two, a larger rank neither; merged rows halve both on the way to the same loss."""
+    made = rows(8.0, 8.0, noise=0.01, n=1)
+    made += rows(16.0, 16.0, noise=0.01, n=2, dials={"label_noise": 0.2})
+    made += rows(8.0, 8.0, noise=0.01, n=3, rank=4) + rows(8.0, 8.0, noise=0.01, n=4, rank=64)
+    found = read_out(made, frozen())
+    assert list(found.compared) == ["reference", "noise 0.2", "rank 4", "rank 64"]
+    assert found.broken == {} and "merged" in found.missing and found.commits == ["abc"]
+    said = {(p.name, p.says): p for p in found.predicted}
+    noise = said["P6", "factor on B_crit over factor on B_simple, label noise 0.2"]
+    assert noise.number.value == pytest.approx(1.0, rel=0.2) and noise.verdict == "held"
+    assert said["P8", "B_crit, rank 64 over rank 4"].verdict == "held"
+    assert said["P5", "B_crit, merged over single"].verdict == "not measured"
+    assert said["P1", "slope of log B_simple on log rank, math-200k"].verdict == "held"
+    assert found.judged["B"].pairs == 4
+    assert found.over_sizes["B"].of == 12
