@@ -121,7 +121,8 @@ def frozen(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for row in (r for r in mine if r["seed"] == 0 and r["rank"] == 16):
             _reading(right, row["n"] * 1.05 ** (row["data_seed"] - 1.5 + 0.4 * i), row, style)
             right.plot(row["n"], row["plug_in"], marker="x", color=style["color"], markersize=4)
-    left.plot([], [], color=GREY, linewidth=0.9, label="full fine-tuning")
+    if any(row["adapter"] == "full" for row in rows):
+        left.plot([], [], color=GREY, linewidth=0.9, label="full fine-tuning")
     right.plot([], [], marker="x", color=GREY, linestyle="none", label="plug-in over all N")
     batch_axis(left, sorted({row["rank"] for row in rows if row["adapter"] == "lora"}))
     batch_axis(right, sorted({row["n"] for row in rows}))
@@ -146,8 +147,8 @@ def _cross(
     """One configuration: both numbers with their intervals; open where a number is only bounded."""
     style = STYLES[i % len(STYLES)]
     place = [_inside(each.value, ends) for each, ends in ((x, across), (y, up))]
-    open_ = (
-        not (math.isfinite(x.value) and math.isfinite(y.value)) or "censored" in y.note or "beyond" in y.note
+    open_ = not (math.isfinite(x.value) and math.isfinite(y.value)) or any(
+        word in y.note for word in ("at least", "beyond")
     )
     axes.plot(
         [_inside(x.low, across), _inside(x.high, across)], [place[1]] * 2, color=style["color"], linewidth=0.9
