@@ -17,15 +17,15 @@ from experiments.overhead import fresh, page
 from experiments.overhead.__main__ import counts, memory, point, saver, timed
 from experiments.overhead.arms import Arm
 from experiments.overhead.budget import Budget, Part, work
-from experiments.overhead.measure import BLOCKS, warmed
+from experiments.overhead.measure import BLOCKS, FULL_LENGTH, SHORT, warmed
 from experiments.overhead.presets import PRESETS, SLOTS, kinds, resident
 from experiments.overhead.rounds import LEAST
 from experiments.overhead.rounds import timed as seconds_of
 from experiments.overhead.settings import Setting, batches, build
 from experiments.overhead.sweeps import SWEEPS
 
-SECOND = 18 * 10**10  # multiply-adds of a second on the processor that this was planned on
-IMPORTS, BUILD = 7 * SECOND, 0.7 * SECOND  # of starting Python with all libraries; of making a model
+SECOND = 24 * 10**10  # multiply-adds of a second on the processor that this was planned on
+IMPORTS, BUILD = 7 * SECOND, 0.4 * SECOND  # of starting Python with all libraries; of making a model
 DEARER = 1.15  # an arm's step, × the untouched
 
 
@@ -53,7 +53,7 @@ def bench(out: Path, *, pairs: int, sweep_pairs: int, minutes: float) -> None:
     todo.append((Part("memory", IMPORTS + sum(map(_resident, cpu))), lambda _: memory(save, cpu)))
     for name, sweep in SWEEPS.items():
         for x, each in sweep.settings():
-            part = _part(f"sweep: {name} {x:,}", each, sweep.arms, sweep_pairs, {Arm: 0})
+            part = _part(f"sweep: {name} {x:,}", each, sweep.arms, sweep_pairs)
             todo.append((part, _swept(name, x, each, save, sweep_pairs)))
 
     budget = Budget(60 * minutes, [part for part, _ in todo], _rate(cpu[0]))
@@ -72,14 +72,22 @@ def _swept(name: str, x: int, setting: Setting, save: Callable, pairs: int) -> C
 
 
 def _part(
-    name: str, setting: Setting, arms: Sequence[type[Arm]], pairs: int, slots: Mapping[type[Arm], int]
+    name: str,
+    setting: Setting,
+    arms: Sequence[type[Arm]],
+    pairs: int,
+    slots: Mapping[type[Arm], int] | None = None,
 ) -> Part:
-    """Reckon a comparison: building, warming and counting bytes, then rounds; A/A takes turns too."""
-    together = [kind for kind in (Arm, *arms) if kind.block == 1]
+    """Reckon a comparison: building and warming, then rounds; without `slots` it is a point of a sweep."""
+    second = slots is not None
+    slots = slots or {}
+    together = [kind for kind in ((Arm,) if second else ()) + tuple(arms) if kind.block == 1]
     a_round = sum((1 + DEARER) * slots.get(kind, 1) for kind in together)
     blocked = [kind for kind in arms if kind.block > 1]
-    before = sum(kind.warm + kind.keeps for kind in (Arm, *together, *blocked))
-    need = before + LEAST * a_round + sum(2 * 2 * kind.block for kind in blocked)
+    short = min(1.0, SHORT / setting.tokens)
+    before = [FULL_LENGTH + (kind.warm - FULL_LENGTH) * short for kind in (Arm, *together, *blocked)]
+    counted = sum(kind.keeps for kind in (Arm, *together, *blocked)) if second else 0
+    need = sum(before) + counted + LEAST * a_round + sum(2 * 2 * kind.block for kind in blocked)
     wish = max(0, pairs - LEAST) * a_round + sum(2 * (BLOCKS - 2) * kind.block for kind in blocked)
     return Part(name, BUILD + need * work(setting), wish * work(setting))
 
@@ -91,7 +99,7 @@ def _counting(setting: Setting, pairs: int) -> float:
 
 
 def _resident(setting: Setting) -> float:
-    """Reckon the memory of a setting, a process an arm."""
+    """Reckon the memory of a setting, a process an arm; as many at a time as there are cores."""
     steps = [1 + max(fresh.STEPS, kind.warm) for kind in (Arm, Arm, *resident())]
     return len(steps) * BUILD + DEARER * sum(steps) * work(setting)
 
@@ -109,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/overhead"))
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--sweep-pairs", type=int, default=12)
-    parser.add_argument("--minutes", type=float, default=14.4, help="for all of it; 5 pairs at the least")
+    parser.add_argument("--minutes", type=float, default=14.5, help="for all of it; 5 pairs at the least")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")  # of the peers
     bench(given.out, pairs=given.pairs, sweep_pairs=given.sweep_pairs, minutes=given.minutes)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from experiments.overhead.settings import SHAPES, Setting
 
-STEP = 10**9  # multiply-adds that take as long as what a step does besides them
-ATTENTION = 14  # 3.5 passes of two causal products, on a processor four times slower than those of layers
-MARGIN = 1.1  # of needs, as an estimate is none
+LAYER = 5 * 10**9  # multiply-adds that take as long as what a layer does besides them in a step
+ATTENTION = 17  # 3.5 passes of two causal products, four to five times slower than those of layers
+MARGIN = 1.05  # of needs, which are estimates
 
 
 def work(setting: Setting) -> float:
@@ -25,7 +25,7 @@ def work(setting: Setting) -> float:
     weights = layers * (4 * shape.width**2 + 3 * shape.width * shape.inner) + shape.vocab * shape.width
     products = (4 if setting.rank is not None else 6) * weights
     attention = ATTENTION * layers * setting.tokens * shape.width
-    return setting.accumulate * (setting.batch * setting.tokens * (products + attention) + STEP)
+    return setting.accumulate * (setting.batch * setting.tokens * (products + attention) + layers * LAYER)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ one JSON object a job, in a process forked for it from one that has imported eve
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -27,7 +28,8 @@ from experiments.overhead.rounds import rounds
 from experiments.overhead.settings import Setting, batches, build
 from gns import GNSMonitor, ranks
 
-STEPS = 3  # after the first: the peak comes in each
+STEPS = 2  # after the first: the peak comes in each
+ABREAST = 2  # processes whose memory is measured at a time, with one thread each
 LONGEST = 300  # seconds of a job
 ROOT = Path(__file__).resolve().parents[2]
 Job = tuple[Any, ...]
@@ -75,6 +77,7 @@ def _status(key: str) -> int:
 def rss(setting: Setting, name: str) -> dict[str, Any]:
     """Resident size before the second step, and its peak over more: of ours, with a round of self-checks."""
     kind = next(kind for kind in (Arm, *OURS, *PEERS) if kind.name == name)
+    torch.set_num_threads(1)
     arm = kind(setting, build(setting, "cpu"))
     data = batches(setting, "cpu")
     arm.step(data[0])
@@ -177,22 +180,29 @@ def _answer(child: int, end: int) -> dict[str, Any]:
     return {"status": "ok"} | json.loads(said)
 
 
-def do(what: str, setting: Setting, *more: Any) -> dict[str, Any]:
-    """Do one job in a child, or in two.
+SINGLE: dict[str, Callable[..., dict[str, Any]]] = {"rss": rss, "startup": startup, "alone": alone}
+
+
+def do(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Do jobs at the same time, each in a child, or in two.
 
     Raises:
         ValueError: there is no such job.
     """
-    single = {"rss": rss, "startup": startup, "alone": alone}
-    if what in single:
-        return _answer(*_forked(lambda: single[what](setting, *more)))
-    if what != "ranks":
-        raise ValueError(f"job {what!r}: known are {', '.join((*single, 'ranks'))}")
+    if unknown := {what for what, *_ in jobs} - {*SINGLE, "ranks"}:
+        raise ValueError(f"job {', '.join(unknown)}: known are {', '.join((*SINGLE, 'ranks'))}")
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        ends = [_forked(lambda number=number: rank(setting, *more, store, number)) for number in (0, 1)]
-        first, second = [_answer(*end) for end in ends]
-    return first if second["status"] == "ok" else second
+        started = []
+        for i, (what, *given) in enumerate(jobs):
+            if what == "ranks":
+                store = str(Path(folder) / f"{i}")
+                works = [functools.partial(rank, *given, store, number) for number in (0, 1)]
+            else:
+                works = [functools.partial(SINGLE[what], *given)]
+            started.append([_forked(work) for work in works])
+        answers = [[_answer(*end) for end in ends] for ends in started]
+    failed = ([each for each in several if each["status"] != "ok"] for several in answers)
+    return [bad[0] if bad else several[0] for bad, several in zip(failed, answers, strict=True)]
 
 
 def main(arguments: list[str]) -> None:
@@ -200,8 +210,11 @@ def main(arguments: list[str]) -> None:
     for peer in ("opacus", "backpack"):
         with contextlib.suppress(ImportError):
             importlib.import_module(peer)
-    for what, setting, *more in json.loads(arguments[0]):
-        print(json.dumps(do(what, Setting(**setting), *more)), flush=True)
+    jobs = [(what, Setting(**setting), *more) for what, setting, *more in json.loads(arguments[0])]
+    size = ABREAST if all(what == "rss" for what, *_ in jobs) else 1
+    for i in range(0, len(jobs), size):
+        for found in do(jobs[i : i + size]):
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

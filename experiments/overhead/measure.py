@@ -27,6 +27,7 @@ Made = TypeVar("Made", bound=Arm)
 AA = "untouched (A/A)"
 BLOCKS = 3  # of an arm whose pairs are added up in blocks; 2 at least, if time is short
 SHORT = 64  # tokens of the first warm steps: what they warm does not depend on the length
+FULL_LENGTH = 2  # of the warm steps, the last ones
 
 
 def machine() -> dict[str, Any]:
@@ -91,8 +92,8 @@ def compare(
         pairs: timed steps an arm; `BLOCKS` blocks at least of an arm that has blocks.
         seconds: for all of it; once they are gone no round starts, but for the first `LEAST`.
         slots: kind → times that it comes in a round, if not once; `Arm` is the untouched one beside itself.
-        second: whether the untouched step stands beside a second loop of its kind; otherwise beside
-            itself, of the same steps that the arms stand beside.
+        second: whether the untouched step stands beside a second loop of its kind, and bytes are counted;
+            otherwise it stands beside itself, of the same steps that the arms stand beside.
         say: receives a line an arm.
 
     Returns:
@@ -105,7 +106,7 @@ def compare(
     entries = [Entry(kind) for kind in ((Arm,) if second else ()) + tuple(kinds)]
     rows = []
     for group in _groups(entries, alone=device == "cuda"):
-        found = _group(base, group, setting, model, data, pairs, until, slots or {})
+        found = _group(base, group, setting, model, data, pairs, until, slots or {}, second)
         if not second and not rows:
             rows.append(_row(setting, Entry(Arm, base, found.itself())))
             say(describe(rows[0]))
@@ -136,6 +137,7 @@ def _group(
     pairs: int,
     until: float,
     slots: Mapping[type[Arm], int],
+    bytewise: bool,
 ) -> Found:
     """Build, warm, time and close the arms of a group, each error beside its arm."""
     for entry in group:
@@ -155,7 +157,7 @@ def _group(
         seconds=until - time.monotonic(),
         slots={i: slots[entry.kind] for i, entry in enumerate(able) if entry.kind in slots},
     )
-    kept = None if data[0].is_cuda else _saved(base, data[0])
+    kept = _saved(base, data[0]) if bytewise and not data[0].is_cuda else None
     for entry, times in zip(able, found.arms, strict=True):
         entry.times = times
         entry.memory = _memory(entry, found, kept, data[0])
@@ -174,10 +176,10 @@ def _close(entry: Entry) -> None:
 
 
 def warmed(arm: Made, data: Sequence[torch.Tensor]) -> Made:
-    """Make the steps that come before the clock, the last two of them at full length."""
+    """Make the steps that come before the clock, the last ones at full length."""
     for i in range(arm.warm):
         ids = data[i % len(data)]
-        arm.step(ids if i >= arm.warm - 2 else ids[:, :SHORT])
+        arm.step(ids if i >= arm.warm - FULL_LENGTH else ids[:, :SHORT])
     return arm
 
 
@@ -194,7 +196,7 @@ def _memory(entry: Entry, found: Found, kept: int | None, ids: torch.Tensor) -> 
         return {}
     if ids.is_cuda:
         return {"untouched_peak_bytes": found.peak, "arm_peak_bytes": entry.times.peak}
-    mine = _saved(entry.arm, ids) if entry.arm.keeps else None
+    mine = _saved(entry.arm, ids) if entry.arm.keeps and kept is not None else None
     if mine is None or kept is None:
         return {}
     return {"untouched_saved_bytes": kept, "arm_saved_bytes": mine}

@@ -32,7 +32,7 @@ A GPU has [its own](../gpu/README.md)."""
 RULE = """Reached or missed: the interval lies on one side of what was wanted, and the untouched step beside
 itself is nearer to 1 than the median to what was wanted. Peers are behind where their interval lies above."""
 SWEPT = """Few pairs a point. Points: medians; bars: their 95 % bootstrap intervals; grey: the untouched step
-beside its own neighbours, with the interval of its median."""
+beside its own neighbours, with the interval of its median. What reaches beyond the panels is cut off."""
 RESIDENT = """Resident size is the peak of a process forked for it from one that has only imported libraries;
 of the monitor with its first round of self-checks."""
 IDLE = (

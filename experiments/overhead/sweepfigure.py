@@ -17,6 +17,7 @@ from experiments.overhead.table import BLUE, GREEN, GREY, INK, ORANGE
 
 SAME = "untouched beside itself"
 COLUMNS = 4
+ROOM = 0.1  # around the medians; an interval beyond it is cut off, so that one does not set the scale
 STYLE = {
     "monitor": (BLUE, "o", "-"),
     SHARED_NAME: ("#CC79A7", "D", "-"),
@@ -41,6 +42,8 @@ def figure(rows: Rows) -> Figure:
     shown: dict[str, Any] = {}
     for ax, name in zip(panels, names, strict=False):
         shown |= _panel(ax, name, [row for row in there if row["sweep"] == name])
+    middles = [ratio(row).middle for row in there]
+    panels[0].set_ylim(min(*middles, 1) - ROOM, max(*middles, 1) + ROOM)
     for empty in panels[len(names) :]:
         empty.axis("off")
     for ax in panels[::columns]:

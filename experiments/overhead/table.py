@@ -24,6 +24,7 @@ from experiments.overhead.measure import AA
 from experiments.overhead.ratios import ratio
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#767676", "#222222"
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # under text that a line may cross
 GIB, MIB = 2**30, 2**20
 SAID = 130  # characters of an error
 HEAD = (
@@ -149,7 +150,7 @@ def _panel(ax: Axes, arms: Sequence[str], here: Mapping[str, Row], wanted: float
         if arm not in here:
             continue
         if here[arm]["status"] != "ok":
-            ax.annotate("could not run", (1.02, y), va="center", fontsize=7, color=GREY)
+            ax.annotate("could not run", (1.02, y), va="center", fontsize=7, color=GREY, bbox=PAPER)
             continue
         found, ours = ratio(here[arm]), arm.startswith("monitor")
         colour = GREY if arm == AA else BLUE if ours else ORANGE
@@ -158,7 +159,7 @@ def _panel(ax: Axes, arms: Sequence[str], here: Mapping[str, Row], wanted: float
         ax.plot([found.middle], [y], "o" if ours else "s", color=colour, markersize=5)
         at = (max(found.high, found.most), y)
         offset = {"xytext": (4, 0), "textcoords": "offset points"}
-        ax.annotate(f"{found.middle:.3f}", at, va="center", fontsize=8, **offset)
+        ax.annotate(f"{found.middle:.3f}", at, va="center", fontsize=8, bbox=PAPER, **offset)
     ax.axvline(1, color=INK, linewidth=0.8)
     if wanted is not None:
         ax.axvline(wanted, color=BLUE, linewidth=0.9, linestyle="--")
