@@ -43,20 +43,28 @@ def bench(out: Path, *, pairs: int, sweep_pairs: int, minutes: float) -> None:
     partial.unlink(missing_ok=True)
     save = saver(partial)
     begun = time.monotonic()
-    cpu = PRESETS["cpu"]
+    cpu, rate = PRESETS["cpu"], _rate(PRESETS["cpu"][0])
     todo: list[tuple[Part, Callable[[float], None]]] = []
 
     for each in cpu:
         part = _part(f"table: {each.name}", each, kinds("cpu", each), pairs, SLOTS.get(each.name, {}))
         todo.append((part, lambda s, each=each: timed("cpu", each, save, pairs=pairs, seconds=s)))
-    todo.append((Part("counts", _counting(cpu[0], pairs)), lambda _: counts(save, pairs=pairs)))
+    few = min(pairs, LEAST)
+    need = _counting(cpu[0], few)
+    counting = Part("table: counts, one thread, two ranks", need, _counting(cpu[0], pairs) - need)
+
+    def count(seconds: float) -> None:
+        share = (seconds * rate - counting.need) / counting.wish if counting.wish else 0.0
+        counts(save, pairs=few + int((pairs - few) * share + 0.5))
+
+    todo.append((counting, count))
     todo.append((Part("memory", IMPORTS + sum(map(_resident, cpu))), lambda _: memory(save, cpu)))
     for name, sweep in SWEEPS.items():
         for x, each in sweep.settings():
             part = _part(f"sweep: {name} {x:,}", each, sweep.arms, sweep_pairs)
             todo.append((part, _swept(name, x, each, save, sweep_pairs)))
 
-    budget = Budget(60 * minutes, [part for part, _ in todo], _rate(cpu[0]))
+    budget = Budget(60 * minutes - (time.monotonic() - begun), [part for part, _ in todo], rate)
     for i, (part, do) in enumerate(todo):
         seconds = budget.take(part.name)
         spent = f"{time.monotonic() - begun:.0f} s so far, {seconds:.0f} for it"
@@ -100,8 +108,8 @@ def _counting(setting: Setting, pairs: int) -> float:
 
 def _resident(setting: Setting) -> float:
     """Reckon the memory of a setting, a process an arm; as many at a time as there are cores."""
-    steps = [1 + max(fresh.STEPS, kind.warm) for kind in (Arm, Arm, *resident())]
-    return len(steps) * BUILD + DEARER * sum(steps) * work(setting)
+    processes = 2 + len(resident())
+    return processes * (BUILD + DEARER * (1 + fresh.STEPS) * work(setting))
 
 
 def _rate(setting: Setting) -> float:
@@ -117,7 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/overhead"))
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--sweep-pairs", type=int, default=12)
-    parser.add_argument("--minutes", type=float, default=14.5, help="for all of it; 5 pairs at the least")
+    parser.add_argument("--minutes", type=float, default=14.6, help="for all of it; 5 pairs at the least")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")  # of the peers
     bench(given.out, pairs=given.pairs, sweep_pairs=given.sweep_pairs, minutes=given.minutes)

@@ -28,7 +28,7 @@ from experiments.overhead.rounds import rounds
 from experiments.overhead.settings import Setting, batches, build
 from gns import GNSMonitor, ranks
 
-STEPS = 2  # after the first: the peak comes in each
+STEPS = 3  # after the first: the peak comes in each; of ours, with a part of the first self-checks
 ABREAST = 2  # processes whose memory is measured at a time, with one thread each
 LONGEST = 300  # seconds of a job
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def _status(key: str) -> int:
 
 
 def rss(setting: Setting, name: str) -> dict[str, Any]:
-    """Resident size before the second step, and its peak over more: of ours, with a round of self-checks."""
+    """Resident size before the second step, and its peak over a few."""
     kind = next(kind for kind in (Arm, *OURS, *PEERS) if kind.name == name)
     torch.set_num_threads(1)
     arm = kind(setting, build(setting, "cpu"))
@@ -83,7 +83,7 @@ def rss(setting: Setting, name: str) -> dict[str, Any]:
     arm.step(data[0])
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    for i in range(max(STEPS, kind.warm)):
+    for i in range(STEPS):
         arm.step(data[i % len(data)])
     found = {"rss_before": before, "rss_peak": _status("VmHWM")}
     arm.close()
@@ -190,7 +190,9 @@ def do(jobs: Sequence[Job]) -> list[dict[str, Any]]:
         ValueError: there is no such job.
     """
     if unknown := {what for what, *_ in jobs} - {*SINGLE, "ranks"}:
-        raise ValueError(f"job {', '.join(unknown)}: known are {', '.join((*SINGLE, 'ranks'))}")
+        raise ValueError(
+            f"job {', '.join(map(repr, sorted(unknown)))}: known are {', '.join((*SINGLE, 'ranks'))}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for i, (what, *given) in enumerate(jobs):

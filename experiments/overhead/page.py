@@ -33,8 +33,8 @@ RULE = """Reached or missed: the interval lies on one side of what was wanted, a
 itself is nearer to 1 than the median to what was wanted. Peers are behind where their interval lies above."""
 SWEPT = """Few pairs a point. Points: medians; bars: their 95 % bootstrap intervals; grey: the untouched step
 beside its own neighbours, with the interval of its median. What reaches beyond the panels is cut off."""
-RESIDENT = """Resident size is the peak of a process forked for it from one that has only imported libraries;
-of the monitor with its first round of self-checks."""
+RESIDENT = """Resident size is the peak of a process forked for it from one that has only imported libraries,
+with one thread; of the monitor in its first steps, with self-checks in them."""
 IDLE = (
     "**Between measured steps** ({name}, counted): {operations} operations more than the untouched step, "
     "{tensors} tensors and {size} bytes more saved for backward. Calls of our hooks on layers: {calls}, "

@@ -39,7 +39,7 @@ STARTUP_SECONDS = 0.5  # wanted: less
 KINDS = {"smoke": (*OURS, *PEERS), "gpu-7b": (Monitored, *SHARED), "gpu-1b": (*OURS, *PEERS)}
 ALL = (NARROW,)  # settings in which every arm of ours is timed; elsewhere those that measure every step
 SLOTS: dict[str, dict[type[Arm], int]] = {  # short steps scatter most: more pairs for what is to be judged
-    NARROW: {Arm: 2, Monitored: 2, **dict.fromkeys(SHARED, 2)},
+    NARROW: {Monitored: 2, **dict.fromkeys(SHARED, 2)},
 }
 
 

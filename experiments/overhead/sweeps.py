@@ -49,7 +49,7 @@ SWEEPS = {  # what matters most first
         (64, 512, 2_048, 8_192),
         _with("tokens", batch=2, shape="width-128"),
     ),
-    "batch": Sweep(f"{LORA}, T = 64", "B, sequences", (2, 4, 16, 64), _with("batch", tokens=64)),
+    "batch": Sweep(f"{LORA}, T = 64", "B, sequences", (2, 8, 64), _with("batch", tokens=64)),
     "rank": Sweep("LoRA, width 512, 1 layer, 8 × 128", "r", (4, 16, 64, 256), _with("rank")),
     "width": Sweep(
         "LoRA r = 16, 1 layer, 8 × 128",

@@ -57,12 +57,15 @@ def test_the_plan_fits_a_machine_of_the_planned_speed_with_twenty_pairs_and_one_
     """Reckoned, not run: with what the budget itself reckons with."""
     cpu = PRESETS["cpu"]
     parts = [bench._part(f"table: {s.name}", s, kinds("cpu", s), 20, SLOTS.get(s.name, {})) for s in cpu]
-    parts += [Part("counts", bench._counting(cpu[0], 20)), Part("memory", sum(map(bench._resident, cpu)))]
+    parts += [
+        Part("counts", bench._counting(cpu[0], 5)),
+        Part("memory", bench.IMPORTS + sum(map(bench._resident, cpu))),
+    ]
     for name, sweep in SWEEPS.items():
         parts += [bench._part(f"sweep: {name} {x}", s, sweep.arms, 12) for x, s in sweep.settings()]
-    given, spent = run(870, bench.SECOND, parts)
-    assert spent <= 870
+    given, spent = run(876, bench.SECOND, parts)
+    assert spent <= 876
     for part in parts[: len(cpu)]:
         assert given[part.name] > part.need / bench.SECOND + 0.7 * part.wish / bench.SECOND, part.name
-    _, slow = run(870, bench.SECOND / 2, parts)
-    assert slow <= 900
+    _, slow = run(876, bench.SECOND / 2, parts)
+    assert slow <= 920
