@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,31 @@ def read(path: Path) -> list[Row]:
     Raises:
         RunError: a whole line is no row.
     """
+    return [_checked(value, f"{path}, line {i}") for i, value in _values(path)]
+
+
+def objects(path: Path) -> list[Row]:
+    """Give every whole JSON object of a file, in its order, whatever its fields; a missing file has none.
+
+    For rows that are not runs of a sweep: they need neither hash nor status.
+
+    Raises:
+        RunError: a whole line is no JSON object.
+    """
+    found = list(_values(path))
+    for i, value in found:
+        if not isinstance(value, dict):
+            raise RunError(f"{path}, line {i}: a JSON object is needed, this is {type(value).__name__}")
+    return [value for _, value in found]
+
+
+def _values(path: Path) -> Generator[tuple[int, Any]]:
+    """Give (number of the line, value) of every whole line; those that a kill cut off are passed over."""
     if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [row for i, line in enumerate(lines) if (row := _row(line, f"{path}, line {i + 1}")) is not None]
+        return
+    for i, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        with suppress(ValueError):
+            yield i, json.loads(line)
 
 
 def results(rows: Iterable[Row]) -> dict[str, Row]:
@@ -105,6 +126,10 @@ def _row(line: bytes, where: str) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
+    return _checked(row, where)
+
+
+def _checked(row: Any, where: str) -> Row:
     if not isinstance(row, dict) or row.get("status") not in STATUSES or not isinstance(row.get("hash"), str):
         raise RunError(
             f"{where}: no row; a JSON object with hash and status ({', '.join(STATUSES)}) is needed"

@@ -10,100 +10,84 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments import rowsfile
 from experiments.overhead import fresh
-from experiments.overhead.arms import OURS, PEERS, Arm, Backpack, Between, Ghost, Monitored, Opacus, Tenth
+from experiments.overhead.arms import Arm, Between
 from experiments.overhead.counting import idle
 from experiments.overhead.measure import compare, machine, warmed
+from experiments.overhead.presets import NARROW, PRESETS, SLOTS, STARTUP, kinds, resident
 from experiments.overhead.settings import Setting, batches, build
 from experiments.overhead.sweeps import SWEEPS
 
-NARROW, FULL = "width 512, r=16, 8×128", "width 512, full, 8×128"
-PRESETS = {
-    "smoke": [Setting("width 512, 2 layers, r=8", "width-512", 8, 2, 64, layers=2)],
-    "cpu": [
-        Setting(NARROW, "width-512", 16, 8, 128, layers=2),
-        Setting("width 768, r=16, 8×128", "width-768", 16, 8, 128, layers=2),
-        Setting("width 1,024, r=16, 8×128", "width-1024", 16, 8, 128, layers=2),
-        Setting(FULL, "width-512", None, 8, 128, layers=2),
-        Setting("width 512, full, 4×512", "width-512", None, 4, 512, layers=2),
-    ],
-    "gpu-7b": [
-        Setting("Llama-2-7B, r=16, 8×1,024", "llama-2-7b", 16, 8, 1_024, "bfloat16"),
-        Setting("Llama-2-7B, r=128, 8×1,024", "llama-2-7b", 128, 8, 1_024, "bfloat16"),
-    ],
-    "gpu-1b": [
-        Setting("1B shape, r=16, 4×512", "llama-3.2-1b", 16, 4, 512, "bfloat16"),
-        Setting("1B shape, r=16, 16×1,024", "llama-3.2-1b", 16, 16, 1_024, "bfloat16"),
-    ],
-}
-TRY = dict.fromkeys(PRESETS, (*OURS, *PEERS)) | {"gpu-7b": OURS[:1]}
-FEWER = {  # of the larger and the full models, so that all of it takes minutes
-    "width 768, r=16, 8×128": (Monitored, Tenth, Opacus, Ghost, Backpack),
-    "width 1,024, r=16, 8×128": (Monitored,),
-    FULL: (Monitored, *PEERS),
-    "width 512, full, 4×512": (Monitored, *PEERS),
-}
-STARTUP = Setting("Llama-2-7B shape, r=16", "llama-2-7b", 16, 1, 16)
 Saver = Callable[[Iterable[dict[str, Any]]], None]
 
 
 def saver(path: Path) -> Saver:
     """Give what appends rows to a file, each with what it ran on."""
     about = machine()
-    path.parent.mkdir(parents=True, exist_ok=True)
     print(json.dumps(about), flush=True)
 
     def save(rows: Iterable[dict[str, Any]]) -> None:
-        with path.open("a") as file:
-            file.writelines(json.dumps(row | {"machine": about}) + "\n" for row in rows)
+        rowsfile.append(path, [row | {"machine": about} for row in rows])
 
     return save
 
 
-def preset(name: str, save: Saver, *, pairs: int, arms: str | None = None, only: str | None = None) -> None:
-    """Time the arms of each setting of a preset."""
-    device = "cuda" if name.startswith("gpu") else "cpu"
-    for setting in PRESETS[name]:
-        if only and only not in setting.name:
-            continue
-        kinds = FEWER.get(setting.name, TRY[name])
-        kinds = [k for k in kinds if not arms or k.name in arms.split(";")]
-        save(compare(setting, kinds, device=device, pairs=pairs, say=_say))
-        if device == "cuda":
-            torch.cuda.empty_cache()
+def timed(
+    preset: str,
+    setting: Setting,
+    save: Saver,
+    *,
+    pairs: int,
+    seconds: float = math.inf,
+    arms: str | None = None,
+) -> None:
+    """Time the arms of a setting of a preset."""
+    device = "cuda" if preset.startswith("gpu") else "cpu"
+    chosen = [kind for kind in kinds(preset, setting) if not arms or kind.name in arms.split(";")]
+    slots = SLOTS.get(setting.name)
+    save(compare(setting, chosen, device=device, pairs=pairs, seconds=seconds, slots=slots, say=_say))
 
 
-def sweep(name: str, save: Saver, *, pairs: int, seconds: float) -> None:
-    """Time the arms of one sweep at each of its points."""
-    for x, setting in SWEEPS[name].settings():
-        found = compare(setting, SWEEPS[name].arms, device="cpu", pairs=pairs, seconds=seconds, say=_say)
-        save(row | {"sweep": name, "x": x} for row in found)
+def point(
+    sweep: str, x: int, setting: Setting, save: Saver, *, pairs: int, seconds: float = math.inf
+) -> None:
+    """Time the arms of one point of a sweep."""
+    kinds = SWEEPS[sweep].arms
+    found = compare(setting, kinds, device="cpu", pairs=pairs, seconds=seconds, second=False, say=_say)
+    save(row | {"sweep": sweep, "x": x} for row in found)
 
 
 def counts(save: Saver, *, pairs: int) -> None:
-    """Count a step between measured ones; look at fresh processes: start-up, resident size, two ranks."""
-    narrow, full = (next(s for s in PRESETS["cpu"] if s.name == name) for name in (NARROW, FULL))
+    """Count a step between measured ones; look at other processes: start-up, one thread, two ranks."""
+    narrow = next(setting for setting in PRESETS["cpu"] if setting.name == NARROW)
     model, data = build(narrow, "cpu"), batches(narrow, "cpu")
     between = Between(narrow, model)
     found = idle(warmed(Arm(narrow, model), data), warmed(between, data), data[0])
     between.close()
     save([_counted("idle", narrow, found)])
-    save([_counted("startup", STARTUP, fresh.run("startup", json.dumps(STARTUP.row())))])
-    save([_counted("ranks", narrow, fresh.pair(narrow, pairs))])
-    for setting in (narrow, full, PRESETS["cpu"][-1]):
-        for name in (Arm.name, Arm.name, Monitored.name):
-            seen = fresh.run("rss", json.dumps(setting.row()), name)
-            save([_counted("rss", setting, seen | {"arm": name})])
+    jobs = [("startup", STARTUP), ("alone", narrow, pairs), ("ranks", narrow, pairs)]
+    for (what, setting, *_), found in zip(jobs, fresh.run(jobs), strict=True):
+        save([_counted(what, setting, found)])
+
+
+def memory(save: Saver, settings: Sequence[Setting]) -> None:
+    """Measure the peak resident size of every arm in a process of its own, twice of the untouched step."""
+    names = [Arm.name, *(kind.name for kind in resident()), Arm.name]
+    jobs = [("rss", setting, name) for setting in settings for name in names]
+    repeats = [names[:i].count(name) for _ in settings for i, name in enumerate(names)]
+    for (what, setting, name), repeat, found in zip(jobs, repeats, fresh.run(jobs, lean=True), strict=True):
+        save([_counted(what, setting, {"arm": name, "repeat": repeat} | found)])
 
 
 def _counted(what: str, setting: Setting, found: dict[str, Any]) -> dict[str, Any]:
-    _say(f"{setting.name}: {what}: {json.dumps(found)[:300]}")
+    _say(f"{setting.name}: {what}: {json.dumps(found)[:200]}")
     return {"what": what, "setting": setting.row(), "status": "ok"} | found
 
 
@@ -120,7 +104,7 @@ def main() -> None:
     asked.add_argument("--counts", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/overhead/rows.jsonl"))
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of timing an arm, in a sweep")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of a setting or a point")
     parser.add_argument("--arms", help="names of arms, with ; between (default: all)")
     parser.add_argument("--only", help="part of a setting's name")
     given = parser.parse_args()
@@ -128,11 +112,15 @@ def main() -> None:
         parser.error(f"preset {given.preset} needs a CUDA device, and there is none")
     save = saver(given.out)
     if given.sweep:
-        sweep(given.sweep, save, pairs=given.pairs, seconds=given.seconds)
+        for x, setting in SWEEPS[given.sweep].settings():
+            point(given.sweep, x, setting, save, pairs=given.pairs, seconds=given.seconds)
     elif given.counts:
         counts(save, pairs=given.pairs)
+        memory(save, PRESETS["cpu"])
     else:
-        preset(given.preset, save, pairs=given.pairs, arms=given.arms, only=given.only)
+        for setting in PRESETS[given.preset]:
+            if not given.only or given.only in setting.name:
+                timed(given.preset, setting, save, pairs=given.pairs, seconds=given.seconds, arms=given.arms)
 
 
 if __name__ == "__main__":

@@ -233,9 +233,20 @@ class Backpack(Arm):
     name = "backpack, BatchL2Grad"
 
     def watch(self) -> None:
-        """Extend the layers."""
+        """Extend the layers.
+
+        Raises:
+            NotImplementedError: a trained parameter is of a layer that is not linear.
+        """
         import backpack
 
+        others = {
+            type(module).__name__
+            for module in self.model.modules()
+            if not isinstance(module, nn.Linear) and any(p.requires_grad for p in module.parameters(False))
+        }
+        if others:
+            raise NotImplementedError(f"BatchL2Grad has no rule for {' and '.join(sorted(others))}")
         for module in self.model.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad:
                 backpack.extend(module)

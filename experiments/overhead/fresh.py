@@ -1,18 +1,22 @@
-"""What needs a process of its own: the peak resident size of a training, attaching, two ranks.
+"""What needs a process of its own: peak resident size, attaching, one thread, two ranks.
 
-`python -m experiments.overhead.fresh rss '{"name": …}' monitor` prints one JSON object; so do `startup` and,
-for each of two processes, `ranks`.
+`python -m experiments.overhead.fresh '[["rss", {"name": …}, "monitor"], ["startup", {"name": …}]]'` prints
+one JSON object a job, in a process forked for it from one that has imported everything and computed nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +24,47 @@ import torch
 from torch import distributed
 
 from experiments.overhead.arms import OURS, PEERS, Arm, Monitored
+from experiments.overhead.rounds import rounds
 from experiments.overhead.settings import Setting, batches, build
 from gns import GNSMonitor, ranks
 
-STEPS = 6
+STEPS = 3  # after the first: the peak comes in each; of ours, with a part of the first self-checks
+ABREAST = 2  # processes whose memory is measured at a time, with one thread each
+LONGEST = 300  # seconds of a job
 ROOT = Path(__file__).resolve().parents[2]
+Job = tuple[Any, ...]
 
 
-def run(*arguments: str, timeout: float = 300) -> dict[str, Any]:
-    """Run this module in a fresh process and read what it printed last.
+def run(jobs: Sequence[Job], *, lean: bool = False) -> Generator[dict[str, Any]]:
+    """Run jobs one after the other, each in a process of its own.
+
+    Args:
+        jobs: ("rss", setting, name of an arm), ("startup", setting), ("alone", setting, pairs) or
+            ("ranks", setting, pairs).
+        lean: freed memory goes back at once: resident is what is needed, not what an allocator keeps.
+
+    Yields:
+        What was found, or `status` "failed" with the error; in the order of the jobs.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the processes could not be started.
     """
-    command = [sys.executable, "-m", "experiments.overhead.fresh", *arguments]
-    # freed memory goes back at once: what is measured is what is needed, not what an allocator keeps
-    around = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    if arguments[0] != "rss":
-        around = dict(os.environ)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=around)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments[:1])} in a fresh process: {done.stderr[-400:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    given = [[what, setting.row(), *more] for what, setting, *more in jobs]
+    command = [sys.executable, "-m", "experiments.overhead.fresh", json.dumps(given)]
+    around = os.environ | {"PYTHONWARNINGS": "ignore"}
+    if lean:
+        around |= {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=around)
+    assert started.stdout is not None
+    try:
+        for _ in jobs:
+            line = started.stdout.readline()
+            if not line:
+                raise RuntimeError(f"fresh processes ended early, with {started.wait()}; see above")
+            yield json.loads(line)
+    finally:
+        started.kill()
+        started.communicate()
 
 
 def _status(key: str) -> int:
@@ -51,8 +74,10 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def rss(setting: Setting, kind: type[Arm]) -> dict[str, Any]:
-    """Resident size before the first step, and its peak over a few steps."""
+def rss(setting: Setting, name: str) -> dict[str, Any]:
+    """Resident size before the second step, and its peak over a few."""
+    kind = next(kind for kind in (Arm, *OURS, *PEERS) if kind.name == name)
+    torch.set_num_threads(1)
     arm = kind(setting, build(setting, "cpu"))
     data = batches(setting, "cpu")
     arm.step(data[0])
@@ -78,33 +103,16 @@ def startup(setting: Setting, repeats: int = 5) -> dict[str, Any]:
     return {"attach_s": seconds, "parameters": measured}
 
 
-def pair(setting: Setting, pairs: int) -> dict[str, Any]:
-    """Two ranks on gloo: time with and without the monitor, and what the ranks exchange for it.
-
-    Returns:
-        Of rank 0: seconds of the steps, and the calls and bytes of one measured step.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        given = json.dumps(setting.row()), str(pairs), str(Path(folder) / "store")
-        command = [sys.executable, "-m", "experiments.overhead.fresh", "ranks", *given]
-        ends = [
-            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-            for rank in (0, 1)
-        ]
-        try:
-            said = [end.communicate(timeout=600)[0] for end in ends]
-        finally:
-            for end in ends:
-                end.kill()
-    if any(end.returncode for end in ends):
-        raise RuntimeError(f"ranks ended with {[end.returncode for end in ends]}")
-    return json.loads(said[0].splitlines()[-1])
-
-
-def _rank(setting: Setting, pairs: int, store: str, rank: int) -> dict[str, Any]:
-    """One of two ranks: the same interleaved loops as in one process, each model wrapped in DDP."""
+def alone(setting: Setting, pairs: int) -> dict[str, Any]:
+    """One process with one thread, as each of the two ranks has."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    return _loops(setting, pairs, 0, lambda arm: None)
+
+
+def rank(setting: Setting, pairs: int, store: str, number: int) -> dict[str, Any]:
+    """One of two ranks on gloo: the loops of `alone`, each model wrapped in DDP; the messages of a step."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
     sent: list[int] = []
     own: Callable[..., Any] = ranks._summed
 
@@ -112,43 +120,103 @@ def _rank(setting: Setting, pairs: int, store: str, rank: int) -> dict[str, Any]
         sent.append(values.nbytes)
         return own(group, values)
 
-    ranks._summed = counted
-    model, data = build(setting, "cpu"), batches(setting, "cpu", seed=rank + 1)
-    arms = [kind(setting, model) for kind in (Arm, Monitored)]
-    for arm in arms:
+    def wrapped(arm: Arm) -> None:
         arm.model = torch.nn.parallel.DistributedDataParallel(arm.model)
-        for i in range(arm.warm):
-            arm.step(data[i % len(data)])
-    times: list[list[float]] = [[], []]
-    arms[1].monitor.flush()  # type: ignore[reportAttributeAccessIssue]
-    sent.clear()
-    for i in range(pairs):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            start = time.perf_counter()
-            arms[which].step(data[i % len(data)])
-            times[which].append(time.perf_counter() - start)
-    arms[1].close()
+
+    ranks._summed = counted
+    found = _loops(setting, pairs, number, wrapped, sent.clear)
     distributed.destroy_process_group()
-    return {
-        "untouched_s": times[0],
-        "arm_s": times[1],
-        "calls_a_step": len(sent) / pairs,
-        "bytes_a_step": sum(sent) / pairs,
-    }
+    return found | {"calls_a_step": len(sent) / pairs, "bytes_a_step": sum(sent) / pairs}
+
+
+def _loops(
+    setting: Setting,
+    pairs: int,
+    seed: int,
+    prepare: Callable[[Arm], None],
+    begin: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    model, data = build(setting, "cpu"), batches(setting, "cpu", seed=seed + 1)
+    base, arm = Arm(setting, model), Monitored(setting, model)
+    for each in (base, arm):
+        prepare(each)
+        for i in range(each.warm):
+            each.step(data[i % len(data)])
+    arm.monitor.flush()
+    begin()
+    (times,) = rounds(base, [arm], data, pairs=pairs).arms
+    arm.close()
+    if times.error is not None:
+        raise times.error
+    return {"untouched_s": times.untouched, "arm_s": times.arm}
+
+
+def _forked(work: Callable[[], dict[str, Any]]) -> tuple[int, int]:
+    """Start work in a child; give its number and where its answer is read."""
+    end, begin = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        os.close(begin)
+        return child, end
+    os.close(end)
+    os.dup2(2, 1)  # what a library prints is no answer
+    signal.alarm(LONGEST)
+    try:
+        found = work()
+    except BaseException as error:
+        found = {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:600]}"}
+    with os.fdopen(begin, "w") as answer:
+        answer.write(json.dumps(found))
+    os._exit(0)
+
+
+def _answer(child: int, end: int) -> dict[str, Any]:
+    with os.fdopen(end) as answer:
+        said = answer.read()
+    _, ended = os.waitpid(child, 0)
+    if ended or not said:
+        return {"status": "failed", "error": f"RuntimeError: a process of its own ended with {ended}"}
+    return {"status": "ok"} | json.loads(said)
+
+
+SINGLE: dict[str, Callable[..., dict[str, Any]]] = {"rss": rss, "startup": startup, "alone": alone}
+
+
+def do(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Do jobs at the same time, each in a child, or in two.
+
+    Raises:
+        ValueError: there is no such job.
+    """
+    if unknown := {what for what, *_ in jobs} - {*SINGLE, "ranks"}:
+        raise ValueError(
+            f"job {', '.join(map(repr, sorted(unknown)))}: known are {', '.join((*SINGLE, 'ranks'))}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for i, (what, *given) in enumerate(jobs):
+            if what == "ranks":
+                store = str(Path(folder) / f"{i}")
+                works = [functools.partial(rank, *given, store, number) for number in (0, 1)]
+            else:
+                works = [functools.partial(SINGLE[what], *given)]
+            started.append([_forked(work) for work in works])
+        answers = [[_answer(*end) for end in ends] for ends in started]
+    failed = ([each for each in several if each["status"] != "ok"] for several in answers)
+    return [bad[0] if bad else several[0] for bad, several in zip(failed, answers, strict=True)]
 
 
 def main(arguments: list[str]) -> None:
-    """Do one of the three and print it."""
-    what, setting, *more = arguments
-    given = Setting(**json.loads(setting))
-    if what == "rss":
-        kinds = {kind.name: kind for kind in (Arm, *OURS, *PEERS)}
-        found = rss(given, kinds[more[0]])
-    elif what == "startup":
-        found = startup(given)
-    else:
-        found = _rank(given, int(more[0]), more[1], int(more[2]))
-    print(json.dumps(found))
+    """Import what any job needs, compute nothing, then fork a process a job."""
+    for peer in ("opacus", "backpack"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(peer)
+    jobs = [(what, Setting(**setting), *more) for what, setting, *more in json.loads(arguments[0])]
+    size = ABREAST if all(what == "rss" for what, *_ in jobs) else 1
+    for i in range(0, len(jobs), size):
+        for found in do(jobs[i : i + size]):
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Interleaved timing of arms in one process, and their peak memory. Rows are plain data, one an arm."""
+"""The arms of a setting, timed in one process, and what they keep for backward: a row of plain data each."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
 from experiments.overhead.arms import Arm
 from experiments.overhead.counting import saved
+from experiments.overhead.ratios import ratio
+from experiments.overhead.rounds import LEAST, Found, Times, rounds
 from experiments.overhead.settings import Setting, batches, build
 from experiments.rows import commit
 
 PACKAGES = ("torch", "transformers", "peft", "opacus", "backpack-for-pytorch")
 Made = TypeVar("Made", bound=Arm)
-LEAST = 5  # pairs, however long a step takes
+AA = "untouched (A/A)"
+BLOCKS = 3  # of an arm whose pairs are added up in blocks; 2 at least, if time is short
+SHORT = 64  # tokens of the first warm steps: what they warm does not depend on the length
+FULL_LENGTH = 2  # of the warm steps, the last ones
 
 
 def machine() -> dict[str, Any]:
@@ -49,18 +55,19 @@ def _processor() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
-def _timed(arm: Arm, ids: torch.Tensor) -> tuple[float, int | None]:
-    """Seconds of one step, and on CUDA the peak bytes above what was allocated before it."""
-    cuda = ids.is_cuda
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    arm.step(ids)
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return seconds, torch.cuda.max_memory_allocated() if cuda else None
+@dataclass
+class Entry:
+    """An arm of a comparison: its kind, then the arm itself, then its times or its error."""
+
+    kind: type[Arm]
+    arm: Arm | None = None
+    times: Times = field(default_factory=Times)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        return AA if self.kind is Arm else self.kind.name
 
 
 def compare(
@@ -70,91 +77,138 @@ def compare(
     device: str,
     pairs: int = 20,
     seconds: float = math.inf,
+    slots: Mapping[type[Arm], int] | None = None,
+    second: bool = True,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Time each arm beside the untouched step, A B A B …, and the untouched step beside itself.
+    """Time each arm between untouched steps, and the untouched step beside itself.
+
+    On a CPU all arms take turns; on CUDA, where each holds memory that counts, one after the other.
 
     Args:
         setting: what to measure.
         kinds: arms to compare with the untouched one.
         device: "cpu" or "cuda".
-        pairs: timed steps an arm; twice the block of an arm at least.
-        seconds: after so many of timing, an arm with `LEAST` pairs gets no more.
+        pairs: timed steps an arm; `BLOCKS` blocks at least of an arm that has blocks.
+        seconds: for all of it; once they are gone no round starts, but for the first `LEAST`.
+        slots: kind → times that it comes in a round, if not once; `Arm` is the untouched one beside itself.
+        second: whether the untouched step stands beside a second loop of its kind, and bytes are counted;
+            otherwise it stands beside itself, of the same steps that the arms stand beside.
         say: receives a line an arm.
 
     Returns:
-        One row an arm, the first the untouched step beside a second untouched loop (A/A). An arm that cannot
-        run is a row with its error.
+        One row an arm, the first the untouched step beside itself (A/A). An arm that cannot run is a row
+        with its error.
     """
-    model = build(setting, device)
-    data = batches(setting, device)
+    until = time.monotonic() + seconds
+    model, data = build(setting, device), batches(setting, device)
     base = warmed(Arm(setting, model), data)
+    entries = [Entry(kind) for kind in ((Arm,) if second else ()) + tuple(kinds)]
     rows = []
-    for kind in (Arm, *kinds):
-        row = {"setting": setting.row(), "arm": kind.name if kind is not Arm else "untouched (A/A)"}
-        try:
-            row |= _paired(base, kind(setting, model), data, max(pairs, 2 * kind.block), seconds)
-        except Exception as error:  # a peer that cannot do it is a result
-            row |= {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:300]}"}
+    for group in _groups(entries, alone=device == "cuda"):
+        found = _group(base, group, setting, model, data, pairs, until, slots or {}, second)
+        if not second and not rows:
+            rows.append(_row(setting, Entry(Arm, base, found.itself())))
+            say(describe(rows[0]))
+        for entry in group:
+            rows.append(_row(setting, entry))
+            say(describe(rows[-1]))
+            entry.arm = None
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-        rows.append(row)
-        say(describe(row))
     return rows
 
 
+def _groups(entries: Sequence[Entry], alone: bool) -> list[list[Entry]]:
+    """Those that take turns: all with single pairs, then each that has blocks of them."""
+    if alone:
+        return [[entry] for entry in entries]
+    together = [entry for entry in entries if entry.kind.block == 1]
+    return [group for group in (together, *([e] for e in entries if e.kind.block > 1)) if group]
+
+
+def _group(
+    base: Arm,
+    group: Sequence[Entry],
+    setting: Setting,
+    model: torch.nn.Module,
+    data: Sequence[torch.Tensor],
+    pairs: int,
+    until: float,
+    slots: Mapping[type[Arm], int],
+    bytewise: bool,
+) -> Found:
+    """Build, warm, time and close the arms of a group, each error beside its arm."""
+    for entry in group:
+        try:
+            entry.arm = entry.kind(setting, model)
+            warmed(entry.arm, data)
+        except Exception as error:  # a peer that cannot do it is a result
+            entry.times.error = error
+    able = [entry for entry in group if entry.times.error is None]
+    block = max((entry.kind.block for entry in able), default=1)
+    found = rounds(
+        base,
+        [entry.arm for entry in able if entry.arm is not None],
+        data,
+        pairs=pairs if block == 1 else max(pairs, BLOCKS * block),
+        least=LEAST if block == 1 else 2 * block,
+        seconds=until - time.monotonic(),
+        slots={i: slots[entry.kind] for i, entry in enumerate(able) if entry.kind in slots},
+    )
+    kept = _saved(base, data[0]) if bytewise and not data[0].is_cuda else None
+    for entry, times in zip(able, found.arms, strict=True):
+        entry.times = times
+        entry.memory = _memory(entry, found, kept, data[0])
+    for entry in group:
+        if entry.arm is not None:
+            _close(entry)
+    return found
+
+
+def _close(entry: Entry) -> None:
+    """Detach; steps that were not measured make the arm a failed one."""
+    try:
+        entry.arm.close()  # type: ignore[union-attr]
+    except RuntimeError as error:
+        entry.times.error = entry.times.error or error
+
+
 def warmed(arm: Made, data: Sequence[torch.Tensor]) -> Made:
-    """Make the steps that come before the clock."""
+    """Make the steps that come before the clock, the last ones at full length."""
     for i in range(arm.warm):
-        arm.step(data[i % len(data)])
+        ids = data[i % len(data)]
+        arm.step(ids if i >= arm.warm - FULL_LENGTH else ids[:, :SHORT])
     return arm
 
 
-def _paired(base: Arm, arm: Arm, data: Sequence[torch.Tensor], pairs: int, seconds: float) -> dict[str, Any]:
-    least = max(LEAST, 2 * arm.block)
+def _saved(arm: Arm, ids: torch.Tensor) -> int | None:
+    """Bytes that one pass keeps for backward; None where watching what is saved is not possible."""
     try:
-        warmed(arm, data)
-        memory = {} if data[0].is_cuda or not arm.keeps else _saved(base, arm, data[0])
-        until = time.monotonic() + seconds
-        plain, other, peaks = [], [], ([], [])
-        for i in range(pairs):
-            ids = data[i % len(data)]
-            order = (base, arm) if i % 2 == 0 else (arm, base)
-            for each in order:
-                seconds, peak = _timed(each, ids)
-                (plain if each is base else other).append(seconds)
-                peaks[each is arm].append(peak)
-            if i + 1 >= least and time.monotonic() > until:
-                break
-    finally:
-        arm.close()
-    memory |= _memory(*peaks)
-    return {"status": "ok", "block": arm.block, "untouched_s": plain, "arm_s": other, **memory}
+        return saved(arm, ids)[1]
+    except RuntimeError:  # torch.func refuses hooks on saved tensors; the step itself works
+        return None
 
 
-def _saved(base: Arm, arm: Arm, ids: torch.Tensor) -> dict[str, Any]:
-    """Bytes that one pass of each keeps for backward."""
-    return {"untouched_saved_bytes": saved(base, ids)[1], "arm_saved_bytes": saved(arm, ids)[1]}
-
-
-def _memory(plain: list[int | None], other: list[int | None]) -> dict[str, Any]:
-    if None in plain:
+def _memory(entry: Entry, found: Found, kept: int | None, ids: torch.Tensor) -> dict[str, int]:
+    if entry.arm is None or entry.times.error is not None:
         return {}
-    return {"untouched_peak_bytes": max(plain), "arm_peak_bytes": max(other)}  # type: ignore[type-var]
+    if ids.is_cuda:
+        return {"untouched_peak_bytes": found.peak, "arm_peak_bytes": entry.times.peak}
+    mine = _saved(entry.arm, ids) if entry.arm.keeps and kept is not None else None
+    if mine is None or kept is None:
+        return {}
+    return {"untouched_saved_bytes": kept, "arm_saved_bytes": mine}
 
 
-def ratio(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Median of the paired ratios arm/untouched, with their quartiles; of sums over blocks, if there are."""
-    size = row.get("block", 1)
-    plain, other = (_sums(row[key], size) for key in ("untouched_s", "arm_s"))
-    ratios = [b / a for a, b in zip(plain, other, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return middle, low, high
-
-
-def _sums(values: Sequence[float], size: int) -> list[float]:
-    return [sum(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
+def _row(setting: Setting, entry: Entry) -> dict[str, Any]:
+    row = {"setting": setting.row(), "arm": entry.name}
+    if entry.times.error is not None:
+        error = entry.times.error
+        return row | {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:600]}"}
+    times = {"untouched_s": entry.times.untouched, "arm_s": entry.times.arm}
+    return row | {"status": "ok", "block": entry.kind.block, **times, **entry.memory}
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -162,8 +216,7 @@ def describe(row: dict[str, Any]) -> str:
     start = f"{row['setting']['name']}: {row['arm']}"
     if row["status"] != "ok":
         return f"{start}: {row['status']}, {row['error']}"
-    middle, low, high = ratio(row)
-    seconds = statistics.median(row["untouched_s"])
+    found, seconds = ratio(row), statistics.median(row["untouched_s"])
     memory = ""
     if "arm_peak_bytes" in row:
         more = row["arm_peak_bytes"] / row["untouched_peak_bytes"]
@@ -171,4 +224,4 @@ def describe(row: dict[str, Any]) -> str:
     if "arm_saved_bytes" in row:
         kept = row["untouched_saved_bytes"]
         memory = f"; saved × {row['arm_saved_bytes'] / kept:.4f} of {kept / 2**20:.1f} MiB"
-    return f"{start}: × {middle:.4f} ({low:.4f} … {high:.4f}) of {1e3 * seconds:.1f} ms{memory}"
+    return f"{start}: × {found} of {1e3 * seconds:.1f} ms, {found.pairs} pairs{memory}"

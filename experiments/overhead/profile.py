@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from experiments.overhead.__main__ import PRESETS
 from experiments.overhead.arms import Arm, Monitored
+from experiments.overhead.presets import PRESETS
 from experiments.overhead.settings import batches, build
 
 STEPS = 3
