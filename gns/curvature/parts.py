@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ OWN_RTOL = 1e-4  # between a model's own loss and our token mean: more is anothe
 # place of 4 sets cover as before and are wider, high/low 3.8 for 3.4 (simulated, test_curvature_coverage:
 # 128 examples, 16 for H, B_noise = 2).
 PARTS, PART_ROWS = 4, 4
+TOGETHER = 2**18  # entries that inner products convert to float64 at once, unless one parameter has more
 WHOLE = ("num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # keywords of calls not to be cut
 
 
@@ -93,6 +95,7 @@ class Point:
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _half: bool = field(default=False, repr=False)
     _called: tuple[tuple, Mapping[str, Any], Any] | None = field(default=None, repr=False)
+    _loss: Tensor | None = field(default=None, repr=False)
 
     @property
     def coarse(self) -> bool:
@@ -116,27 +119,52 @@ class Point:
         handle = self.model.register_forward_hook(self._see, with_kwargs=True)
         try:
             with seeded(mixed(self.seed)):
-                return loss_of(self.model, batch, self.loss)
+                found = loss_of(self.model, batch, self.loss)
         finally:
             handle.remove()
+        self._loss = found.detach()
+        return found
 
     def _see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
         self._called = args, kwargs, out
         kinds = {p.device.type for p in self.parameters.values()}
         self._half |= any(torch.is_autocast_enabled(kind) for kind in kinds)  # in the loss's own context
 
-    def forward_value(self, batch: Any) -> float:
-        """The loss of a batch here, without a graph; a model's own token mean is added up in float64."""
+    def forward_value(self, batch: Any, *, wide: bool) -> float:
+        """The loss of a batch here, without a graph.
+
+        Args:
+            batch: the part.
+            wide: add up the model's own token mean in float64, see `adds_up`.
+        """
         self._called = None
         handle = self.model.register_forward_hook(self._see, with_kwargs=True)
         try:
             with torch.no_grad(), seeded(mixed(self.seed)):
-                found = value_of(self.model, batch, self.loss)
+                self._loss = value_of(self.model, batch, self.loss).detach()
         finally:
             handle.remove()
-        rounded, called = float(found.double()), self._last()
-        wide = None if self.loss is not None or called is None else self._token_mean(*called[1:])
-        return wide if wide is not None and abs(wide - rounded) <= OWN_RTOL * abs(rounded) else rounded
+        return self.last_value(wide=wide)
+
+    def last_value(self, *, wide: bool) -> float:
+        """The loss of the last call, of `value` or `forward_value`, added up in the same way."""
+        found = self._mean_of_tokens() if wide else None
+        return self._rounded() if found is None else found
+
+    def adds_up(self) -> bool:
+        """Whether the loss of the last call is the mean over its tokens, which float64 adds up better.
+
+        To be asked once for losses that are subtracted: half of them rounded would show in the difference.
+        """
+        wide, rounded = self._mean_of_tokens(), self._rounded()
+        return wide is not None and abs(wide - rounded) <= OWN_RTOL * abs(rounded)
+
+    def _rounded(self) -> float:
+        return math.nan if self._loss is None else float(self._loss.double())
+
+    def _mean_of_tokens(self) -> float | None:
+        called = self._last()
+        return None if self.loss is not None or called is None else self._token_mean(*called[1:])
 
     def _token_mean(self, kwargs: Mapping[str, Any], out: Any) -> float | None:
         """Cross-entropy of a call over its labelled tokens; None where it has none."""
@@ -149,7 +177,7 @@ class Point:
             labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
         labels = labels.reshape(-1).to(logits.device)
         each = nn.functional.cross_entropy(
-            logits.reshape(len(labels), -1).float(), labels, ignore_index=IGNORED, reduction="none"
+            logits.detach().reshape(len(labels), -1).float(), labels, ignore_index=IGNORED, reduction="none"
         )
         count = int((labels != IGNORED).sum())
         return float(each.double().sum()) / count if count else None
@@ -194,15 +222,17 @@ class Point:
         """Be at w + h·vector inside; the weights' bits are put back, also after an exception or Ctrl-C."""
         if not self._kept:
             self._kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        at = [p.data for p in self.parameters.values()]
+        kept = [self._kept[name] for name in self.parameters]
         try:
-            for name, p in self.parameters.items():
-                p.data.copy_(torch.add(self._kept[name].to(vector[name]), vector[name], alpha=h))
+            # not one by one: there may be hundreds of small ones
+            torch._foreach_copy_(at, kept)
+            torch._foreach_add_(at, [vector[name] for name in self.parameters], alpha=h)
             torch.clear_autocast_cache()  # an autocast around us holds low-precision copies of the weights
             yield
         finally:
             with uninterrupted():
-                for name, p in self.parameters.items():
-                    p.data.copy_(self._kept[name])
+                torch._foreach_copy_(at, kept)
                 torch.clear_autocast_cache()
 
 
@@ -214,10 +244,38 @@ def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
 def along(stacked: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> np.ndarray:
     """The same of S vectors, kept as parameter → [S, *shape], with one, [S, P]."""
     found = []
-    for name, x in stacked.items():
-        v = vector[name].flatten().double()
-        found.append(torch.stack([row.flatten().double() @ v for row in x]))  # in float64 all S would not fit
-    return torch.stack([f.to(found[0].device) for f in found], -1).cpu().numpy()  # one transfer
+    for names in _neighbours(vector, list(stacked)):
+        sizes = [vector[name].numel() for name in names]
+        v = _flat([vector[name] for name in names]).split(sizes)
+        for s in range(len(stacked[names[0]])):  # one at a time: in float64 all S would not fit
+            u = _flat([stacked[name][s] for name in names]).split(sizes)
+            found.append(torch.stack([torch.dot(a, b) for a, b in zip(u, v, strict=True)]))
+    if not found:
+        return np.zeros((0, 0))
+    rows = len(next(iter(stacked.values())))
+    host = [f.to(found[0].device) for f in found]
+    wide = [torch.stack(host[i : i + rows]) for i in range(0, len(host), rows)]
+    return torch.cat(wide, 1).cpu().numpy()  # one transfer
+
+
+def _neighbours(vector: Mapping[str, Tensor], names: Sequence[str]) -> list[list[str]]:
+    """Group parameters to be converted together: many small ones would cost a call each."""
+    groups: list[list[str]] = []
+    size = 0
+    for name in names:
+        v = vector[name]
+        if not groups or size + v.numel() > TOGETHER or v.device != vector[groups[-1][0]].device:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += v.numel()
+    return groups
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors one behind the other, in float64."""
+    flat = [t.detach().reshape(-1) for t in tensors]
+    return (torch.cat(flat) if len(flat) > 1 else flat[0]).double()
 
 
 def norm(vector: Mapping[str, Tensor]) -> float:

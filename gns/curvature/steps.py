@@ -16,7 +16,7 @@ LOSS_CHANGE = 0.3  # the same for 16 bits; wider ones are judged by the losses
 # First trials: shifts of these shares of the weights' norm. On the shipped base model a small shift changes
 # the gradient by about 10 times its share, so the first one for gradients will do.
 START = {"double": 1e-6, "single": 3e-5, "half": 1e-3}
-START_LOSS = 1e-3
+START_LOSS = 5e-3
 # Of second differences of losses where one side stands for both: the odd part that is aimed at, relative to
 # the even one, and rounding that is put up with. The odd part averages out over signs; so does rounding, but
 # for that of the loss where it stands, which all vectors share: so it is kept small.
@@ -56,6 +56,7 @@ class Steps:
         self._weights = norm({name: p.detach() for name, p in point.parameters.items()}) or 1.0
         self._found: dict[str, _Search] = {}
         self.one_sided = False  # second differences of losses
+        self.same_loss: bool | None = None  # with a graph as without one, bit by bit; None: not yet known
         self.error = 0.0  # of them, relative, by rounding and by the length that it asks for
 
     def length(self, kind: str) -> float:
