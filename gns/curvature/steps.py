@@ -16,7 +16,7 @@ LOSS_CHANGE = 0.3  # the same for 16 bits; wider ones are judged by the losses
 # First trials: shifts of these shares of the weights' norm. On the shipped base model a small shift changes
 # the gradient by about 10 times its share, so the first one for gradients will do.
 START = {"double": 1e-6, "single": 3e-5, "half": 1e-3}
-START_LOSS = 5e-3
+START_LOSS = 1e-3
 # Of second differences of losses where one side stands for both: the odd part that is aimed at, relative to
 # the even one, and rounding that is put up with. The odd part averages out over signs; so does rounding, but
 # for that of the loss where it stands, which all vectors share: so it is kept small.
