@@ -96,7 +96,9 @@ class Sums:
         """uₛ = Σ εᵢ (c̃ᵢ − ãᵢ ḡ) over the examples of probe s."""
         e = float(self.sign_share[s])
         centred = torch._foreach_add(
-            [signed[s] for signed in self.signed.values()], [self.mean[name] for name in self.signed], alpha=-e
+            [signed[s] for signed in self.signed.values()],
+            [self.mean[name] for name in self.signed],
+            alpha=-e,
         )
         return dict(zip(self.signed, centred, strict=True))
 

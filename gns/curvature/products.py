@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gns.curvature.errors import CurvatureError
-from gns.curvature.parts import Point, dots, norm
+from gns.curvature.parts import Point
 from gns.curvature.smooth import Smooth
 from gns.curvature.steps import Steps
+from gns.curvature.vectors import dots, norm
 
 Vector = Mapping[str, Tensor]
 METHODS = ("exact", "difference", "forward")
@@ -189,7 +190,7 @@ class Forward:
     def _stands(self) -> float:
         """The loss here: the gradient's own, if that is bit by bit what a call without a graph gives.
 
-        It is asked on the first part. Elsewhere other kernels round otherwise, which all differences would show.
+        It is asked on the first part. Other kernels round otherwise, which all differences would show.
         """
         seen = self.point.last_value(wide=self._wide)
         if self.steps.same_loss:
@@ -246,7 +247,9 @@ class Forward:
             h = {k: length / norm(vectors[k]) for k in tried}
             found = np.array([self._odd_even(vectors[k], h[k]) for k in tried])
             if not math.isfinite(noise):  # else known: rounding is the same after any short step
-                noise = math.hypot(*(self._silent(vectors[k], h[k] / SILENT) for k in tried)) / len(tried) ** 0.5
+                noise = (
+                    math.hypot(*(self._silent(vectors[k], h[k] / SILENT) for k in tried)) / len(tried) ** 0.5
+                )
             odd, even = np.sqrt(np.mean(found**2, axis=0))
             self.steps.judge_losses(float(odd), float(even), noise)
             if self.steps.settled("loss") and self.steps.length("loss") == length:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from gns.curvature.errors import CurvatureError
-from gns.curvature.parts import Point, norm
+from gns.curvature.parts import Point
+from gns.curvature.vectors import norm
 
 # Change of the gradient, relative to it, that a step is to make. Differences of gradients,
 # which are rounded to 2⁻⁵³, 2⁻²⁴ or 2⁻⁹, bear a small one; second differences of losses, what is left of a
