@@ -95,7 +95,7 @@ class Sums:
     def probe(self, s: int) -> Vector:
         """uₛ = Σ εᵢ (c̃ᵢ − ãᵢ ḡ) over the examples of probe s."""
         e = float(self.sign_share[s])
-        centred = torch._foreach_add(
+        centred = torch._foreach_add(  # type: ignore[reportPrivateImportUsage]
             [signed[s] for signed in self.signed.values()],
             [self.mean[name] for name in self.signed],
             alpha=-e,

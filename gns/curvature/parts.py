@@ -224,13 +224,13 @@ class Point:
         kept = [self._kept[name] for name in self.parameters]
         try:
             # not one by one: there may be hundreds of small ones
-            torch._foreach_copy_(at, kept)
-            torch._foreach_add_(at, [vector[name] for name in self.parameters], alpha=h)
+            torch._foreach_copy_(at, kept)  # type: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(at, [vector[name] for name in self.parameters], alpha=h)  # type: ignore[reportPrivateImportUsage]
             torch.clear_autocast_cache()  # an autocast around us holds low-precision copies of the weights
             yield
         finally:
             with uninterrupted():
-                torch._foreach_copy_(at, kept)
+                torch._foreach_copy_(at, kept)  # type: ignore[reportPrivateImportUsage]
                 torch.clear_autocast_cache()
 
 

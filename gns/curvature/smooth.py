@@ -40,7 +40,7 @@ class _Slope(torch.autograd.Function):
 
 def _through_softmax(change: Tensor, p: Tensor) -> Tensor:
     """(diag p − ppᵀ) y of each row, by torch's own kernel: one pass."""
-    return torch._softmax_backward_data(change, p, -1, p.dtype)
+    return torch._softmax_backward_data(change, p, -1, p.dtype)  # type: ignore[reportPrivateImportUsage]
 
 
 def _off_label(p: Tensor, labels: Tensor) -> Tensor:
