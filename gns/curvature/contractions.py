@@ -11,9 +11,10 @@ import numpy as np
 from gns.curvature.errors import CurvatureError
 from gns.curvature.gathering import Sums, Vector
 from gns.curvature.ggn import GaussNewton
-from gns.curvature.parts import Point, along, dots, norm
+from gns.curvature.parts import Point
 from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, Part
 from gns.curvature.steps import NoStep, Steps
+from gns.curvature.vectors import along, dots, norm
 
 OPERATORS = ("hessian", "ggn")
 ERROR = 0.05  # of second differences of losses: more is said

@@ -95,7 +95,12 @@ class Sums:
     def probe(self, s: int) -> Vector:
         """uₛ = Σ εᵢ (c̃ᵢ − ãᵢ ḡ) over the examples of probe s."""
         e = float(self.sign_share[s])
-        return {name: signed[s] - e * self.mean[name] for name, signed in self.signed.items()}
+        centred = torch._foreach_add(  # type: ignore[reportPrivateImportUsage]
+            [signed[s] for signed in self.signed.values()],
+            [self.mean[name] for name in self.signed],
+            alpha=-e,
+        )
+        return dict(zip(self.signed, centred, strict=True))
 
     def probe_sq_norms(self) -> np.ndarray:
         """‖uₛ‖² by parameter, [S, P], in float64."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,6 @@ from functools import cached_property
 from hashlib import sha1
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,6 +93,7 @@ class Point:
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _half: bool = field(default=False, repr=False)
     _called: tuple[tuple, Mapping[str, Any], Any] | None = field(default=None, repr=False)
+    _loss: Tensor | None = field(default=None, repr=False)
 
     @property
     def coarse(self) -> bool:
@@ -116,27 +117,52 @@ class Point:
         handle = self.model.register_forward_hook(self._see, with_kwargs=True)
         try:
             with seeded(mixed(self.seed)):
-                return loss_of(self.model, batch, self.loss)
+                found = loss_of(self.model, batch, self.loss)
         finally:
             handle.remove()
+        self._loss = found.detach()
+        return found
 
     def _see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
         self._called = args, kwargs, out
         kinds = {p.device.type for p in self.parameters.values()}
         self._half |= any(torch.is_autocast_enabled(kind) for kind in kinds)  # in the loss's own context
 
-    def forward_value(self, batch: Any) -> float:
-        """The loss of a batch here, without a graph; a model's own token mean is added up in float64."""
+    def forward_value(self, batch: Any, *, wide: bool) -> float:
+        """The loss of a batch here, without a graph.
+
+        Args:
+            batch: the part.
+            wide: add up the model's own token mean in float64, see `adds_up`.
+        """
         self._called = None
         handle = self.model.register_forward_hook(self._see, with_kwargs=True)
         try:
             with torch.no_grad(), seeded(mixed(self.seed)):
-                found = value_of(self.model, batch, self.loss)
+                self._loss = value_of(self.model, batch, self.loss).detach()
         finally:
             handle.remove()
-        rounded, called = float(found.double()), self._last()
-        wide = None if self.loss is not None or called is None else self._token_mean(*called[1:])
-        return wide if wide is not None and abs(wide - rounded) <= OWN_RTOL * abs(rounded) else rounded
+        return self.last_value(wide=wide)
+
+    def last_value(self, *, wide: bool) -> float:
+        """The loss of the last call, of `value` or `forward_value`, added up in the same way."""
+        found = self._mean_of_tokens() if wide else None
+        return self._rounded() if found is None else found
+
+    def adds_up(self) -> bool:
+        """Whether the loss of the last call is the mean over its tokens, which float64 adds up better.
+
+        To be asked once for losses that are subtracted: half of them rounded would show in the difference.
+        """
+        wide, rounded = self._mean_of_tokens(), self._rounded()
+        return wide is not None and abs(wide - rounded) <= OWN_RTOL * abs(rounded)
+
+    def _rounded(self) -> float:
+        return math.nan if self._loss is None else float(self._loss.double())
+
+    def _mean_of_tokens(self) -> float | None:
+        called = self._last()
+        return None if self.loss is not None or called is None else self._token_mean(*called[1:])
 
     def _token_mean(self, kwargs: Mapping[str, Any], out: Any) -> float | None:
         """Cross-entropy of a call over its labelled tokens; None where it has none."""
@@ -149,7 +175,7 @@ class Point:
             labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
         labels = labels.reshape(-1).to(logits.device)
         each = nn.functional.cross_entropy(
-            logits.reshape(len(labels), -1).float(), labels, ignore_index=IGNORED, reduction="none"
+            logits.detach().reshape(len(labels), -1).float(), labels, ignore_index=IGNORED, reduction="none"
         )
         count = int((labels != IGNORED).sum())
         return float(each.double().sum()) / count if count else None
@@ -194,35 +220,18 @@ class Point:
         """Be at w + h·vector inside; the weights' bits are put back, also after an exception or Ctrl-C."""
         if not self._kept:
             self._kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        at = [p.data for p in self.parameters.values()]
+        kept = [self._kept[name] for name in self.parameters]
         try:
-            for name, p in self.parameters.items():
-                p.data.copy_(torch.add(self._kept[name].to(vector[name]), vector[name], alpha=h))
+            # not one by one: there may be hundreds of small ones
+            torch._foreach_copy_(at, kept)  # type: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(at, [vector[name] for name in self.parameters], alpha=h)  # type: ignore[reportPrivateImportUsage]
             torch.clear_autocast_cache()  # an autocast around us holds low-precision copies of the weights
             yield
         finally:
             with uninterrupted():
-                for name, p in self.parameters.items():
-                    p.data.copy_(self._kept[name])
+                torch._foreach_copy_(at, kept)  # type: ignore[reportPrivateImportUsage]
                 torch.clear_autocast_cache()
-
-
-def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
-    """Inner product of each parameter's part of two vectors, summed in float64, [P]."""
-    return along({name: x[None] for name, x in a.items()}, b)[0]
-
-
-def along(stacked: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> np.ndarray:
-    """The same of S vectors, kept as parameter → [S, *shape], with one, [S, P]."""
-    found = []
-    for name, x in stacked.items():
-        v = vector[name].flatten().double()
-        found.append(torch.stack([row.flatten().double() @ v for row in x]))  # in float64 all S would not fit
-    return torch.stack([f.to(found[0].device) for f in found], -1).cpu().numpy()  # one transfer
-
-
-def norm(vector: Mapping[str, Tensor]) -> float:
-    """Euclidean norm of a vector over all its parameters."""
-    return float(dots(vector, vector).sum()) ** 0.5
 
 
 def pieces(

@@ -8,6 +8,7 @@ forward      vᵀHv = [L(w + hv) − 2L(w) + L(w − hv)] / h², or 2 [L(w + hv)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gns.curvature.errors import CurvatureError
-from gns.curvature.parts import Point, dots, norm
+from gns.curvature.parts import Point
 from gns.curvature.smooth import Smooth
 from gns.curvature.steps import Steps
+from gns.curvature.vectors import dots, norm
 
 Vector = Mapping[str, Tensor]
 METHODS = ("exact", "difference", "forward")
@@ -179,10 +181,24 @@ class Forward:
         self.point, self.batch, self.steps = point, batch, steps
         self.gradients = Difference(point, batch, steps)
         self.mass = self.gradients.mass
-        self.here = point.forward_value(batch)
+        self._wide = point.adds_up()
+        self.here = self._stands()
         # half a unit of the loss's own grid; one that was added up wider lies on no such grid
         single = float(np.float32(self.here)) == self.here
         self.grid = abs(self.here) * 2.0 ** (-24 if single else -53)
+
+    def _stands(self) -> float:
+        """The loss here: the gradient's own, if that is bit by bit what a call without a graph gives.
+
+        It is asked on the first part. Other kernels round otherwise, which all differences would show.
+        """
+        seen = self.point.last_value(wide=self._wide)
+        if self.steps.same_loss:
+            return seen
+        alone = self.point.forward_value(self.batch, wide=self._wide)
+        if self.steps.same_loss is None:
+            self.steps.same_loss = seen == alone
+        return alone
 
     def product(self, vector: Vector, *, signed: bool = False) -> dict[str, Tensor]:
         """H v; one gradient beside the one here will do, where it is not rounded much."""
@@ -209,7 +225,7 @@ class Forward:
 
     def _loss(self, vector: Vector, h: float) -> float:
         with self.point.shifted(vector, h):
-            return self.point.forward_value(self.batch)
+            return self.point.forward_value(self.batch, wide=self._wide)
 
     def _slope(self, vector: Vector) -> float:
         return float(dots(self.gradients.here, vector).sum())
@@ -225,14 +241,17 @@ class Forward:
         Returns:
             number of a vector → its vᵀHv, of those for which the last trial shows it.
         """
-        tried = [k for k, v in enumerate(vectors) if norm(v) > 0][:2]
+        tried, noise = [k for k, v in enumerate(vectors) if norm(v) > 0][:2], math.nan
         while tried and not self.steps.settled("loss"):
             length = self.steps.length("loss")
             h = {k: length / norm(vectors[k]) for k in tried}
             found = np.array([self._odd_even(vectors[k], h[k]) for k in tried])
-            noise = [self._silent(vectors[k], h[k] / SILENT) for k in tried]
+            if not math.isfinite(noise):  # else known: rounding is the same after any short step
+                noise = (
+                    math.hypot(*(self._silent(vectors[k], h[k] / SILENT) for k in tried)) / len(tried) ** 0.5
+                )
             odd, even = np.sqrt(np.mean(found**2, axis=0))
-            self.steps.judge_losses(float(odd), float(even), float(np.sqrt(np.mean(np.square(noise)))))
+            self.steps.judge_losses(float(odd), float(even), noise)
             if self.steps.settled("loss") and self.steps.length("loss") == length:
                 return {k: 2 * float(e) / h[k] ** 2 for k, (_, e) in zip(tried, found, strict=True)}
         return {}

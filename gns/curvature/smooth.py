@@ -30,14 +30,17 @@ class _Slope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, change: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         dloss, p, labels, share = ctx.saved_tensors
-        curved = p * change
-        mean = curved.sum(-1, keepdim=True)
         of_dloss = None
         if ctx.needs_input_grad[0]:
-            at_label = change.gather(-1, labels[:, None])
-            of_dloss = (share * (mean - at_label)[:, 0]).sum()
-        curved = curved.addcmul_(p, mean, value=-1).mul_((share * dloss)[:, None])  # (diag p − ppᵀ) y
+            mean, at_label = (p * change).sum(-1), change.gather(-1, labels[:, None])[:, 0]
+            of_dloss = (share * (mean - at_label)).sum()
+        curved = _through_softmax(change, p).mul_((share * dloss)[:, None])  # (diag p − ppᵀ) y
         return of_dloss, curved, None, None
+
+
+def _through_softmax(change: Tensor, p: Tensor) -> Tensor:
+    """(diag p − ppᵀ) y of each row, by torch's own kernel: one pass."""
+    return torch._softmax_backward_data(change, p, -1, p.dtype)  # type: ignore[reportPrivateImportUsage]
 
 
 def _off_label(p: Tensor, labels: Tensor) -> Tensor:
@@ -107,7 +110,44 @@ def _attention(
         return None
     q, k, v = (x.reshape(b * h, -1, x.shape[-1]) for x in (query, key, value))
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5 if scale is None else scale)
-    return torch.bmm(scores.softmax(-1), v).view(b, h, t, -1)
+    return torch.bmm(_Softmax.apply(scores), v).view(b, h, t, -1)  # type: ignore[arg-type]
+
+
+class _SoftmaxSlope(torch.autograd.Function):
+    """(diag p − ppᵀ) dp of each row, with a derivative in dp and in p.
+
+    That in p is known up to a constant in each row, which `_Softmax` takes out again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dp: Tensor, p: Tensor) -> Tensor:
+        centred = dp - (p * dp).sum(-1, keepdim=True)
+        ctx.save_for_backward(p, centred)
+        return p * centred
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, change: Tensor) -> tuple[Tensor, Tensor]:
+        p, centred = ctx.saved_tensors
+        rest = change - (p * change).sum(-1, keepdim=True)
+        return p * rest, rest.mul_(centred)
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax of each row; its slope is `_SoftmaxSlope`."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        p = torch.softmax(scores, -1)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _through_softmax(slopes[0], p)
+        return _SoftmaxSlope.apply(slopes[0], p)  # type: ignore[return-value]
 
 
 def _bias(mask: Tensor, query: Tensor, keys: int) -> Tensor | None:
@@ -130,14 +170,14 @@ class _SiluSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dy: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(dy, first, second)
+        ctx.save_for_backward(first, dy * second)
         return dy * first
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, change: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dy, first, second = ctx.saved_tensors
-        return change * first, (change * dy).mul_(second), None, None
+        first, bent = ctx.saved_tensors
+        return change * first, change * bent, None, None
 
 
 class _Silu(torch.autograd.Function):
@@ -153,7 +193,10 @@ class _Silu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Tensor:
-        return _SiluSlope.apply(slopes[0], *ctx.saved_tensors)  # type: ignore[return-value]
+        x, first, second = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return slopes[0] * first
+        return _SiluSlope.apply(slopes[0], x, first, second)  # type: ignore[return-value]
 
 
 def _silu(x: Tensor, inplace: bool = False) -> Tensor | None:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from gns.curvature.errors import CurvatureError
-from gns.curvature.parts import Point, norm
+from gns.curvature.parts import Point
+from gns.curvature.vectors import norm
 
 # Change of the gradient, relative to it, that a step is to make. Differences of gradients,
 # which are rounded to 2⁻⁵³, 2⁻²⁴ or 2⁻⁹, bear a small one; second differences of losses, what is left of a
@@ -56,6 +57,7 @@ class Steps:
         self._weights = norm({name: p.detach() for name, p in point.parameters.items()}) or 1.0
         self._found: dict[str, _Search] = {}
         self.one_sided = False  # second differences of losses
+        self.same_loss: bool | None = None  # with a graph as without one, bit by bit; None: not yet known
         self.error = 0.0  # of them, relative, by rounding and by the length that it asks for
 
     def length(self, kind: str) -> float:

@@ -26,6 +26,7 @@ from gns.curvature.errors import CurvatureError
 from gns.ranks import Meeting, Refused, why, world_size
 
 ANSWER_SECONDS = 600.0  # from one rank's exchange to that of the last: their batches may be unequal
+SUM_BYTES = 64 * 2**20  # copied to the host at once, before ranks say that they can go on
 NOT_ALL = (
     "only {here} of {size} data-parallel ranks came to measure B_noise within {seconds:.0f} s: let every "
     "rank do so, each with batches of its own"
@@ -93,11 +94,12 @@ class Together(Alone):
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Add up tensors over the ranks, in place; every rank has the same names and shapes."""
-        self.all(None)  # so that nobody waits here for a rank with an error
-        for tensor in tensors.values():
-            host = tensor.detach().to("cpu", copy=True).contiguous()
-            self._wait(self._group.allreduce([host]))
-            tensor.copy_(host)
+        for group in _by_bytes(tensors.values(), SUM_BYTES):
+            hosts = [_on_host(tensor) for tensor in group]
+            self.all(None)  # so that nobody waits in a sum for a rank with an error, or without memory
+            for tensor, host in zip(group, hosts, strict=True):
+                self._wait(self._group.allreduce([host]))
+                tensor.copy_(host)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -140,6 +142,25 @@ class Together(Alone):
             work.wait(datetime.timedelta(seconds=ANSWER_SECONDS))
         except RuntimeError as error:
             raise NotAll(LEFT.format(why=why(error, ANSWER_SECONDS))) from error
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy of a tensor that a gloo group can add to."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _by_bytes(tensors: Iterable[Tensor], limit: int) -> list[list[Tensor]]:
+    """Group neighbours, so many bytes at once, or one tensor that has more."""
+    groups: list[list[Tensor]] = []
+    left = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if not groups or size > left:
+            groups.append([])
+            left = limit
+        groups[-1].append(tensor)
+        left -= size
+    return groups
 
 
 def _first(answers: Sequence[tuple[Any, Any]]) -> Any:

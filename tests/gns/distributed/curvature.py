@@ -147,6 +147,27 @@ def refusals() -> dict[str, Any]:
 
 
 @scenario
+def one_has_no_memory() -> dict[str, Any]:
+    """Rank 1 has none left for the copy of a tensor in the middle of a sum."""
+    made, copied = together._on_host, 0
+
+    def scarce(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal copied
+        copied += 1
+        if copied == 3 and distributed.get_rank() == 1:
+            raise MemoryError("no room for a copy")
+        return made(tensor)
+
+    # nobody waits longer: a rank that is left alone in a sum would say so
+    together.ANSWER_SECONDS, together._on_host, together.SUM_BYTES = 20.0, scarce, 1
+    start = time.monotonic()
+    found = asked()
+    seconds = time.monotonic() - start
+    together.ANSWER_SECONDS, together._on_host, together.SUM_BYTES = 600.0, made, 64 * 2**20
+    return {"said": found, "seconds": seconds, "copied": copied, "then": asked()}
+
+
+@scenario
 def sharded() -> dict[str, Any]:
     model = lora("gpt2", torch.float64)
     fully_shard(model)

@@ -101,6 +101,15 @@ def test_one_is_too_late(found):
     assert found[0]["said"].endswith("no answer within 0 s")
 
 
+def test_one_has_no_memory(found):
+    """All raise at once; nobody is left to wait in a sum."""
+    assert all(each["said"] == "CurvatureError: rank 1: MemoryError: no room for a copy" for each in found), (
+        found
+    )
+    assert all(each["copied"] == 3 and each["seconds"] < 15 for each in found), found
+    assert all(each["then"].startswith("nothing: B_noise") for each in found), found
+
+
 def test_one_has_no_second_derivative(found):
     """All go over to differences, so that no reading is made in two ways."""
     assert [each["method"] for each in found] == ["difference"] * len(found)

@@ -1,0 +1,94 @@
+"""One part of the examples for H: its losses, shifted weights, and inner products of vectors."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gns.curvature import vectors
+from gns.curvature.parts import Point
+from gns.curvature.products import Forward
+from gns.curvature.steps import Steps
+from gns.curvature.vectors import along
+from gns.hessian import b_noise
+from tests.gns.small_models import lora, tokens
+
+
+@pytest.mark.parametrize("together", [1, 10, 10**6])
+def test_inner_products_are_those_of_each_parameter(together, monkeypatch):
+    monkeypatch.setattr(vectors, "TOGETHER", together)
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": (3, 2), "b": (), "c": (7,), "d": (2, 2)}
+    kinds = {"a": torch.float32, "b": torch.float64, "c": torch.bfloat16, "d": torch.float32}
+    stacked = {n: torch.randn(3, *s, generator=draw).to(kinds[n]) for n, s in shapes.items()}
+    vector = {n: torch.randn(s, generator=draw).to(kinds[n]) for n, s in shapes.items()}
+    expected = [
+        [float((stacked[n][s].double() * vector[n].double()).sum()) for n in shapes] for s in range(3)
+    ]
+    np.testing.assert_allclose(along(stacked, vector), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_shifted_weights_are_rounded_once_and_put_back(dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).to(dtype)
+    point = Point(model, dict(model.named_parameters()))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wide = torch.promote_types(dtype, torch.float32)
+    vector = {n: torch.randn(p.shape, dtype=wide) for n, p in before.items()}
+    with point.shifted(vector, 0.3):
+        for n, p in model.named_parameters():
+            assert torch.equal(p, torch.add(before[n].to(wide), vector[n], alpha=0.3).to(dtype))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+class Off(nn.Module):
+    """A language model whose loss is off the mean over its tokens by a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.factor, self.calls = lora("gpt2", torch.float64), 1.0, 0
+
+    def forward(self, **batch):
+        self.calls += 1
+        out = self.inner(**batch)
+        out.loss = out.loss * self.factor
+        return out
+
+
+def test_losses_that_are_subtracted_are_added_up_in_one_way():
+    model, batch = Off().eval(), tokens(4, t=11)
+    point = Point(model, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    point.value(batch)
+    assert point.adds_up()
+    wide = point.last_value(wide=True)
+    assert point.forward_value(batch, wide=True) == wide
+    model.factor = 1.001  # as far off as the model's own loss may come to be after a step
+    assert point.forward_value(batch, wide=True) == wide
+    assert point.forward_value(batch, wide=False) == pytest.approx(1.001 * wide)
+    assert not point.adds_up()
+
+
+def test_the_loss_of_the_gradient_stands_for_one_without_a_graph():
+    model, batch = Off().eval(), tokens(4, t=11)
+    point = Point(model, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    steps, seen = Steps(point), []
+    for _ in range(3):
+        before = model.calls
+        part = Forward(point, batch, steps)
+        seen.append(model.calls - before)
+        assert part.here == point.forward_value(batch, wide=True)
+    assert steps.same_loss and seen == [2, 1, 1]
+
+
+def test_a_loss_that_is_another_with_a_graph_does_not_stand():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    batches = list(zip(torch.randn(9, 16, 5).double(), torch.randint(0, 3, (9, 16)), strict=True))
+
+    def loss(model, batch):
+        other = 1e-3 if torch.is_grad_enabled() else 0.0
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]) + other
+
+    exact, found = (b_noise(model, batches, loss=loss, method=m) for m in ("exact", "forward"))
+    assert found.trace_h_sigma == pytest.approx(exact.trace_h_sigma, rel=0.02)
