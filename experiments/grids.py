@@ -18,6 +18,7 @@ Fields of the task are written `dials.NAME`, or as a table `dials`. A run may co
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -243,7 +244,9 @@ def _flat(table: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _known(key: str, where: str) -> None:
     """Refuse a field that no run has."""
     if key not in _FIELDS and not key.startswith("dials."):
-        raise RunError(f"{where}: unknown field {key!r}; known: {', '.join(sorted(_FIELDS))}, dials.NAME")
+        near = difflib.get_close_matches(key, _FIELDS, 1)
+        meant = f"did you mean {near[0]!r}? Known" if near else "known"
+        raise RunError(f"{where}: unknown field {key!r}; {meant}: {', '.join(sorted(_FIELDS))}, dials.NAME")
 
 
 def _listed(values: Any, where: str) -> None:
