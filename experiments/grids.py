@@ -86,6 +86,10 @@ def load(name_or_path: str | Path) -> Preset:
     try:
         written = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.parent != FOLDER:
+            raise RunError(
+                f"{path}: no such file; give one, or a preset's name (--list shows them)"
+            ) from None
         raise RunError(f"no preset {str(name_or_path)!r}; known: {', '.join(names())}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path.name}: no TOML: {error}") from error
