@@ -13,8 +13,6 @@ float32, whatever the base is.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from experiments.configs import RunConfig, RunError
 from experiments.seeding import seeded
+from gns.preparation import linear_layers, quiet_peft
 
 FAST_SVD = 2_048  # layers wider than this are decomposed by random projections: exact takes minutes a layer
 _FLAGS = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -46,7 +45,7 @@ def adapted(model: Any, config: RunConfig) -> nn.Module:
         RunError: the rank is larger than a layer, there is no layer to adapt, or `init` holds no adapters
             for this model, rank and alpha.
     """
-    layers = dict(linear_layers(model))
+    layers = linear_layers(model)
     if not layers:
         raise RunError(f"{type(model).__name__} has no linear layer but its head; there is nothing to adapt")
     if config.adapter == "full":
@@ -60,14 +59,6 @@ def adapted(model: Any, config: RunConfig) -> nn.Module:
     if config.adapter == "foundation":
         _load(found, config)
     return found
-
-
-def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of the linear layers, without the one that gives the logits."""
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            yield name, module
 
 
 def _refuse_rank(layers: dict[str, nn.Module], rank: int) -> None:
@@ -106,9 +97,7 @@ def _with_lora(model: Any, layers: dict[str, nn.Module], config: RunConfig) -> n
         task_type="CAUSAL_LM",
         **_FLAGS.get(config.adapter, {}),
     )
-    with seeded(config.seed, next(model.parameters()).device), warnings.catch_warnings():
-        # peft asks transformers for the old name of a property
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with seeded(config.seed, next(model.parameters()).device), quiet_peft():
         return peft.get_peft_model(model, lora)  # makes adapters float32 by itself
 
 

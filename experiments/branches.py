@@ -33,8 +33,8 @@ from experiments.course import DIVERGED
 from experiments.critical import branched
 from experiments.order import epoch_batches
 from experiments.outcome import device_name, header, one_line
-from experiments.prepared import Prepared, device_of, plain, prepare
-from experiments.rowsfile import append
+from experiments.prepared import Prepared, device_of, prepare
+from experiments.rowsfile import append, finite
 from experiments.seeding import seeded
 
 POWERS = {"adamw": 0.5, "sgd": 1.0}  # of k, in the learning rate
@@ -81,7 +81,7 @@ def branch_runs(
     except (Exception, SystemExit) as error:
         rows = [row | {"status": "failed", "error": one_line(error)} for row in rows]
     seconds = round((time.monotonic() - started) / max(1, len(rows)), 3)
-    return [plain(row | {"seconds": seconds}) for row in rows]
+    return [finite(row | {"seconds": seconds}) for row in rows]
 
 
 def _begun(config: RunConfig, at: int, examples: int, multiple: int) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Any
 from experiments.configs import RunConfig
 from experiments.schedules import evaluation_steps
 
-DIVERGED = 3.0  # times the validation loss of the start
+# Times the validation loss of the start: a choice, no level is sharp. A run this far up has unlearned the
+# base and loses its sweep whatever it does later; a lower level would cut off those that overshoot at first.
+DIVERGED = 3.0
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,9 @@ def sweep_seconds(configs: Iterable[RunConfig], scale: str, workers: int | None 
 class Tally:
     """Remaining time of a sweep: the model's, times how wrong it was for the runs that are over.
 
+    The factor is that of the runs of the same base, or of all runs where none of its own is over. So the
+    model's own constants matter at the start only.
+
     Args:
         configs: all runs of the sweep.
         scale: key of `MACHINES`.
@@ -129,8 +132,11 @@ class Tally:
 
     def __init__(self, configs: Sequence[RunConfig], scale: str, workers: int) -> None:
         self.expected = {config.hash: run_seconds(config, scale) for config in configs}
+        self.bases = {config.hash: config.base for config in configs}
         self.workers = workers
-        self.took = self.expected_took = 0.0
+        self.seen: dict[
+            str, tuple[float, float]
+        ] = {}  # base → seconds that its runs took, and were expected to
         self.open = dict(self.expected)
 
     def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -139,8 +145,8 @@ class Tally:
             expected = self.open.pop(row["hash"], None)
             seconds = row.get("seconds")
             if expected is not None and seconds and row["status"] == "done":
-                self.took += seconds
-                self.expected_took += expected
+                took, of = self.seen.get(self.bases[row["hash"]], (0.0, 0.0))
+                self.seen[self.bases[row["hash"]]] = took + seconds, of + expected
 
     def left(self, open_runs: int) -> float:
         """Estimate the remaining time, seconds.
@@ -150,9 +156,13 @@ class Tally:
         """
         if not open_runs or not self.open:
             return 0.0
-        factor = self.took / self.expected_took if self.expected_took else 1.0
-        share = min(1.0, open_runs / len(self.open))
-        return factor * share * sum(self.open.values()) / min(self.workers, open_runs)
+        whole = sum(self._factor(self.bases[hash]) * expected for hash, expected in self.open.items())
+        return min(1.0, open_runs / len(self.open)) * whole / min(self.workers, open_runs)
+
+    def _factor(self, base: str) -> float:
+        """Say how many times longer than expected the runs of a base took."""
+        known = [self.seen[base]] if base in self.seen else list(self.seen.values())
+        return sum(took for took, _ in known) / sum(of for _, of in known) if known else 1.0
 
 
 def words(seconds: float) -> str:

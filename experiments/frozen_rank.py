@@ -18,7 +18,6 @@ import json
 import math
 import random
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from scipy import stats
 from experiments.overhead.measure import machine
 from gns import corpus, probe
 from gns.estimate import Estimate
+from gns.preparation import quiet_peft
 
 RANKS = (2, 4, 8, 16, 32, 64)
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the examples, for the readings on fewer
@@ -51,8 +51,7 @@ def adapted(base: Path, rank: int | None, seed: int, device: str) -> torch.nn.Mo
             parameter.requires_grad_(name in wanted - {"lm_head.weight"})
         return model
     lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():  # peft asks transformers for the old name of a property
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with quiet_peft():
         return peft.get_peft_model(model, lora)
 
 

@@ -19,6 +19,7 @@ Fields of the task are written `dials.NAME`, or as a table `dials`. A run may co
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -86,6 +87,10 @@ def load(name_or_path: str | Path) -> Preset:
     try:
         written = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.parent != FOLDER:
+            raise RunError(
+                f"{path}: no such file; give one, or a preset's name (--list shows them)"
+            ) from None
         raise RunError(f"no preset {str(name_or_path)!r}; known: {', '.join(names())}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path.name}: no TOML: {error}") from error
@@ -249,7 +254,9 @@ def _flat(table: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _known(key: str, where: str) -> None:
     """Refuse a field that no run has."""
     if key not in _FIELDS and not key.startswith("dials."):
-        raise RunError(f"{where}: unknown field {key!r}; known: {', '.join(sorted(_FIELDS))}, dials.NAME")
+        near = difflib.get_close_matches(key, _FIELDS, 1)
+        meant = f"did you mean {near[0]!r}? Known" if near else "known"
+        raise RunError(f"{where}: unknown field {key!r}; {meant}: {', '.join(sorted(_FIELDS))}, dials.NAME")
 
 
 def _listed(values: Any, where: str) -> None:

@@ -332,6 +332,10 @@ class Ledger:
             if _passes(self.url, cause, said, self._opened):
                 raise LedgerBusy(f"{self.url}: the ledger does not answer: {said}") from error
             raise LedgerError(f"{self.url}: the ledger cannot be used: {said}") from error
+        except ImportError as error:
+            raise LedgerError(
+                f"{self.url}: Python has no driver for this kind of database: {error}"
+            ) from error
         except RuntimeError as error:  # Optuna's word for a schema of another version
             if "version" not in str(error):
                 raise

@@ -19,7 +19,7 @@ from experiments.course import Course
 from experiments.evaluation import token_mean
 from experiments.prepared import Data, Prepared
 from experiments.tasks import Item
-from experiments.tasks.accuracy import answers
+from experiments.tasks.accuracy import AT_ONCE, answers
 from gns.sources import first_line
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -118,7 +118,7 @@ def items_right(prepared: Prepared) -> list[int]:
             prepared.tokenizer,
             asked,
             max_new_tokens=config.max_length,
-            batch_size=32,
+            batch_size=AT_ONCE,
         )
     return compared(data, asked, given)
 

@@ -26,7 +26,8 @@ from experiments.configs import RunConfig, RunError
 from experiments.outcome import device_name, header, one_line
 from experiments.packed_program import Program, Slot
 from experiments.packed_width import best_width
-from experiments.prepared import data_of, device_of, plain
+from experiments.prepared import data_of, device_of
+from experiments.rowsfile import finite
 
 __all__ = ["best_width", "groups", "packable", "refusal", "run_packed"]
 
@@ -133,7 +134,7 @@ def run_packed(
         parts = configs[:half], configs[half:]
         return [row for part in parts for row in run_packed(part, device=device, progress=progress)]
     seconds = round((time.monotonic() - started) / max(1, len(configs)), 3)
-    return [plain(row | each | {"seconds": seconds}) for row, each in zip(rows, found, strict=True)]
+    return [finite(row | each | {"seconds": seconds}) for row, each in zip(rows, found, strict=True)]
 
 
 def _failed(error: BaseException) -> dict[str, Any]:

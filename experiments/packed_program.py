@@ -19,11 +19,9 @@ from experiments.packed_layers import LearnedRows, Stack, State, pack, state_of,
 from experiments.packed_optim import StackedOptimizer
 from experiments.prepared import Data, Prepared, prepare
 from experiments.schedules import lr_at
-from experiments.tasks.accuracy import answers
+from experiments.tasks.accuracy import AT_ONCE, answers
 from gns.data import NO_LOSS, Row
 from gns.finetune import dropout_of, n_labels
-
-ANSWERED = 32  # prompts of a slot at once: as many as a solo run's
 
 
 @dataclass
@@ -201,7 +199,7 @@ class Program:
                 self._prepared.tokenizer,
                 [item for item in asked for _ in slots],
                 max_new_tokens=config.max_length,
-                batch_size=n * ANSWERED,
+                batch_size=n * AT_ONCE,
             )
         return [compared(slot.data, asked, texts[i::n]) for i, slot in enumerate(slots)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import str_to_bool
 from torch import Tensor, nn
 
 from experiments.adapters import adapted
@@ -99,9 +99,14 @@ class Prepared:
 
 
 def device_of(wanted: str | None) -> torch.device:
-    """Give the device asked for; None: this process's own accelerator if there is one, else the CPU."""
+    """Give the device asked for; None: this process's own accelerator if there is one, else the CPU.
+
+    `accelerate launch --cpu` asks for the CPU, and its Trainer obeys: so does everything else.
+    """
     if wanted is not None:
         return torch.device(wanted)
+    if str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
@@ -192,12 +197,3 @@ def _check_fit(config: RunConfig, model: Any, data: Data) -> None:
             f"base {config.base} has {embeddings} embeddings, the data hold token {data.largest_id}; give a "
             "base with its own tokenizer"
         )
-
-
-def plain(value: Any) -> Any:
-    """Give a value as strict JSON can hold it: null for a number that is not finite."""
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

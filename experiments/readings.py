@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from experiments.rowsfile import finite
 from gns.estimate import Estimate
 from gns.monitor import GNSMonitor
 from gns.sums import FACTORS, Layout, StepSums, from_rows
@@ -81,8 +81,7 @@ def _summary(found: Estimate) -> dict[str, dict[str, Any]]:
 
 
 def _kept(found: Estimate) -> dict[str, Any]:
-    figures = {name: getattr(found, name) for name in (*KEPT, *COUNTED)}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+    return finite({name: getattr(found, name) for name in (*KEPT, *COUNTED)})
 
 
 def _sums(step: StepSums, names: Sequence[str]) -> list[Any]:

@@ -40,7 +40,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         DiskFull: there is no space.
     """
-    text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode()
+    text = "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path) as file:
         end = os.lseek(file, 0, os.SEEK_END)
@@ -154,12 +154,12 @@ def _write(file: int, text: bytes) -> None:
         text = text[os.write(file, text) :]
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which are no JSON, by None."""
+def finite(value: Any) -> Any:
+    """Give a value as strict JSON can hold it: null for NaN and infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

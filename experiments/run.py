@@ -7,6 +7,9 @@ line. A run that diverges is a result, not a failure. Under `torchrun` or `accel
 share the run, and the first one writes its row.
 
     torchrun --nproc-per-node 8 -m experiments.run --config run.json --out rows.jsonl
+    accelerate launch --multi_gpu --num_processes 8 -m experiments.run --config run.json --out rows.jsonl
+
+With `--cpu`, `accelerate launch` starts a single process, whatever `--num_processes` says: take `torchrun`.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from experiments import loop, rowsfile
 from experiments.configs import RunConfig, RunError
 from experiments.course import Course
 from experiments.outcome import device_name, finished, header, one_line, summary
-from experiments.prepared import Prepared, device_of, plain, prepare
+from experiments.prepared import Prepared, device_of, prepare
 from experiments.readings import readings
+from experiments.rowsfile import finite
 from experiments.seeding import seeded
 from gns.monitor import GNSMonitor, GNSWarning
 
@@ -59,7 +63,7 @@ def run(config: RunConfig, *, device: str | None = None) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         row |= {"status": "failed", "error": one_line(error)}
     row["seconds"] = round(time.monotonic() - started, 3)
-    return plain(row)
+    return finite(row)
 
 
 def engine_of(config: RunConfig) -> str:

@@ -28,7 +28,7 @@ from rich.table import Table
 from experiments import forecast, grids, plain, rowsfile
 from experiments.configs import RunConfig, RunError
 from experiments.crew import Crew, settled
-from experiments.worker import Job
+from experiments.worker import Job, said
 
 SWEEPS = Path("runs/sweeps")
 ENGINE = "experiments.engines"
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_do(asked, parser))
     except RunError as error:
         parser.exit(2, f"{error}\n")
+    except OSError as error:  # a folder that cannot be made, a file that cannot be written
+        parser.exit(2, f"{said(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nStopped. Every finished run is kept; the same command goes on.\n")
 

@@ -55,9 +55,16 @@ def main(job: Job) -> None:
         work(job)
     except KeyboardInterrupt:
         sys.exit(130)
-    except RunError as error:
-        print(f"\nworker {os.getpid()}: {error}", file=sys.stderr, flush=True)
+    except (RunError, OSError) as error:
+        print(f"\nworker {os.getpid()}: {said(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def said(error: RunError | OSError) -> str:
+    """Say an error in one line, of the system's first which file it is about."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def work(job: Job) -> None:

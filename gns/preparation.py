@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,26 @@ def _adapted(config: FinetuneConfig, tokenizer: Any, adapter: Path | None = None
     _check_fit(config, model, tokenizer)
     transformers.set_seed(config.seed)  # the adapters' initial values
     lora = None if adapter is not None else _lora(config, model)
-    with warnings.catch_warnings():  # peft asks transformers for the old name of a property
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with quiet_peft():
         return _trained(model, adapter) if lora is None else get_peft_model(model, lora)
+
+
+@contextmanager
+def quiet_peft() -> Generator[None]:
+    """Keep quiet, while adapters are made, of peft asking transformers for the old name of a property."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Give the linear layers of a causal language model by name, without the one that gives the logits."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
 
 
 def _trained(model: Any, adapter: Path | None) -> Any:
@@ -291,12 +309,7 @@ def _lora(config: FinetuneConfig, model: nn.Module) -> LoraConfig:
     Raises:
         ConfigError: there is no layer to adapt, a target names none, or the rank is larger than any of them.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
+    layers = linear_layers(model)
     if not layers:
         raise ConfigError(f"{config.model}: no linear layer that LoRA can adapt")
     names = sorted({name.rpartition(".")[2] for name in layers})

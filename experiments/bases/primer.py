@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
+from experiments.tasks.items import part_of
 from experiments.tasks.stories import Chain, draw_chain
-from experiments.tasks.wordmath import part_of
 from gns.corpus import Document, Part
 
 PEOPLE = (
@@ -144,7 +144,7 @@ def _chains(part: Part, rng: Random) -> Iterator[Chain]:
     """Yield one-step calculations of one part for ever."""
     while True:
         chain = draw_chain(1, rng)
-        if (part_of(chain) == "train") == (part == "base"):
+        if (part_of(chain.key) == "train") == (part == "base"):
             yield chain
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from experiments.bases.configs import BaseConfig
+from experiments.schedules import scheduled
 
 
 def build_model(config: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -66,10 +66,7 @@ def batch(stream: Tensor, config: BaseConfig, step: int) -> Tensor:
 
 def learning_rate(config: BaseConfig, step: int) -> float:
     """Linear warm-up, then a cosine to zero."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return scheduled("cosine", config.learning_rate, step, config.warmup_steps, config.steps)
 
 
 class Run:

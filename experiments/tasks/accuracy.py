@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from experiments.tasks.items import Item, prompt_ids
 from gns.data import pad_id
 
+AT_ONCE = 32  # prompts of a run, whichever engine asks
+
 
 @torch.inference_mode()
 def answers(

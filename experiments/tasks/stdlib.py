@@ -7,15 +7,12 @@ piece that is there several times stays where it is found first. The text is the
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from experiments.tasks.items import Item, Rows, known_split, take
+from experiments.tasks.items import PARTS, Item, Rows, known_split, part_of, take
 from gns import corpus
-
-PARTS = ("validation", "test", *["train"] * 6)  # by hash: an eighth of the files, an eighth, the rest
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,6 @@ class Stdlib(Rows):
     def right(self, item: Item, generated: str) -> bool:
         """Code to be learned whole has no right answer."""
         return False
-
-
-def part_of(file: str) -> str:
-    """Give the split of a file by its path inside the library."""
-    return PARTS[hashlib.sha256(file.encode()).digest()[0] % len(PARTS)]
 
 
 def _shuffled(part: str, seed: int) -> list[Item]:

@@ -7,7 +7,6 @@ out is ever learned, in no story.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from random import Random
 from typing import ClassVar
 
 from experiments.configs import RunError
-from experiments.tasks.items import Item, Rows, known_split, whole_dial
+from experiments.tasks.items import Item, Rows, known_split, part_of, whole_dial
 from experiments.tasks.stories import MARK, Chain, draw_chain, tell
 
-PARTS = ("validation", "test", *["train"] * 6)  # by hash: an eighth, an eighth, the rest
 MOST_STEPS = 8
 ANSWER = re.compile(re.escape(MARK) + r"(-?\d+)")
 
@@ -79,17 +77,12 @@ class WordMath(Rows):
         seen = set()
         while True:
             chain = draw_chain(self.difficulty, rng)
-            if part_of(chain) != part:
+            if part_of(chain.key) != part:
                 continue
             prompt = tell(chain, rng)
             if prompt not in seen:
                 seen.add(prompt)
                 yield prompt, chain
-
-
-def part_of(chain: Chain) -> str:
-    """Give the split that a calculation belongs to, whatever the story, the seed and the dials."""
-    return PARTS[hashlib.sha256(chain.key.encode()).digest()[0] % len(PARTS)]
 
 
 def _wrong_results(chain: Chain, rng: Random) -> list[int]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from experiments.adapters import adapted, linear_layers
+from experiments.adapters import adapted
 from experiments.configs import ADAPTERS, RunConfig, RunError
+from gns.preparation import linear_layers
 from tests.gns import small_models, tiny
 
 RUN = RunConfig("tiny", "test", rank=3, alpha=6)
@@ -58,7 +59,7 @@ def test_at_the_start_the_model_is_the_base(kind, family):
 @pytest.mark.parametrize("kind", FRESH)
 def test_what_trains_is_the_layers_own_and_float32(kind):
     base = _base(dtype=torch.bfloat16)
-    layers = [name for name, _ in linear_layers(base)]
+    layers = [name for name in linear_layers(base)]
     model = adapted(base, dataclasses.replace(RUN, adapter=kind))
     trainable = _trainable(model)
     assert {p.dtype for p in trainable.values()} == {torch.float32}
@@ -104,7 +105,7 @@ def test_alpha_defaults_to_the_rank_and_rslora_divides_by_its_root():
 @pytest.mark.parametrize("kind, part", [("milora", slice(-3, None)), ("pissa", slice(0, 3))])
 def test_singular_directions_against_numpy(kind, part, family):
     base = _base(family)
-    weights = {name: m.weight.detach().double().numpy().copy() for name, m in linear_layers(base)}
+    weights = {name: m.weight.detach().double().numpy().copy() for name, m in linear_layers(base).items()}
     model = adapted(base, dataclasses.replace(RUN, adapter=kind))
     for name, weight in weights.items():
         layer = model.get_submodule(f"base_model.model.{name}")
@@ -134,7 +135,9 @@ def test_a_residual_that_does_not_add_up_is_named(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["pissa", "milora"])
 def test_a_bfloat16_base_is_given_back_to_its_own_rounding(kind):
-    weights = {name: m.weight.detach().float() for name, m in linear_layers(_base(dtype=torch.bfloat16))}
+    weights = {
+        name: m.weight.detach().float() for name, m in linear_layers(_base(dtype=torch.bfloat16)).items()
+    }
     model = adapted(_base(dtype=torch.bfloat16), dataclasses.replace(RUN, adapter=kind))
     for name, weight in weights.items():
         layer = model.get_submodule(f"base_model.model.{name}")

@@ -65,6 +65,19 @@ def test_what_was_seen_corrects_what_was_expected():
     assert tally.left(0) == 0.0
 
 
+def test_each_base_is_corrected_by_its_own_runs(monkeypatch):
+    """A laptop's sweep over bases: one that was timed under load, and one that nobody has timed."""
+    monkeypatch.setitem(forecast.CORE, "c", (5.0, 0.1))
+    small = [dataclasses.replace(RUN, seed=i) for i in range(2)]
+    large = [dataclasses.replace(RUN, base="c", seed=i) for i in range(2)]
+    expected = [forecast.run_seconds(runs[0], "laptop") for runs in (small, large)]
+    tally = forecast.Tally([*small, *large], "laptop", workers=1)
+    tally.rows([{"hash": small[0].hash, "seconds": expected[0] / 2, "status": "done"}])
+    assert tally.left(3) == pytest.approx((expected[0] + 2 * expected[1]) / 2)  # all that is known
+    tally.rows([{"hash": large[0].hash, "seconds": 4 * expected[1], "status": "done"}])
+    assert tally.left(2) == pytest.approx(expected[0] / 2 + 4 * expected[1])
+
+
 @pytest.mark.parametrize(
     "seconds, said",
     [(0.2, "1 s"), (89, "89 s"), (90, "1.5 min"), (5_000, "83 min"), (5_400, "1.5 h"), (2e6, "23 days")],

@@ -68,7 +68,7 @@ def test_exclusions_match_all_their_fields():
     "text, said",
     [
         ("[grids]\nrank = [1]", r"x.toml: unknown key\(s\) grids; known: title"),
-        ("[grid]\nranks = [1]", r"x.toml, \[grid\]: unknown field 'ranks'; known: adapter"),
+        ("[grid]\nranks = [1]", r"x.toml, \[grid\]: unknown field 'ranks'; did you mean 'rank'. Known: "),
         ("[grid]\nrank = 1", r"x.toml, \[grid\]: rank is 1; a list"),
         ("[grid]\nrank = []", r"\[grid\]: rank is \[\]; a list with at least one"),
         ("[grid]\nrank = [2, 4, 2]", r"x.toml: the same run twice \(rank = 2\); remove"),

@@ -8,7 +8,7 @@ import torch
 
 from experiments import prepared
 from experiments.configs import RunError
-from experiments.prepared import data_of, device_of, load_base, plain, prepare
+from experiments.prepared import data_of, device_of, load_base, prepare
 from experiments.tasks import encoded
 from gns.data import NO_LOSS
 from tests.experiments.small_runs import Sentences, config
@@ -41,6 +41,14 @@ def test_runs_that_differ_in_training_only_share_their_data(tiny_base):
         assert data_of(dataclasses.replace(given, **changed)) is not data_of(given)
     small = data_of(dataclasses.replace(given, n_train=20))
     assert list(small.train) == list(data_of(given).train[:20])
+
+
+def test_the_cpu_that_accelerate_was_asked_for_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_of(None) == torch.device("cuda", 1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # as `accelerate launch --cpu` writes it
+    assert device_of(None) == CPU and device_of("cuda") == torch.device("cuda")
 
 
 def test_what_is_wrong_with_the_data_is_found_before_the_model_is_loaded(tiny_base, monkeypatch):
@@ -101,10 +109,3 @@ def test_a_process_takes_its_own_accelerator(monkeypatch):
     assert device_of("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of(None) == CPU
-
-
-def test_numbers_that_are_not_finite_become_null():
-    assert plain({"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": None, "d": "nan", "e": True}}) == {
-        "a": [1.5, None, [None, None]],
-        "b": {"c": None, "d": "nan", "e": True},
-    }

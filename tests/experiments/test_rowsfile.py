@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 
@@ -98,3 +99,12 @@ def test_rows_of_several_processes_do_not_mix(tmp_path):
     assert sorted(r["hash"] for r in rowsfile.read(path)) == sorted(
         f"{n}{i}" for n in "ab" for i in range(40)
     )
+
+
+def test_numbers_that_are_not_finite_become_null():
+    assert rowsfile.finite(
+        {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": None, "d": "nan", "e": True}}
+    ) == {
+        "a": [1.5, None, [None, None]],
+        "b": {"c": None, "d": "nan", "e": True},
+    }

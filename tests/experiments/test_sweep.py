@@ -309,6 +309,15 @@ def test_a_file_of_configurations_is_refused_with_its_line(tmp_path, line, said)
         (["--preset", "nothing"], 2, "no preset 'nothing'; known: "),
         ([], 2, "give --preset NAME, --list, or --jsonl IN OUT"),
         (["--preset", "smoke", "--workers", "0"], 2, "--workers 0: at least 1"),
+        (["--preset", "no/where.toml"], 2, "no/where.toml: no such file"),
+        (["--preset", "smoke", "--status", "--out", f"{__file__}/x"], 2, f"{__file__}/x: Not a directory"),
+        (["--preset", "smoke", "--write", f"{__file__}/x"], 2, f"{__file__}: "),
+        (["--preset", "smoke", "--status", "--ledger", "nonsense"], 2, "nonsense: the ledger cannot be used"),
+        (
+            ["--preset", "smoke", "--status", "--ledger", "oracle://x"],
+            2,
+            "no driver for this kind of database",
+        ),
         (
             ["--jsonl", "nowhere", "out"],
             2,

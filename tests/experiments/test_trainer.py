@@ -125,18 +125,26 @@ def test_processes_together_see_every_example_once(tiny_base):
     assert list(samplers[0]) != list(_Sampler(given, 0, 1))
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batch", [None, 2])
-def test_two_processes_make_the_loops_run(tmp_path, micro_batch):
+@pytest.mark.parametrize(
+    "launcher, micro_batch",
+    [(TORCHRUN, None), (TORCHRUN, 2), ([*ACCELERATE, "--mixed_precision=no", "--dynamo_backend=no"], None)],
+    ids=["torchrun", "torchrun, micro-batches", "accelerate launch"],
+)
+def test_two_processes_make_the_loops_run(tmp_path, launcher, micro_batch):
     from gns import corpus
 
     given = config(str(corpus.base_model_path()), task="wordmath", n_train=36, gns_every=1, evals=2)
     given = dataclasses.replace(given, micro_batch=micro_batch, max_length=256)
     out, file = tmp_path / "rows.jsonl", tmp_path / "run.json"
     file.write_text(json.dumps(given.to_dict()))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [
-        *torchrun,
+        sys.executable,
+        *launcher,
         "-m",
         "experiments.run",
         "--config",
@@ -152,6 +160,7 @@ def test_two_processes_make_the_loops_run(tmp_path, micro_batch):
     (line,) = out.read_text().splitlines()
     row, alone = json.loads(line), run(given, device="cpu")
     assert (row["status"], row["engine"], alone["engine"]) == ("done", "trainer", "loop")
+    assert row["examples_seen"] == alone["examples_seen"] == 36
     assert row["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-3)
     assert row["test_losses"] == pytest.approx(alone["test_losses"], rel=1e-3)
     for mine, theirs in zip(alone["gns"]["steps"], row["gns"]["steps"], strict=True):

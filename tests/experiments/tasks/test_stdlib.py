@@ -2,7 +2,8 @@ import pytest
 
 from experiments.configs import RunError
 from experiments.tasks import task
-from experiments.tasks.stdlib import PARTS, part_of, pieces
+from experiments.tasks.items import PARTS, part_of
+from experiments.tasks.stdlib import pieces
 from gns import corpus
 
 

@@ -6,8 +6,8 @@ import scipy.stats
 
 from experiments.configs import RunError
 from experiments.tasks import task
+from experiments.tasks.items import PARTS, part_of
 from experiments.tasks.stories import LARGEST, Chain, draw_chain, tell
-from experiments.tasks.wordmath import PARTS, part_of
 
 DIALS = [
     {},
@@ -103,7 +103,7 @@ def test_splits_are_disjoint_at_all_dials():
 def test_a_part_is_a_property_of_the_calculation():
     rng = Random(0)
     chains = [draw_chain(2, rng) for _ in range(4_000)]
-    counts = {part: sum(part_of(chain) == part for chain in chains) for part in set(PARTS)}
+    counts = {part: sum(part_of(chain.key) == part for chain in chains) for part in set(PARTS)}
     assert counts["validation"] == pytest.approx(500, abs=80)  # 3.8 standard deviations
     assert counts["test"] == pytest.approx(500, abs=80)
     chain = Chain(7, (("+", 5), ("*", 2)))
