@@ -86,6 +86,7 @@ def fits(tap: Tap, x: Tensor, out: Tensor, live: tuple[str, ...], where: Placeme
     weight = layer._parameters[WEIGHT]
     return (
         WEIGHT in live
+        and type(layer) is nn.Linear
         and (where is None or where.plain)
         and type(weight) is nn.Parameter
         and type(x) is type(out) is Tensor
