@@ -62,7 +62,9 @@ def choose(entries: Iterable[Entry], verified: Collection[str]) -> None:
     for entry in entries:
         if may_share(entry):
             tap = entry.sites[0][0]
-            trusted = entry.name in verified and not entry.left_out
+            # between steps a sharding engine shows its pieces; in a layer's forward it shows plain parameters
+            whole = type(entry.parameter) is nn.Parameter and entry.parameter.numel() == entry.scalars
+            trusted = whole and entry.name in verified and not entry.left_out
             more = tap.checks or tap.gathers or tap.contracted or tap.weighed is not None
             tap.shares = trusted and not more
 
