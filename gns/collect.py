@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gns import sharing
 from gns.attachment import compiled_autograd, hooks_of, notify, reached
 from gns.boundary import Boundary, Close
 from gns.calls import Call, Calls, outputs
@@ -72,6 +73,7 @@ class Collector:
         first_step: number of the next optimizer step.
         metric: in which norms are taken.
         alone: measure this process's own examples, whatever other ranks there are.
+        share: let layers have their weight's gradient out of the product of its norms, see `gns.sharing`.
     """
 
     def __init__(
@@ -89,10 +91,11 @@ class Collector:
         first_step: int = 0,
         metric: Metric = EUCLIDEAN,
         alone: bool = False,
+        share: bool = False,
     ):
         self.model, self.taps, self.entries = unwrapped(model), plan.taps, plan.entries
         self._wrapper = model
-        self.every, self.scaler, self._alone = every, scaler, alone
+        self.every, self.scaler, self._alone, self._share = every, scaler, alone, share
         self.on_step, self.on_error, self.on_notice = on_step, on_error, on_notice
         self.dead = False
         self.step = first_step
@@ -140,6 +143,7 @@ class Collector:
         for tap in self.taps:
             tap.drop()
             tap.close_checks()
+            tap.shares = False
             tap.on_leaf = tap.on_error = tap.on_misplaced = tap.on_doubled = tap.on_pass = tap.tally = None
         if self.pool is not None:
             self.pool.close()
@@ -467,3 +471,5 @@ class Collector:
         self.boundary.measuring = self.active
         if self.active:
             self.check.begin(self.step // self.every, everything=self.hidden)
+            if self._share:
+                sharing.choose(self.entries, self.check.verified)

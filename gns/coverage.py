@@ -16,6 +16,8 @@ class Coverage:
         reasons: for each name in `unmeasured`, why it is left out.
         verified: measured parameters whose contributions have summed to their gradient in a self-check.
         stopped: the error after which the monitor stood down, or None.
+        shared: measured weights whose gradient has come out of the product of their norms, see `gns.sharing`;
+            None where that was not asked for.
     """
 
     measured: Mapping[str, int]
@@ -23,6 +25,7 @@ class Coverage:
     reasons: Mapping[str, str]
     verified: frozenset[str] = frozenset()
     stopped: str | None = None
+    shared: frozenset[str] | None = None
 
     @property
     def share(self) -> float:
@@ -37,6 +40,8 @@ class Coverage:
             f"({100 * self.share:.4g} % of their scalars), {len(self.verified)} verified by the self-check"
         ]
         lines += [f"  not measured: {name}: {self.reasons[name]}" for name in self.unmeasured]
+        if self.shared is not None:
+            lines.append(f"  gradient out of the same product as the norms: {len(self.shared)} parameters")
         if self.stopped is not None:
             lines.append(f"  measuring stopped: {self.stopped}")
         return "\n".join(lines)

@@ -6,6 +6,7 @@ unchanged. Nothing of ours may raise there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,7 @@ class TapFunction(torch.autograd.Function):
 
 
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a tap's leaves: those of `_sums` or carriers, then gathers', check sums, signed sums."""
+    """Gradients of a tap's leaves: norms summed or carried, then gathers', check sums, signed sums."""
     tap, where = ctx.tap, ctx.where
     if where is None:
         where = Placement(dy.shape[0])
@@ -95,38 +96,52 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
         x = x.expand(where.shared_by, *x.shape[1:])
     with plainly(dy.device.type):
         if not ctx.more:
-            return None, None, None, *_carried(ctx, x, dy, where)
-        gathered, carried = {p for p, _, _ in ctx.gathered}, []
+            return None, None, None, *norms_carried(ctx, x, dy, where)
+        gathered, met = {p for p, _, _ in ctx.gathered}, []
         for p, gather, noted in ctx.gathered:
-            carried += gather.contribute(rule, layer, x, dy, p, where, noted)
+            met += gather.contribute(rule, layer, x, dy, p, where, noted)
         if ctx.carried:
-            sums = None, None, None, *_carried(ctx, x, dy, where)
+            sums = None, None, None, *norms_carried(ctx, x, dy, where)
         else:
-            sums = _sums(ctx, x, dy, where, [p for p in ctx.live if p not in gathered])
+            sums = norms_summed(ctx, x, dy, where, [p for p in ctx.live if p not in gathered])
         totals = _checked(ctx, x, dy, where) if ctx.checked else ()
         contracted = [_contracted(tap, x, dy, p, where) for p in ctx.contracted]
-        return *sums, *carried, *totals, *contracted
+        return *sums, *met, *totals, *contracted
 
 
-def _carried(ctx: Any, x: Tensor, dy: Tensor, where: Placement) -> list[Tensor | None]:
-    """‖cᵢ‖² [n] of each parameter, as gradients of the call's carriers."""
+def norms_carried(
+    ctx: Any, x: Tensor, dy: Tensor, where: Placement, known: Mapping[str, Tensor] | None = None
+) -> list[Tensor | None]:
+    """‖cᵢ‖² [n] of each parameter, as gradients of the call's carriers; some may be known already."""
     tap, dtype = ctx.tap, ctx.tap.leaf.dtype
-    return [tap.sq_norms(x, dy, p, where).to(dtype) if p in ctx.live else None for p in tap.parameters]
+    found = dict(known or {})
+    found |= {p: tap.sq_norms(x, dy, p, where) for p in ctx.live if p not in found}
+    return [found[p].to(dtype) if p in found else None for p in tap.parameters]
 
 
-def _sums(
-    ctx: Any, x: Tensor, dy: Tensor, where: Placement, parameters: list[str]
+def norms_summed(
+    ctx: Any,
+    x: Tensor,
+    dy: Tensor,
+    where: Placement,
+    parameters: list[str],
+    known: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Squared norms, as gradients of three leaves, where the call has no carriers for them.
 
     For the call ‖cᵢ‖² [n] over the parameters, in the metric where it weighs entries; for the tap the sums
-    over the examples, [P] in such a metric, and [P + 1] as they are with the number of rows.
+    over the examples, [P] in such a metric, and [P + 1] as they are with the number of rows. Without a
+    metric that weighs entries, some may be known already.
     """
     tap, in_metric = ctx.tap, None
     dtype = tap.leaf.dtype
     rows = tap.count(dy.shape[0] if where.misfit else where.n, dtype, dy.device)
     roots = tap.roots if ctx.weighs else {}
-    counted = norms = {p: tap.sq_norms(x, dy, p, where, roots.get(p)).to(dtype) for p in parameters}
+    if known is None:
+        counted = norms = {p: tap.sq_norms(x, dy, p, where, roots.get(p)).to(dtype) for p in parameters}
+    else:
+        every = {p: known[p] if p in known else tap.sq_norms(x, dy, p, where) for p in parameters}
+        counted = norms = {p: found.to(dtype) for p, found in every.items()}
     if ctx.weighs:
         counted = {p: both[:, 1] for p, both in norms.items() if p in roots}
         norms = {p: found[:, 0] if p in roots else found for p, found in norms.items()}

@@ -57,6 +57,30 @@ def sq_norms(
     return joined([of_blocks(rule.blocks(layer, a, b, parameter), root) for a, b in chunks])
 
 
+def norms_and_sum(
+    rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int = MAX_BYTES
+) -> tuple[Tensor, Tensor]:
+    """‖c_b‖² of each example's gradient and their sum Σ_b c_b, out of one product.
+
+    Args:
+        rule: of the layer; it knows both together.
+        layer: the layer.
+        x: [B, ..., I], what the rule captured of its input.
+        dy: [B, ..., O], gradient of the loss at its output.
+        parameter: the parameter's name in the layer.
+        limit: bytes of blocks alive at once; one example may pass it.
+
+    Returns:
+        [B] in (loss / parameter)², and the parameter's shape in loss / parameter; float32 or float64.
+
+    Raises:
+        ValueError: the rule has no such form.
+    """
+    if rule.together is None:
+        raise ValueError(f"the rule of {rule.kind} has no form for norms and sum together; ask apart")
+    return rule.together(layer, x, _scaled(rule, dy), parameter, limit)
+
+
 def sum_of_blocks(
     rule: Rule, layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int = MAX_BYTES
 ) -> Tensor:

@@ -59,6 +59,7 @@ class SelfCheck:
         self._tries: dict[str, int] = {}
         self._shown: dict[str, int] = {}
         self._open: list[Entry] = []
+        self.verified: set[str] = set()  # parameters whose Σcᵢ has once been equal to their gradient
 
     def begin(self, measured: int, *, everything: bool = False) -> None:
         """Open the sums of this step's share of the round.
@@ -152,6 +153,7 @@ class SelfCheck:
             verified: those of them that had a non-zero gradient.
             usable: whether the step was.
         """
+        self.verified.update(verified)
         for name in checked:
             self._tries[name] += usable
         self._todo = [e for e in self._todo if e.name not in verified and self._tries[e.name] < TRIES]

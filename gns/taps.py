@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gns import reducers
+from gns import reducers, sharing
 from gns.gather import Gather, sum_dtype
 from gns.metrics import of_blocks
 from gns.passage import TapFunction
@@ -61,6 +61,7 @@ class Tap:
         self.roots: dict[str, Tensor] = {}
         self.weighed: Tensor | None = None  # leaf of the sums in that metric
         self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
+        self.shares = self.shared = False  # its weight's gradient may come from here in this step; once did
         self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
         self.tally: Tally | None = None  # counts its norms together with those of other layers
@@ -279,6 +280,8 @@ class OutputHook(_Hook):
         if not live or not tap.admits(x, where):
             return None
         carriers = () if compiling else tap.carriers(where)
+        if tap.shares and not compiling and sharing.fits(tap, x, out, live, where):
+            return sharing.passed(out, x, tap, live, where, carriers)
         if carriers:
             leaves = None, None, None, *carriers
         elif where is None:

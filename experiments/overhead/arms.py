@@ -76,10 +76,12 @@ class Monitored(Arm):
     """The monitor, measuring every step."""
 
     name, warm, every, first = "monitor", 9, 1, FIRST  # its first round of self-checks ends within 9 steps
+    share = False
 
     def watch(self) -> None:
         """Attach; on_error="raise", so that no arm is timed that stood down."""
-        self.monitor = GNSMonitor(self.model, every=self.every, on_error="raise", history=1_000)
+        how = {"every": self.every, "share_weight_gradient": self.share}
+        self.monitor = GNSMonitor(self.model, on_error="raise", history=1_000, **how)
         self.monitor.start_at(self.first)
         self.monitor.attach()
 
@@ -93,6 +95,12 @@ class Monitored(Arm):
         self.monitor.detach()
         if reasons or not self.monitor.history:
             raise RuntimeError(f"arm {self.name!r}: {len(self.monitor.history)} steps, unusable: {reasons}")
+
+
+class Shared(Monitored):
+    """The monitor, linear weights' gradients out of the product that their norms are read from."""
+
+    name, share = "monitor, shared weight gradient", True
 
 
 class Tenth(Monitored):
@@ -261,7 +269,7 @@ class Backpack(Arm):
         self.sq_norms = sum(p.batch_l2 for p in self.trained) * (len(ids) * self.setting.accumulate) ** 2
 
 
-OURS: tuple[type[Arm], ...] = (Monitored, Tenth, Between, Detached)
+OURS: tuple[type[Arm], ...] = (Monitored, Shared, Tenth, Between, Detached)
 PEERS: tuple[type[Arm], ...] = (Vmap, Opacus, Ghost, Backpack, PerExample)
 
 

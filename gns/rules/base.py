@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 Blocks = Callable[[nn.Module, Tensor, Tensor, str], Tensor]
 SqNorms = Callable[[nn.Module, Tensor, Tensor, str, int], Tensor | None]
+Together = Callable[[nn.Module, Tensor, Tensor, str, int], tuple[Tensor, Tensor]]
 Capture = Callable[[nn.Module, tuple, dict, Any], Tensor | None]
 
 
@@ -35,6 +36,7 @@ class Rule:
         total: blocks summed over the examples, where that is cheaper than forming them.
         sq_norms: the same arguments and a bound in bytes → [B], ‖c_b‖² without forming blocks, or None where
             blocks are the better way.
+        together: the same arguments → ‖c_b‖² [B] and Σ_b c_b out of one product, in chunks below the bound.
         floats: (x, dy) → floats an example that `blocks` holds besides its result.
         capture: (layer, args, kwargs, output) → what the tap keeps as x; None where the call cannot be read.
         autocast: whether autocast casts the layer's input to its low precision.
@@ -50,6 +52,7 @@ class Rule:
     needs_input: tuple[str, ...] = ()
     total: Blocks | None = None
     sq_norms: SqNorms | None = None
+    together: Together | None = None
     floats: Callable[[Tensor, Tensor], int] | None = None
     capture: Capture = first_tensor
     autocast: bool = False

@@ -12,6 +12,7 @@ from gns.rules.probing import close, own_parameters, run
 
 FLOAT = 4  # bytes
 CACHED = 2**22  # bytes of products that are squared before they leave a CPU's cache
+PASSES = 48  # multiply-adds that a CPU makes while it adds up and squares one entry of a block (measured)
 
 
 def as_sequences(x: Tensor) -> Tensor:
@@ -145,6 +146,79 @@ def _sliced_sq_norm(x: Tensor, dy: Tensor, width: int) -> Tensor:
     return added([wide_bmm(part.mT, x).square().sum((1, 2)) for part in dy.split(width, -1)])
 
 
+def sharing_pays(x: Tensor, dy: Tensor) -> bool:
+    """Whether norms and sum out of one product cost less than the norms beside autograd's own gradient.
+
+    The product is there anyway, so that what it adds is a pass over the blocks: on CPU as much as `PASSES`
+    multiply-adds an entry. It always is where the norms alone would take the product.
+
+    Args:
+        x: [B, ..., I], the layer's input.
+        dy: [B, ..., O], of the shape of its output.
+    """
+    if not gram_is_cheaper(x, dy):
+        return True
+    t, i, o = x.shape[1:-1].numel(), x.shape[-1], dy.shape[-1]
+    return not dy.is_cuda and t * t * (i + o) > PASSES * i * o
+
+
+def linear_together(
+    layer: nn.Module, x: Tensor, dy: Tensor, parameter: str, limit: int
+) -> tuple[Tensor, Tensor]:
+    """Squared norms of the examples' weight gradients, and their sum, out of one product.
+
+    s_b = ‖C_b‖²        C = Σ_b C_b        C_b = Σ_t dy_bt x_btᵀ
+
+    Args:
+        layer: the layer; not looked at.
+        x: [B, ..., I], the layer's input.
+        dy: [B, ..., O], gradient of the loss at its output.
+        parameter: "weight".
+        limit: bytes of blocks alive at once.
+
+    Returns:
+        s [B], float32 or float64, in (loss / parameter)², and C [O, I], contiguous, in loss / parameter.
+
+    Raises:
+        ValueError: the parameter is not the weight.
+
+    Memory: C, as the gradient that it is, beside blocks below the limit (on CPU, below the cache).
+    Slow twin: tests/reference/per_example.py
+    """
+    if parameter != "weight":
+        raise unknown(parameter, "Linear, norms and sum together", ("weight",))
+    x, dy = as_sequences(x), as_sequences(dy)
+    i, o = x.shape[-1], dy.shape[-1]
+    limit = limit if dy.is_cuda else min(limit, CACHED)
+    if o > 4 * i:  # a LoRA factor B: the short side first, as MKL likes it
+        norms, total = _norms_and_sum(dy, x, limit)
+        return norms, total.mT.contiguous()
+    return _norms_and_sum(x, dy, limit)
+
+
+def _norms_and_sum(x: Tensor, dy: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """‖C_b‖² [B] and Σ_b C_b [O, I], in slices of output features where one block alone passes the limit."""
+    i, o = x.shape[-1], dy.shape[-1]
+    total = torch.empty(o, i, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+    width = min(o, max(1, limit // (FLOAT * i)))
+    slices = zip(dy.split(width, -1), total.split(width), strict=True)
+    return added([_added_up(x, part, to, limit) for part, to in slices]), total
+
+
+def _added_up(x: Tensor, dy: Tensor, total: Tensor, limit: int) -> Tensor:
+    """Write Σ_b C_b into `total`, [O, I], chunk by chunk, and give ‖C_b‖², [B]."""
+    size, norms = max(1, limit // (FLOAT * max(1, total.numel()))), []
+    for number, (a, b) in enumerate(zip(x.split(size), dy.split(size), strict=True)):
+        found = wide_bmm(b.mT, a)
+        part = found[0] if len(found) == 1 else found.sum(0)
+        if number:
+            total.add_(part)
+        else:
+            total.copy_(part)
+        norms.append(block_sq_norms(found, scratch=True))
+    return joined(norms)
+
+
 LINEAR = Rule(
     "Linear",
     ("weight", "bias"),
@@ -152,6 +226,7 @@ LINEAR = Rule(
     needs_input=("weight",),
     total=linear_total,
     sq_norms=linear_sq_norms,
+    together=linear_together,
     autocast=True,
 )
 

@@ -45,8 +45,10 @@ class Case:
     tolerance: torch.dtype | None = None  # of the readings; None: of `dtype`
     ranks: int | None = None  # it needs so many
     adam: bool = False  # trained with Adam, measured in its metric
+    tokens: int = 0  # positions in a row; 0: a row has none
 
 
+SHARED = {"share_weight_gradient": True}
 CASES = [
     Case("plain"),
     Case("float32", dtype=torch.float32),
@@ -76,6 +78,13 @@ CASES = [
          engine_options={"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}),
     Case("hsdp", engine="hsdp", sizes=uneven, ranks=4),
     Case("fsdp unmonitored", engine="fsdp", dtype=torch.float32, monitored=False),
+    Case("shared", tokens=9, monitor=SHARED),
+    Case("shared, buckets", tokens=9, monitor=SHARED, sizes=lambda step, rank: [3, 2 + rank, 4],
+         engine_options={"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True}),
+    Case("not shared", tokens=9, monitored=False),
+    Case("not shared, buckets", tokens=9, monitored=False, sizes=lambda step, rank: [3, 2 + rank, 4],
+         engine_options={"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True}),
+    Case("fsdp shared", engine="fsdp", tokens=9, monitor=SHARED),
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 
@@ -86,15 +95,16 @@ def net(dtype: torch.dtype, seed: int = 0) -> nn.Module:
 
 
 def rows(case: Case, step: int, rank: int, micro: int) -> torch.Tensor:
-    """The rows of one micro-batch, [n, 3]."""
+    """The rows of one micro-batch, [n, 3] or [n, T, 3]."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * rank + micro)
     n = case.sizes(step, rank)[micro]
-    return torch.randn(n, 3, generator=generator, dtype=torch.float64).to(case.dtype)
+    shape = (n, case.tokens, 3) if case.tokens else (n, 3)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
 
 
 def losses(out: torch.Tensor) -> torch.Tensor:
     """Loss of each row, [n]."""
-    return (out - 1).square().sum(1)
+    return (out - 1).square().flatten(1).sum(1)
 
 
 def optimizer_of(model: nn.Module, case: Case | None = None) -> torch.optim.Optimizer:

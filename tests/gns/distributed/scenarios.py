@@ -69,6 +69,7 @@ def result(monitor: GNSMonitor, model: nn.Module, caught: list) -> dict[str, Any
         "steps": [record(s) for s in monitor.history],
         "unmeasured": dict(coverage.reasons),
         "verified": sorted(coverage.verified),
+        "shared": None if coverage.shared is None else sorted(coverage.shared),
         "stopped": coverage.stopped,
         "warnings": [str(w.message) for w in caught],
         "weights": [p.detach().double().flatten().tolist() for p in whole],
@@ -92,6 +93,7 @@ def run(case: Case) -> dict[str, Any]:
     optimizer = optimizer_of(model, case)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # as Linear does
         for step in range(case.steps):
             count = len(case.sizes(step, rank))
             for micro in range(count):
@@ -102,6 +104,8 @@ def run(case: Case) -> dict[str, Any]:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
             optimizer.step()
             optimizer.zero_grad()
+            if case.tokens and case.monitored:
+                monitor.flush()  # what the ranks' sums verify is known to every rank before the next step
         if case.monitored:
             found = result(monitor, model, caught)
         else:

@@ -64,6 +64,19 @@ def test_weights_are_those_of_unmonitored_training(ranks, on, off):
     assert torch.tensor(ranks[0][on]["weights"][0]).any()
 
 
+@pytest.mark.parametrize("case", ["shared", "shared, buckets"])
+def test_a_weight_gradient_out_of_the_norms_product_is_reduced_like_any(ranks, case):
+    """Once a backward pass, in buckets too; equal up to rounding to the run without a monitor."""
+    for found in (rank[case] for rank in ranks):
+        assert found["shared"] == ["0.weight", "2.weight", "4.weight"]
+        for p, q in zip(found["weights"], ranks[0][f"not {case}"]["weights"], strict=True):
+            close(p, q, rtol=1e-12)
+
+
+def test_a_sharded_weight_goes_unshared(ranks):
+    assert all(rank["fsdp shared"]["shared"] == [] for rank in ranks)
+
+
 def test_control_another_factor_is_not_within_the_tolerance(ranks):
     """The mean's twin does not pass for the run whose gradients are divided by 3."""
     wrong, found = twin(BY_NAME["fsdp"], len(ranks))[0], ranks[0]["fsdp divisor"]["steps"][0]
