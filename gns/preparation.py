@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from gns import corpus
-from gns.data import Examples, Row, encode_texts, load_examples
+from gns.data import Examples, Row, encode_texts, load_examples, pad_id
 from gns.estimate import MIN_STEPS
 from gns.sources import first_line
 
@@ -183,7 +183,8 @@ def prepare(config: FinetuneConfig, *, adapter: Path | None = None) -> Prepared:
         )
         kept = f" (after {len(held_out)} are held out)" if held_out else ""
         raise ConfigError(f"a batch of {size} is larger than the data: {len(train)} examples{kept}")
-    model = _adapted(config, tokenizer, adapter)
+    largest = max(i for row in (*train, *held_out) for i in (*row.input_ids, pad_id(tokenizer)))
+    model = _adapted(config, adapter, largest)
     updates = math.ceil(math.ceil(len(train) / config.batch_size) / config.grad_accum)
     n_steps = config.steps or max(1, math.ceil((config.epochs or 1) * updates))
     remarks = list(examples.remarks())
@@ -202,13 +203,13 @@ def prepare_model(config: FinetuneConfig) -> Any:
     """
     config.check()
     _check_model_path(config.model)
-    return _adapted(config, _from_pretrained(AutoTokenizer, config))
+    return _adapted(config)
 
 
-def _adapted(config: FinetuneConfig, tokenizer: Any, adapter: Path | None = None) -> Any:
+def _adapted(config: FinetuneConfig, adapter: Path | None = None, largest_id: int = 0) -> Any:
     """Load the base model and put adapters on it: trained ones, if given, else fresh ones."""
     model = _from_pretrained(AutoModelForCausalLM, config, dtype=config.base_dtype)
-    _check_fit(config, model, tokenizer)
+    _check_fit(config, model, largest_id)
     transformers.set_seed(config.seed)  # the adapters' initial values
     lora = None if adapter is not None else _lora(config, model)
     with quiet_peft():
@@ -289,8 +290,10 @@ def _examples(config: FinetuneConfig, tokenizer: Any) -> Examples:
     return load_examples(config.data, tokenizer, max_length=config.max_length)
 
 
-def _check_fit(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> None:
-    """Check that model, tokenizer and length go together.
+def _check_fit(config: FinetuneConfig, model: nn.Module, largest_id: int) -> None:
+    """Check that model, token ids and length go together.
+
+    Ids are those that occur: a tokenizer may have entries that no text has (Gemma 3's has one for images).
 
     Raises:
         ConfigError: they do not.
@@ -299,8 +302,11 @@ def _check_fit(config: FinetuneConfig, model: nn.Module, tokenizer: Any) -> None
     if longest is not None and config.max_length > longest:
         raise ConfigError(f"max_length is {config.max_length}; {config.model} has {longest} positions")
     n_rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if len(tokenizer) > n_rows:
-        raise ConfigError(f"{config.model}: a tokenizer of {len(tokenizer)} entries, but {n_rows} embeddings")
+    if largest_id >= n_rows:
+        raise ConfigError(
+            f"{config.model} has {n_rows} embeddings, the data hold token {largest_id}; give a model "
+            "with its own tokenizer"
+        )
 
 
 def _lora(config: FinetuneConfig, model: nn.Module) -> LoraConfig:
@@ -322,7 +328,7 @@ def _lora(config: FinetuneConfig, model: nn.Module) -> LoraConfig:
                 known = ", ".join(names)
                 raise ConfigError(f"target module {target!r} is not in {config.model}; known: {known}")
         layers = {name: layer for name, layer in layers.items() if any(_names(t, name) for t in targets)}
-    largest = max(max(layer.weight.shape) for layer in layers.values())
+    largest = max(max(layer.weight.shape) for layer in layers.values())  # type: ignore[reportArgumentType]
     if config.rank > largest:
         raise ConfigError(
             f"rank is {config.rank}, but the largest dimension of the layers to adapt is {largest}; "

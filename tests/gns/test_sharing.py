@@ -60,8 +60,21 @@ def shared(monkeypatch):
     return seen
 
 
+WATCHING = []
+
+
+@pytest.fixture(autouse=True)
+def _left():
+    """A monitor that is left attached would hear the optimizers of the next test."""
+    yield
+    while WATCHING:
+        WATCHING.pop().detach()
+
+
 def watch(model, **options):
-    return GNSMonitor(model, share_weight_gradient=True, **{"on_error": "raise", **options}).attach()
+    monitor = GNSMonitor(model, share_weight_gradient=True, **{"on_error": "raise", **options}).attach()
+    WATCHING.append(monitor)
+    return monitor
 
 
 # the same gradients, the same readings
