@@ -78,10 +78,12 @@ def counts(save: Saver, *, pairs: int) -> None:
 
 
 def memory(save: Saver, settings: Sequence[Setting]) -> None:
-    """Measure the peak resident size of every arm in a process of its own, twice of the untouched step."""
-    names = [Arm.name, *(kind.name for kind in resident()), Arm.name]
-    jobs = [("rss", setting, name) for setting in settings for name in names]
-    repeats = [names[:i].count(name) for _ in settings for i, name in enumerate(names)]
+    """Measure peak resident sizes in processes of their own, twice of the untouched step."""
+    jobs, repeats = [], []
+    for setting in settings:
+        names = [Arm.name, *(kind.name for kind in resident(setting)), Arm.name]
+        jobs += [("rss", setting, name) for name in names]
+        repeats += [names[:i].count(name) for i, name in enumerate(names)]
     for (what, setting, name), repeat, found in zip(jobs, repeats, fresh.run(jobs, lean=True), strict=True):
         save([_counted(what, setting, {"arm": name, "repeat": repeat} | found)])
 

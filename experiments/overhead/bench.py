@@ -108,7 +108,7 @@ def _counting(setting: Setting, pairs: int) -> float:
 
 def _resident(setting: Setting) -> float:
     """Reckon the memory of a setting, a process an arm; as many at a time as there are cores."""
-    processes = 2 + len(resident())
+    processes = 2 + len(resident(setting))
     return processes * (BUILD + DEARER * (1 + fresh.STEPS) * work(setting))
 
 

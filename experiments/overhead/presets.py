@@ -47,9 +47,9 @@ def kinds(preset: str, setting: Setting) -> tuple[type[Arm], ...]:
     """Name the arms of a setting, the untouched one not among them."""
     if preset in KINDS:
         return KINDS[preset]
-    return (*OURS, *PEERS) if setting.name in ALL else resident()
+    return (*OURS, *PEERS) if setting.name in ALL else (Monitored, *SHARED, *PEERS)
 
 
-def resident() -> tuple[type[Arm], ...]:
-    """Name the arms whose resident size is measured: those that measure every step."""
-    return (Monitored, *SHARED, *PEERS)
+def resident(setting: Setting) -> tuple[type[Arm], ...]:
+    """Name the arms whose resident size is measured: ours of every step, and in two settings the peers."""
+    return (Monitored, *SHARED, *(PEERS if setting.name in (NARROW, FULL) else ()))
