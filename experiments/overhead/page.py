@@ -161,7 +161,7 @@ def insert(readme: Path, rows: Rows, folder: str) -> None:
         f"× untouched: median (95 % bootstrap interval) ([rows, rule, peers, sweeps]({folder}/README.md)):"
     )
     figure = f"![Time of a step by arm: the monitor beside its peers]({folder}/overhead.png)"
-    readme.write_text(f"{before}{begin}{head}\n\n{summary(rows)}\n\n{figure}\n{end}{after}")
+    readme.write_text(f"{before}{begin}{head}\n\n{verdicts.brief(rows)}\n\n{figure}\n{end}{after}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -96,6 +96,26 @@ def times(rows: Rows) -> str:
     return markdown(head, lines)
 
 
+def brief(rows: Rows) -> str:
+    """Write the few columns that a front page has room for; the page has the rest."""
+    arms = watchers(rows)
+    head = ["setting", "untouched beside itself", *arms, "fastest peer", "wanted", "peak memory"]
+    lines = []
+    for name, (wanted, _) in WANTED.items():
+        found = named(rows, name)
+        peers = {kind.name: found[kind.name] for kind in PEERS if kind.name in found}
+        cells = [name, str(found.get(AA, "not yet measured"))]
+        for arm in arms:
+            there = {AA, arm} <= found.keys()
+            verdict = time_verdict(found[arm], wanted, found[AA]).partition(":")[0] if there else ""
+            cells.append(f"{found[arm]}: {verdict}" if there else "not yet measured")
+        fastest = min(peers, key=lambda peer: peers[peer].middle, default=None)
+        cells.append("none ran" if fastest is None else f"{peers[fastest]}, {fastest}")
+        size = _resident(rows, name, "monitor", wanted)[0].partition(" of ")[0]
+        lines.append([*cells, f"{wanted}", size])
+    return markdown(head, lines)
+
+
 def sizes(rows: Rows) -> str:
     """Write the table of memory wanted and reached."""
     arms = watchers(rows)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experiments.overhead import __main__ as command
-from experiments.overhead import bench, fresh, page, presets, sweepfigure, table
+from experiments.overhead import bench, fresh, page, presets, sweepfigure, table, verdicts
 from experiments.overhead.arms import Gram, Monitored
 from experiments.overhead.sweeps import Sweep
 from tests.experiments.overhead.rows_by_hand import row, setting
@@ -74,7 +74,7 @@ def test_one_command_writes_rows_figures_and_a_page(short, tmp_path, capsys):
     page.insert(readme, rows, "results")
     inserted = readme.read_text()
     assert inserted.startswith("before\n") and inserted.endswith("\nafter\n") and "old" not in inserted
-    assert page.summary(rows) in inserted and "(results/overhead.png)" in inserted
+    assert verdicts.brief(rows) in inserted and "(results/overhead.png)" in inserted
 
 
 def test_a_readme_without_marks_is_refused(tmp_path):

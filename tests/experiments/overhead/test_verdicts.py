@@ -104,3 +104,14 @@ def test_start_up_and_idle_steps_are_judged(attach, operations, found):
     idle = {"what": "idle", "status": "ok", "extra_operations": operations, "extra_saved": [0, 0]}
     lines = verdicts.others([each | {"setting": setting().row()} for each in (startup, idle)]).splitlines()
     assert [line.rsplit(" | ", 1)[1] for line in lines[2:]] == [f"{found} |"] * 2
+
+
+def test_the_brief_table_names_the_fastest_peer_and_the_bare_verdict():
+    def made(arm, ratios):
+        return row(arm, ratios, NARROW)
+
+    rows = [made(AA, [1.0] * 8), made("monitor", [1.2] * 8), made("torch.func vmap(grad)", [1.1] * 8)]
+    line = next(line for line in verdicts.brief(rows).splitlines() if NARROW in line)
+    assert "| 1.200 (1.200 … 1.200): missed | 1.100 (1.100 … 1.100), torch.func vmap(grad) | 1.05 |" in line
+    empty = verdicts.brief(rows).splitlines()[-1]
+    assert "not yet measured | none ran" in empty
