@@ -34,8 +34,13 @@ def clocks(monkeypatch):
 @pytest.mark.parametrize(
     "seconds, chosen, tried",
     [
-        ({1: 1.0, 2: 1.95, 4: 1.0}, 1, [2]),  # saturated: two at once take twice as long
-        ({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.7}, 4, [2, 4, 8]),
+        ({1: 1.0, 2: 1.95, 4: 3.9, 8: 1.0}, 1, [2, 4]),  # saturated: two at once take twice as long
+        ({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.7}, 4, [2, 4, 8, 16]),
+        (
+            {1: 1.0, 2: 2.0, 4: 2.2, 8: 4.3, 16: 8.6, 32: 9.0},
+            4,
+            [2, 4, 8, 16],
+        ),  # one slow timing is passed over
         ({1: 1.0, 2: 1.1}, 2, [2, 4]),  # no memory for four
         ({1: 1.0, **{w: 1.0 for w in packed_width.WIDTHS}}, 64, list(packed_width.WIDTHS)),
     ],
@@ -51,10 +56,10 @@ def test_runs_of_one_kind_are_timed_once(clocks):
     first = config("x", dials={"answered": True})
     for changed in ({}, {"lr": 3.0}, {"seed": 4, "data_seed": 4}, {"epochs": 3}, {"evals": 3, "n_eval": 9}):
         best_width(dataclasses.replace(first, **changed), "cpu")
-    assert asked == [2]
+    assert asked == [2, 4]
     best_width(dataclasses.replace(first, batch_size=2), "cpu")
     best_width(dataclasses.replace(first, rank=2), "cpu")
-    assert asked == [2, 2, 2]
+    assert asked == [2, 4] * 3
 
 
 @pytest.mark.usefixtures("sentences")
