@@ -81,8 +81,8 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def best_width(config: RunConfig, device: str | None = None) -> int:
     """Say how many slots of a kind of run pay; 1: the solo loop is as fast, as on a machine at its limit.
 
-    Widths are tried in turn until two in a row are not `PAYS` times as fast as the best before them, or one does
-    not fit into memory. Takes seconds on a small model; kept for runs of the same base, shape and batch.
+    Widths are tried in turn until two in a row are not `PAYS` times as fast as the best before them, or one
+    does not fit into memory. Takes seconds on a small model; kept for runs of the same base, shape and batch.
 
     Args:
         config: of the kind; one that can be packed.
