@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,7 +58,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Give every whole row of a file, in its order; a file that is missing has none.
+    """Give every whole row of a file (.gz: compressed), in its order; a file that is missing has none.
 
     Raises:
         RunError: a whole line is no row.
@@ -83,7 +85,13 @@ def _values(path: Path) -> Generator[tuple[int, Any]]:
     """Give (number of the line, value) of every whole line; those that a kill cut off are passed over."""
     if not path.exists():
         return
-    for i, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    text = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            text = gzip.decompress(text)
+        except (OSError, EOFError, zlib.error) as error:
+            raise RunError(f"{path}: no whole compressed file of rows: {error}") from error
+    for i, line in enumerate(text.split(b"\n"), start=1):
         with suppress(ValueError):
             yield i, json.loads(line)
 

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sweep in asked.collect or []:
             print(collect(sweep, asked.folder))
         sources = sorted(p for p in asked.folder.glob("*.jsonl.gz") if p.name != FROZEN)
-        runs = rowsfile.results(row for path in sources for row in rows.read(path)).values()
+        runs = rowsfile.results(row for path in sources for row in rowsfile.read(path)).values()
         frozen = rows.read(asked.folder / FROZEN)
         if not runs and not frozen:
             raise RunError(f"{asked.folder}: no rows; run a sweep, then --collect its folder")

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from experiments import grids, rows, rowsfile
+from experiments import grids, rowsfile
 from experiments.analysis.cells import cells, varied
 from experiments.analysis.curves import Curve, curve
 from experiments.configs import RunError
@@ -64,7 +64,7 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
         raise RunError(
             f"{', '.join(missing)}: no such file; python -m experiments.sweep --preset NAME makes it"
         )
-    found = [row for path in paths for row in (rows.read if path.suffix == ".gz" else rowsfile.read)(path)]
+    found = [row for path in paths for row in rowsfile.read(path)]
     return list(rowsfile.results(found).values())
 
 

@@ -1,6 +1,7 @@
 """Rows on disk: whole or not at all, whatever is killed, full or written by several at once."""
 
 import errno
+import gzip
 import json
 import math
 import multiprocessing
@@ -108,3 +109,13 @@ def test_numbers_that_are_not_finite_become_null():
         "a": [1.5, None, [None, None]],
         "b": {"c": None, "d": "nan", "e": True},
     }
+
+
+def test_compressed_rows_are_read_and_half_a_file_is_refused(tmp_path):
+    rows = [{"hash": "a", "status": "done"}, {"hash": "b", "status": "diverged"}]
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert rowsfile.read(path) == rows
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(RunError, match=r"rows.jsonl.gz: no whole compressed file"):
+        rowsfile.read(path)
