@@ -16,9 +16,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gns.curvature.smooth import plain_entropy, through_softmax
+
 Moved = MutableMapping[int, Tensor]  # id of a tensor → its tangent; those that stay are not in it
-Bent = list[tuple[Tensor, Tensor]]  # tensor, z
 Function = Callable[..., Any]
+
+
+class Bent:
+    """Sums of z by tensor."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, x: Tensor, z: Tensor) -> None:
+        """Add to the sum of a tensor; z is then ours to write to."""
+        if id(x) in self.sums:
+            self.sums[id(x)].add_(z)
+        else:
+            self.tensors[id(x)], self.sums[id(x)] = x, z
+
+    def add_product(self, x: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add a·b, of rows: in one pass where there is a sum."""
+        known = self.sums.get(id(x))
+        if known is None:
+            self.add(x, a @ b)
+        else:
+            known.view(-1, known.shape[-1]).addmm_(flat(a), b)
 
 
 @dataclass(frozen=True)
@@ -73,8 +97,8 @@ class Operation:
     def prepare(self, slopes: Sequence[Tensor | None]) -> None:
         """Be told λ of each output; None where the loss does not depend on it."""
 
-    def push(self, moved: Moved) -> Bent:
-        """Add the tangents of the outputs to those of the inputs; give z."""
+    def push(self, moved: Moved, bent: Bent) -> None:
+        """Add the tangents of the outputs to those of the inputs, and z to the sums of it."""
         raise NotImplementedError
 
     def _set(self, moved: Moved, tangent: Tensor) -> None:
@@ -90,7 +114,7 @@ class Linear(Operation):
         self.first = len(call.live) == 1 and call.args[0] is call.live[0]
         self.rest = call.args[1:]
 
-    def push(self, moved: Moved) -> Bent:
+    def push(self, moved: Moved, bent: Bent) -> None:
         """Call it."""
         if self.first:
             found = self.function(moved[id(self.call.live[0])], *self.rest, **self.call.kwargs)
@@ -100,7 +124,6 @@ class Linear(Operation):
             self._set(moved, found)
         else:
             moved.update((id(y), dy) for y, dy in zip(self.call.outs, found, strict=True))
-        return []
 
 
 class Sum(Operation):
@@ -111,7 +134,7 @@ class Sum(Operation):
         self.terms = [(id(x), c) for x, c in terms if call.moves(x)]
         self.shape, self.dtype = call.outs[0].shape, call.outs[0].dtype
 
-    def push(self, moved: Moved) -> Bent:
+    def push(self, moved: Moved, bent: Bent) -> None:
         """Add the tangents."""
         total: Tensor | None = None
         for key, c in self.terms:
@@ -119,7 +142,6 @@ class Sum(Operation):
                 total = (dx if c == 1 else c * dx) if total is None else torch.add(total, dx, alpha=c)
         if total is not None:
             self._set(moved, _like(total, self.shape, self.dtype))
-        return []
 
 
 class Product(Operation):
@@ -129,27 +151,17 @@ class Product(Operation):
         call: recorded.
         a: left factor.
         b: right factor.
-        times: forward, (a, b) → a∘b.
-        back: (λ, a, b) → the gradients of ⟨λ, a∘b⟩ in a and in b, each by a function of its own.
+        kind: of product.
         scale: c.
         bias: what is added, if it moves.
         beta: of the bias.
     """
 
     def __init__(
-        self,
-        call: Call,
-        a: Any,
-        b: Any,
-        times: Function,
-        back: tuple[Function, Function],
-        *,
-        scale: float = 1.0,
-        bias: Any = None,
-        beta: float = 1.0,
+        self, call: Call, a: Any, b: Any, kind: Kind, *, scale: float = 1.0, bias: Any = None, beta: float = 1.0
     ):
         super().__init__(call)
-        self.a, self.b, self.times, self.back, self.scale = a, b, times, back, scale
+        self.a, self.b, self.kind, self.scale = a, b, kind, scale
         self.bias, self.beta = bias if call.moves(bias) else None, beta
         self.curved = call.moves(a) and call.moves(b)
         self.slope: Tensor | None = None
@@ -160,23 +172,99 @@ class Product(Operation):
         (slope,) = slopes
         self.slope = slope if slope is None or self.scale == 1 else self.scale * slope
 
-    def push(self, moved: Moved) -> Bent:
+    def push(self, moved: Moved, bent: Bent) -> None:
         """ẏ = ȧ∘b + a∘ḃ; in a λ∘ḃ, in b ȧ∘λ."""
         da, db = moved.get(id(self.a)), moved.get(id(self.b))
-        total = self.times(da, self.b) if da is not None else None
-        if db is not None:
-            other = self.times(self.a, db)
-            total = other if total is None else total + other
+        if da is not None and db is not None:
+            total = self.kind.both(da, self.b, self.a, db)
+        else:
+            total = None if da is None else self.kind.times(da, self.b)
+            total = self.kind.times(self.a, db) if db is not None else total
         if total is not None and self.scale != 1:
             total = self.scale * total
         if self.bias is not None and (dc := moved.get(id(self.bias))) is not None:
             total = self.beta * dc if total is None else torch.add(total, dc, alpha=self.beta)
         if total is not None:
             self._set(moved, _like(total, self.shape, self.dtype))
-        if self.slope is None:
-            return []
-        bent = [] if db is None else [(self.a, self.back[0](self.slope, db, self.a))]
-        return bent if da is None else [*bent, (self.b, self.back[1](self.slope, da, self.b))]
+        if self.slope is not None and db is not None:
+            self.kind.in_a(bent, self.a, self.slope, db)
+        if self.slope is not None and da is not None:
+            self.kind.in_b(bent, self.b, self.slope, da)
+
+
+class Kind:
+    """Elementwise products."""
+
+    def times(self, a: Any, b: Any) -> Tensor:
+        """a∘b."""
+        return a * b
+
+    def both(self, da: Tensor, b: Tensor, a: Tensor, db: Tensor) -> Tensor:
+        """ȧ∘b + a∘ḃ."""
+        return torch.addcmul(da * b, a, db)
+
+    def in_a(self, bent: Bent, a: Tensor, slope: Tensor, db: Tensor) -> None:
+        """Add the gradient of ⟨λ, a∘ḃ⟩ in a."""
+        bent.add(a, _fit(slope * db, a))
+
+    def in_b(self, bent: Bent, b: Tensor, slope: Tensor, da: Tensor) -> None:
+        """Add the gradient of ⟨λ, ȧ∘b⟩ in b."""
+        bent.add(b, _fit(slope * da, b))
+
+
+class Quotient(Kind):
+    """By what does not move."""
+
+    def times(self, a: Any, b: Any) -> Tensor:
+        """a / b."""
+        return a / b
+
+
+class Matrix(Kind):
+    """a b, of matrices."""
+
+    def times(self, a: Any, b: Any) -> Tensor:
+        """a b."""
+        return a @ b
+
+    def both(self, da: Tensor, b: Tensor, a: Tensor, db: Tensor) -> Tensor:
+        """ȧ b + a ḃ."""
+        if a.ndim == b.ndim == 3 and len(a) == len(b):
+            return torch.baddbmm(torch.bmm(da, b), a, db)
+        return da @ b + a @ db
+
+    def in_a(self, bent: Bent, a: Tensor, slope: Tensor, db: Tensor) -> None:
+        """λ ḃᵀ."""
+        bent.add(a, _fit(slope @ db.transpose(-1, -2), a))
+
+    def in_b(self, bent: Bent, b: Tensor, slope: Tensor, da: Tensor) -> None:
+        """ȧᵀ λ."""
+        if b.ndim == 2:
+            bent.add(b, flat(da).t() @ flat(slope))
+        else:
+            bent.add(b, _fit(da.transpose(-1, -2) @ slope, b))
+
+
+class Rows(Kind):
+    """x wᵀ of rows: a linear layer."""
+
+    def times(self, a: Any, b: Any) -> Tensor:
+        """x wᵀ."""
+        return functional.linear(a, b)
+
+    def both(self, da: Tensor, b: Tensor, a: Tensor, db: Tensor) -> Tensor:
+        """ẋ wᵀ + x ẇᵀ."""
+        found = functional.linear(a, db)
+        found.view(-1, found.shape[-1]).addmm_(flat(da), b.t())
+        return found
+
+    def in_a(self, bent: Bent, a: Tensor, slope: Tensor, db: Tensor) -> None:
+        """λ ẇ."""
+        bent.add_product(a, slope, db)
+
+    def in_b(self, bent: Bent, b: Tensor, slope: Tensor, da: Tensor) -> None:
+        """λᵀ ẋ."""
+        bent.add(b, flat(slope).t() @ flat(da))
 
 
 class Elementwise(Operation):
@@ -196,12 +284,13 @@ class Elementwise(Operation):
         self.first = first.detach()
         self.second = None if second is None or slope is None else second * slope
 
-    def push(self, moved: Moved) -> Bent:
+    def push(self, moved: Moved, bent: Bent) -> None:
         """Multiply twice."""
         (x,) = self.call.live
         dx = moved[id(x)]
         self._set(moved, self.first * dx)
-        return [] if self.second is None else [(x, self.second * dx)]
+        if self.second is not None:
+            bent.add(x, self.second * dx)
 
 
 class Softmax(Operation):
@@ -220,20 +309,14 @@ class Softmax(Operation):
         if slope is not None:
             self.off = slope - (self.p * slope).sum(self.dim, keepdim=True)
 
-    def push(self, moved: Moved) -> Bent:
+    def push(self, moved: Moved, bent: Bent) -> None:
         """Two passes of torch's own kernel's kind."""
         (x,) = self.call.live
         dp = through_softmax(moved[id(x)], self.p, self.dim)
         self._set(moved, dp)
-        if self.off is None:
-            return []
-        bent = dp * self.off
-        return [(x, torch.addcmul(bent, self.p, bent.sum(self.dim, keepdim=True), value=-1))]
-
-
-def through_softmax(change: Tensor, p: Tensor, dim: int = -1) -> Tensor:
-    """(diag p − ppᵀ) y of each row, by torch's own kernel: one pass."""
-    return torch._softmax_backward_data(change, p, dim, p.dtype)  # type: ignore[reportPrivateImportUsage]
+        if self.off is not None:
+            z = dp * self.off
+            bent.add(x, z.addcmul_(self.p, z.sum(self.dim, keepdim=True), value=-1))
 
 
 class Entropy(Operation):
@@ -253,13 +336,12 @@ class Entropy(Operation):
         self.slope = self.p.clone().scatter_add_(-1, self.labels[:, None], label).mul_(self.share)
         self.weight = None if slope is None else self.share * slope
 
-    def push(self, moved: Moved) -> Bent:
+    def push(self, moved: Moved, bent: Bent) -> None:
         """One pass for each."""
         dx = moved[id(self.logits)]
         self._set(moved, torch.dot(self.slope.view(-1), dx.reshape(-1)))
-        if self.weight is None:
-            return []
-        return [(self.logits, through_softmax(dx, self.p).mul_(self.weight))]
+        if self.weight is not None:
+            bent.add(self.logits, through_softmax(dx, self.p).mul_(self.weight))
 
 
 class Lookup(Operation):
@@ -269,13 +351,12 @@ class Lookup(Operation):
         super().__init__(call)
         self.at, self.padding = at, padding
 
-    def push(self, moved: Moved) -> Bent:
+    def push(self, moved: Moved, bent: Bent) -> None:
         """Look up its tangents."""
         found = functional.embedding(self.at, moved[id(self.call.live[0])])
         if self.padding is not None:
             found = found.masked_fill((self.at == self.padding)[..., None], 0.0)
         self._set(moved, found)
-        return []
 
 
 class Other(Operation):
@@ -302,18 +383,20 @@ class Other(Operation):
             grads = torch.autograd.grad(ys, self.free, self.slopes, create_graph=True, allow_unused=True)
         self.pulled = [(g, x) for g, x in zip(grads, self.call.live, strict=True) if g is not None]
 
-    def push(self, moved: Moved) -> Bent:
+    def push(self, moved: Moved, bent: Bent) -> None:
         """Differentiate ⟨f′ᵀv, ẋ⟩."""
         there = [(g, moved[id(x)]) for g, x in self.pulled if id(x) in moved and g.requires_grad]
         if not there:
-            return []
+            return
         outputs, along = zip(*there, strict=True)
         found = torch.autograd.grad(
             outputs, [*self.slopes, *self.free], along, retain_graph=True, allow_unused=True
         )
         n = len(self.slopes)
         moved.update((id(y), dy) for y, dy in zip(self.call.outs, found[:n], strict=True) if dy is not None)
-        return [(x, z) for x, z in zip(self.call.live, found[n:], strict=True) if z is not None]
+        for x, z in zip(self.call.live, found[n:], strict=True):
+            if z is not None:
+                bent.add(x, z.clone())
 
 
 class Changed(RuntimeError):
@@ -335,24 +418,9 @@ def _fit(z: Tensor, x: Tensor) -> Tensor:
     return z if z.dtype is x.dtype else z.to(x.dtype)
 
 
-def _times_back(slope: Tensor, change: Tensor, x: Tensor) -> Tensor:
-    return _fit(slope * change, x)
-
-
-def _matrix_back(slope: Tensor, change: Tensor, x: Tensor) -> Tensor:
-    if x.ndim == 2:
-        return _flat(change).t() @ _flat(slope)
-    return _fit(change.transpose(-1, -2) @ slope, x)
-
-
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
+    """The rows of a tensor, [N, I]."""
     return x.reshape(-1, x.shape[-1])
-
-
-TIMES = (_times_back, _times_back)
-# of y = ab; y = xWᵀ
-MATRIX = (lambda slope, db, a: _fit(slope @ db.transpose(-1, -2), a), _matrix_back)
-ROWS = (lambda slope, dw, x: slope @ dw, lambda slope, dx, w: _flat(slope).t() @ _flat(dx))
 
 
 def _of(names: str) -> frozenset[Function]:
@@ -400,11 +468,14 @@ def _known(call: Call) -> Operation | None:
         return _rows(call)
     if f is functional.embedding:
         return _lookup(call)
+    if f is functional.cross_entropy:
+        found = plain_entropy(*args, **kwargs)
+        return None if found is None else Entropy(call, *found)
     if len(args) == 2 and (not kwargs or (kwargs.keys() == {"alpha"} and f not in _MUL | _DIV)):
         return _pair(call, float(kwargs.get("alpha", 1)))
     if f in _BIASED and len(args) == 3 and kwargs.keys() <= {"alpha", "beta"}:
         scale, beta = float(kwargs.get("alpha", 1)), float(kwargs.get("beta", 1))
-        return Product(call, args[1], args[2], torch.matmul, MATRIX, scale=scale, bias=args[0], beta=beta)
+        return Product(call, args[1], args[2], Matrix(), scale=scale, bias=args[0], beta=beta)
     return None
 
 
@@ -421,18 +492,18 @@ def _pair(call: Call, alpha: float) -> Operation | None:
         flip = f in _RSUB
         return Sum(call, [(a, -alpha if flip else 1), (b, 1 if flip else alpha if f in _ADD else -alpha)])
     if f in _MUL:
-        return Product(call, a, b, torch.mul, TIMES)
+        return Product(call, a, b, Kind())
     if f in _DIV and not call.moves(b):
-        return Product(call, a, b, torch.div, TIMES)
+        return Product(call, a, b, Quotient())
     if f in _MATMUL and a.ndim > 1 and b.ndim > 1:
-        return Product(call, a, b, torch.matmul, MATRIX)
+        return Product(call, a, b, Matrix())
     return None
 
 
 def _rows(call: Call) -> Operation | None:
     named = dict(zip(("input", "weight", "bias"), call.args, strict=False)) | call.kwargs
     x, w = named["input"], named["weight"]
-    return Product(call, x, w, functional.linear, ROWS, bias=named.get("bias")) if w.ndim == 2 else None
+    return Product(call, x, w, Rows(), bias=named.get("bias")) if w.ndim == 2 else None
 
 
 def _softmax(call: Call) -> Operation | None:

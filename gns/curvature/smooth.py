@@ -34,13 +34,13 @@ class _Slope(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             mean, at_label = (p * change).sum(-1), change.gather(-1, labels[:, None])[:, 0]
             of_dloss = (share * (mean - at_label)).sum()
-        curved = _through_softmax(change, p).mul_((share * dloss)[:, None])  # (diag p − ppᵀ) y
+        curved = through_softmax(change, p).mul_((share * dloss)[:, None])  # (diag p − ppᵀ) y
         return of_dloss, curved, None, None
 
 
-def _through_softmax(change: Tensor, p: Tensor) -> Tensor:
+def through_softmax(change: Tensor, p: Tensor, dim: int = -1) -> Tensor:
     """(diag p − ppᵀ) y of each row, by torch's own kernel: one pass."""
-    return torch._softmax_backward_data(change, p, -1, p.dtype)  # type: ignore[reportPrivateImportUsage]
+    return torch._softmax_backward_data(change, p, dim, p.dtype)  # type: ignore[reportPrivateImportUsage]
 
 
 def _off_label(p: Tensor, labels: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> Tensor:
         (p,) = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return _through_softmax(slopes[0], p)
+            return through_softmax(slopes[0], p)
         return _SoftmaxSlope.apply(slopes[0], p)  # type: ignore[return-value]
 
 

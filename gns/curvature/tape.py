@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from gns.curvature.operations import Call, Entropy, Operation, operation
-from gns.curvature.smooth import attended, elsewhere, plain_entropy
+from gns.curvature.operations import Call
+from gns.curvature.smooth import attended, elsewhere
 
 WIDE = (torch.float32, torch.float64)
 
@@ -33,7 +33,7 @@ class Tape(TorchFunctionMode):
 
     def __init__(self, parameters: Iterable[Tensor]):
         super().__init__()
-        self.operations: list[Operation] = []
+        self.calls: list[Call] = []
         self.why: str | None = None
         self._live = {id(p): p for p in parameters}
         self._still: dict[int, Tensor] = {}  # have a graph, of others' parameters; kept, for their ids
@@ -80,8 +80,7 @@ class Tape(TorchFunctionMode):
             self._still |= {id(y): y for y in out}
             return
         self._live |= {id(y): y for y in out}
-        call = Call(function, args, kwargs, live, tuple(out))
-        self.operations.append(_entropy(call) or operation(call))
+        self.calls.append(Call(function, args, kwargs, live, tuple(out)))
 
     def check(self, loss: Tensor) -> None:
         """Let pass only a whole record.
@@ -113,10 +112,3 @@ def _tensors(given: Any) -> Iterator[Tensor]:
 def _hooked_saving() -> bool:
     """Whether tensors saved for backward are taken elsewhere, by a checkpoint or to save memory."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def _entropy(call: Call) -> Operation | None:
-    if call.function is not functional.cross_entropy:
-        return None
-    found = plain_entropy(*call.args, **call.kwargs)
-    return None if found is None else Entropy(call, *found)
