@@ -1,8 +1,8 @@
 """One elementary operation y = f(x, …) of a tape: what a tangent ẋ makes of it, to second order.
 
 Each takes the tangents of its inputs to ẏ = f′ẋ, the tangent of its output, and to z = ∂⟨λ, f′ẋ⟩/∂x, what the
-operation's own curvature adds to the change of the gradient at x; λ = ∂L/∂y is known and the same for all
-vectors. z is zero where f is linear. Any operation that `torch` differentiates twice has a rule, `Other`; the
+operation's own curvature adds to the change of the gradient at x, or to ⟨z, ẋ⟩ = ⟨λ, f″[ẋ, ẋ]⟩, what it adds to
+vᵀHv; λ = ∂L/∂y is known and the same for all vectors. z is zero where f is linear. Any operation that `torch` differentiates twice has a rule, `Other`; the
 rest here are the same for less.
 """
 
@@ -101,6 +101,13 @@ class Operation:
         """Add the tangents of the outputs to those of the inputs, and z to the sums of it."""
         raise NotImplementedError
 
+    def bend(self, moved: Moved) -> Tensor | None:
+        """Add the tangents of the outputs to those of the inputs; give ⟨λ, f″[ẋ, ẋ]⟩, None where it is zero."""
+        bent = Bent()
+        self.push(moved, bent)
+        found = [_dot(z, moved[key]) for key, z in bent.sums.items()]
+        return sum(found[1:], found[0]) if found else None
+
     def _set(self, moved: Moved, tangent: Tensor) -> None:
         moved[id(self.call.outs[0])] = tangent
 
@@ -174,6 +181,25 @@ class Product(Operation):
 
     def push(self, moved: Moved, bent: Bent) -> None:
         """ẏ = ȧ∘b + a∘ḃ; in a λ∘ḃ, in b ȧ∘λ."""
+        da, db = self._forward(moved)
+        if self.slope is not None and db is not None:
+            self.kind.in_a(bent, self.a, self.slope, db)
+        if self.slope is not None and da is not None:
+            self.kind.in_b(bent, self.b, self.slope, da)
+
+    def bend(self, moved: Moved) -> Tensor | None:
+        """2⟨λ, ȧ∘ḃ⟩, by way of the smaller factor."""
+        da, db = self._forward(moved)
+        if self.slope is None or da is None or db is None:
+            return None
+        bent = Bent()
+        if self.a.numel() <= self.b.numel():
+            self.kind.in_a(bent, self.a, self.slope, db)
+            return 2 * _dot(bent.sums[id(self.a)], da)
+        self.kind.in_b(bent, self.b, self.slope, da)
+        return 2 * _dot(bent.sums[id(self.b)], db)
+
+    def _forward(self, moved: Moved) -> tuple[Tensor | None, Tensor | None]:
         da, db = moved.get(id(self.a)), moved.get(id(self.b))
         if da is not None and db is not None:
             total = self.kind.both(da, self.b, self.a, db)
@@ -186,10 +212,7 @@ class Product(Operation):
             total = self.beta * dc if total is None else torch.add(total, dc, alpha=self.beta)
         if total is not None:
             self._set(moved, _like(total, self.shape, self.dtype))
-        if self.slope is not None and db is not None:
-            self.kind.in_a(bent, self.a, self.slope, db)
-        if self.slope is not None and da is not None:
-            self.kind.in_b(bent, self.b, self.slope, da)
+        return da, db
 
 
 class Kind:
@@ -405,6 +428,10 @@ class Changed(RuntimeError):
 
 def _same(found: Sequence[Tensor], outs: Sequence[Tensor]) -> bool:
     return len(found) == len(outs) and all(torch.equal(a, b) for a, b in zip(found, outs, strict=True))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _like(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

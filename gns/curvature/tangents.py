@@ -16,14 +16,14 @@ Slow twin: `gns.curvature.products.Exact`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gns.curvature.operations import Bent, Moved, operation
+from gns.curvature.operations import Bent, Moved, Operation, operation
 from gns.curvature.parts import Point
 from gns.curvature.tape import NoTape, Tape
 from gns.curvature.vectors import dots, norm
@@ -135,15 +135,37 @@ class Tangents:
         Returns:
             The loss's tangent ∇L·v, and z by tensor.
         """
-        moved: Moved = {id(p): vector[name].to(p) for name, p in self.parameters.items()}
         bent = Bent()
+        return self._walk(vector, lambda o, moved: o.push(moved, bent)), bent
+
+    @torch.no_grad()
+    def quadratic(self, vector: Mapping[str, Tensor]) -> float:
+        """vᵀHv = Σ_f ⟨λ_y, f″[ẋ, ẋ]⟩, without a pass back.
+
+        Raises:
+            NoTape: an operation cannot be differentiated twice, or the tape misses one.
+        """
+        found: list[Tensor] = []
+
+        def bend(o: Operation, moved: Moved) -> None:
+            if (term := o.bend(moved)) is not None:
+                found.append(term.double())
+
+        try:
+            self._check(self._walk(vector, bend), vector)
+        except _FAILS as error:
+            raise _no_tape(error) from error
+        return float(torch.stack(found).sum()) if found else 0.0
+
+    def _walk(self, vector: Mapping[str, Tensor], visit: Callable[[Operation, Moved], None]) -> Tensor | None:
+        """Visit the operations that a vector moves, in their order; give the loss's tangent."""
+        moved: Moved = {id(p): vector[name].to(p) for name, p in self.parameters.items()}
         for o, done in zip(self.operations, self._last, strict=True):
-            if not any(id(x) in moved for x in o.call.live):
-                continue
-            o.push(moved, bent)
+            if any(id(x) in moved for x in o.call.live):
+                visit(o, moved)
             for key in done:
                 moved.pop(key, None)
-        return moved.get(id(self.loss)), bent
+        return moved.get(id(self.loss))
 
     def here(self) -> dict[str, Tensor]:
         """The gradient; zero where none arrives."""
