@@ -29,7 +29,7 @@ ROUNDED = (
 AGREE = {"double": 0.02, "single": 0.1, "half": 0.7}
 # The same where exact products go along a tape: below what an operation of a wrong rule would show, and to be
 # wrong about it costs time alone, that of products by double backward.
-TAPE_AGREE = {"double": 0.01, "single": 0.05, "half": 0.7}
+TAPE_AGREE = {"double": 0.02, "single": 0.05, "half": 0.7}
 TANGENTS, DOUBLE = "tangents", "double backward"
 
 
@@ -230,10 +230,30 @@ def _of_part(
     vectors = (sums.probe(s) for s in range(sums.probes))
     if isinstance(part, Forward):
         probes = part.quadratics(list(vectors))
+    elif isinstance(part, Tangents) and not sums.overlap:
+        probes = _shared_out(part, sums)
     else:
         probes = np.array([dots(v, part.product(v, signed=True)) for v in vectors])
     curved = part.product(sums.mean) if curved is None else curved
     return probes, along(sums.parts, curved), dots(sums.weighted, curved)
+
+
+def _shared_out(part: Tangents, sums: Sums) -> np.ndarray:
+    """Each uₛᵀHuₛ as a whole, and what parameters have of it by one product for all of them, [S, P].
+
+    Products with v = Σ uₛ, whose signs are those of all probes, say what each parameter has of vᵀHv. That is
+    without bias what it has of Σ uₛᵀHuₛ; the rest, which v does not have, is shared out by ‖uₛₚ‖².
+    """
+    whole, squares, v = [], [], {}
+    for s in range(sums.probes):
+        u = sums.probe(s)
+        whole.append(part.quadratic(u))
+        squares.append(dots(u, u))
+        v = {name: x + v[name] if name in v else x for name, x in u.items()}
+    own, sq = dots(v, part.product(v)), dots(v, v)
+    beyond = own - own.sum() * (sq / (sq.sum() or 1.0))
+    shares = np.array([x / (x.sum() or 1.0) for x in squares])
+    return np.array(whole)[:, None] * shares + beyond / sums.probes
 
 
 def _checked(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,11 +58,13 @@ class Tape(TorchFunctionMode):
     def _note(
         self, function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], found: Any
     ) -> None:
-        out = [y for y in _tensors(found) if y.requires_grad and id(y) not in self._live]
-        out = [y for y in out if id(y) not in self._still]
+        made = (found,) if isinstance(found, Tensor) else found
+        out = [y for y in made if isinstance(y, Tensor) and y.requires_grad]
+        out = [y for y in out if id(y) not in self._live and id(y) not in self._still]
         if not out:
             return
-        given = {id(x): x for x in _tensors((args, kwargs)) if x.requires_grad}
+        inputs = _tensors([*args, *kwargs.values()])
+        given = {id(x): x for x in inputs if x.requires_grad}
         strange = [x for k, x in given.items() if k not in self._live and k not in self._still]
         if any(x.grad_fn is not None for x in strange):
             self.why = "a tensor comes from where no call was seen"
@@ -73,7 +75,7 @@ class Tape(TorchFunctionMode):
         if self.why is not None:
             return
         live = tuple(x for k, x in given.items() if k in self._live)
-        for x in _tensors((args, kwargs)):
+        for x in inputs:
             self._versions.setdefault(id(x), (x, x._version))
         self._versions |= {id(y): (y, y._version) for y in out}
         if not live:
@@ -98,15 +100,15 @@ class Tape(TorchFunctionMode):
             raise NoTape(self.why)
 
 
-def _tensors(given: Any) -> Iterator[Tensor]:
-    if isinstance(given, Tensor):
-        yield given
-    elif isinstance(given, Mapping):
-        for value in given.values():
-            yield from _tensors(value)
-    elif isinstance(given, tuple | list):
-        for value in given:
-            yield from _tensors(value)
+def _tensors(given: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values, and in lists of them."""
+    found: list[Tensor] = []
+    for x in given:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, tuple | list):
+            found += _tensors(x)
+    return found
 
 
 def _hooked_saving() -> bool:
