@@ -111,6 +111,7 @@ def concluded(
         warnings=tuple(notes),
         moments=noise.moments,
         seed=seed,
+        derivatives=found.derivatives,
     )
 
 
