@@ -1,9 +1,9 @@
 """One elementary operation y = f(x, …) of a tape: what a tangent ẋ makes of it, to second order.
 
-Each takes the tangents of its inputs to ẏ = f′ẋ, the tangent of its output, and to z = ∂⟨λ, f′ẋ⟩/∂x, what the
-operation's own curvature adds to the change of the gradient at x, or to ⟨z, ẋ⟩ = ⟨λ, f″[ẋ, ẋ]⟩, what it adds to
-vᵀHv; λ = ∂L/∂y is known and the same for all vectors. z is zero where f is linear. Any operation that `torch` differentiates twice has a rule, `Other`; the
-rest here are the same for less.
+Each takes the tangents of its inputs to ẏ = f′ẋ, the tangent of its output, and to z = ∂⟨λ, f′ẋ⟩/∂x, what
+the operation's own curvature adds to the change of the gradient at x, or to ⟨z, ẋ⟩ = ⟨λ, f″[ẋ, ẋ]⟩, what it
+adds to vᵀHv; λ = ∂L/∂y is known and the same for all vectors. z is zero where f is linear. Any operation
+that `torch` differentiates twice has a rule, `Other`; the rest here are the same for less.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Operation:
         raise NotImplementedError
 
     def bend(self, moved: Moved) -> Tensor | None:
-        """Add the tangents of the outputs to those of the inputs; give ⟨λ, f″[ẋ, ẋ]⟩, None where it is zero."""
+        """Add the outputs' tangents to the inputs'; give ⟨λ, f″[ẋ, ẋ]⟩, None where it is zero."""
         bent = Bent()
         self.push(moved, bent)
         found = [_dot(z, moved[key]) for key, z in bent.sums.items()]
@@ -165,7 +165,15 @@ class Product(Operation):
     """
 
     def __init__(
-        self, call: Call, a: Any, b: Any, kind: Kind, *, scale: float = 1.0, bias: Any = None, beta: float = 1.0
+        self,
+        call: Call,
+        a: Any,
+        b: Any,
+        kind: Kind,
+        *,
+        scale: float = 1.0,
+        bias: Any = None,
+        beta: float = 1.0,
     ):
         super().__init__(call)
         self.a, self.b, self.kind, self.scale = a, b, kind, scale
@@ -239,7 +247,7 @@ class Quotient(Kind):
     """By what does not move."""
 
     def times(self, a: Any, b: Any) -> Tensor:
-        """a / b."""
+        """A / b."""
         return a / b
 
 
@@ -247,7 +255,7 @@ class Matrix(Kind):
     """a b, of matrices."""
 
     def times(self, a: Any, b: Any) -> Tensor:
-        """a b."""
+        """A b."""
         return a @ b
 
     def both(self, da: Tensor, b: Tensor, a: Tensor, db: Tensor) -> Tensor:
@@ -272,7 +280,7 @@ class Rows(Kind):
     """x wᵀ of rows: a linear layer."""
 
     def times(self, a: Any, b: Any) -> Tensor:
-        """x wᵀ."""
+        """X wᵀ."""
         return functional.linear(a, b)
 
     def both(self, da: Tensor, b: Tensor, a: Tensor, db: Tensor) -> Tensor:
@@ -453,12 +461,15 @@ def flat(x: Tensor) -> Tensor:
 def _of(names: str) -> frozenset[Function]:
     """The functions of some names, as methods of tensors, of `torch` and of `torch.nn.functional`."""
     places = (torch.Tensor, torch, functional)
-    return frozenset(getattr(place, name) for name in names.split() for place in places if hasattr(place, name))
+    return frozenset(
+        getattr(place, name) for name in names.split() for place in places if hasattr(place, name)
+    )
 
 
 _LINEAR = _of(
     "view reshape flatten unflatten transpose permute movedim swapaxes t unsqueeze squeeze expand expand_as "
-    "contiguous to float double type_as clone __getitem__ narrow select index_select chunk split tensor_split "
+    "contiguous to float double type_as clone __getitem__ narrow select index_select chunk split "
+    "tensor_split "
     "unbind repeat repeat_interleave tile cat concat stack sum mean neg __neg__ roll flip tril triu cumsum "
     "gather diagonal"
 ) | {getattr(torch.Tensor, name).__get__ for name in ("T", "mT")}
@@ -490,7 +501,8 @@ def _known(call: Call) -> Operation | None:
         return _softmax(call)
     if f is functional.dropout:
         still = kwargs.get("training") is False or (len(args) > 2 and args[2] is False)
-        return Sum(call, [(args[0], 1)]) if still and args[0] is call.live[0] else None
+        alone = bool(args) and args[0] is call.live[0]  # type: ignore[reportGeneralTypeIssues]
+        return Sum(call, [(call.live[0], 1)]) if still and alone else None
     if f is functional.linear:
         return _rows(call)
     if f is functional.embedding:
@@ -528,13 +540,13 @@ def _pair(call: Call, alpha: float) -> Operation | None:
 
 
 def _rows(call: Call) -> Operation | None:
-    named = dict(zip(("input", "weight", "bias"), call.args, strict=False)) | call.kwargs
+    named = dict(zip(("input", "weight", "bias"), call.args, strict=False)) | dict(call.kwargs)
     x, w = named["input"], named["weight"]
     return Product(call, x, w, Rows(), bias=named.get("bias")) if w.ndim == 2 else None
 
 
 def _softmax(call: Call) -> Operation | None:
-    named = dict(zip(("input", "dim"), call.args, strict=False)) | call.kwargs
+    named = dict(zip(("input", "dim"), call.args, strict=False)) | dict(call.kwargs)
     dim, dtype = named.get("dim"), named.get("dtype")
     if not isinstance(dim, int) or dtype not in (None, call.live[0].dtype) or len(call.live) != 1:
         return None
@@ -543,7 +555,7 @@ def _softmax(call: Call) -> Operation | None:
 
 def _lookup(call: Call) -> Operation | None:
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    named = dict(zip(names, call.args, strict=False)) | call.kwargs
+    named = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
     if named.get("max_norm") is not None or named.get("scale_grad_by_freq") or named.get("sparse"):
         return None
     padding = named.get("padding_idx")
