@@ -207,7 +207,7 @@ def joined(found: Sequence[Contractions]) -> Contractions:
 def _multiplied(
     build: Builder, piece: Any, sums: Sums, *, first: bool
 ) -> tuple[Part, tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
-    """Make a part and its contractions, exact products of the first one checked; None where it has no label."""
+    """Make a part and its contractions, those of the first one checked; None where it has no label."""
     part = build(piece)
     if not part.mass > 0:
         return part, None

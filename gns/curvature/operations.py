@@ -1,9 +1,10 @@
 """One elementary operation y = f(x, …) of a tape: what a tangent ẋ makes of it, to second order.
 
 Each takes the tangents of its inputs to ẏ = f′ẋ, the tangent of its output, and to z = ∂⟨λ, f′ẋ⟩/∂x, what the
-operation's own curvature adds to the change of the gradient at x, or to ⟨z, ẋ⟩ = ⟨λ, f″[ẋ, ẋ]⟩, what it adds to
-vᵀHv; λ = ∂L/∂y is known and the same for all vectors. z is zero where f is linear. Any operation that `torch` differentiates twice has a rule, `Other`; the
-rest here are the same for less.
+operation's own curvature adds to the change of the gradient at x, or to ⟨z, ẋ⟩ = ⟨λ, f″[ẋ, ẋ]⟩, what it adds
+to vᵀHv; λ = ∂L/∂y is known and the same for all vectors. z is zero where f is linear.
+
+Any operation that `torch` differentiates twice has a rule, `Other`; the rest are the same for less.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gns.curvature.smooth import plain_entropy, through_softmax
+from gns.curvature.smooth import through_softmax
 
 Moved = MutableMapping[int, Tensor]  # id of a tensor → its tangent; those that stay are not in it
 Function = Callable[..., Any]
@@ -102,10 +103,10 @@ class Operation:
         raise NotImplementedError
 
     def bend(self, moved: Moved) -> Tensor | None:
-        """Add the tangents of the outputs to those of the inputs; give ⟨λ, f″[ẋ, ẋ]⟩, None where it is zero."""
+        """Add the tangents of the outputs; give ⟨λ, f″[ẋ, ẋ]⟩, None where it is zero."""
         bent = Bent()
         self.push(moved, bent)
-        found = [_dot(z, moved[key]) for key, z in bent.sums.items()]
+        found = [inner(z, moved[key]) for key, z in bent.sums.items()]
         return sum(found[1:], found[0]) if found else None
 
     def _set(self, moved: Moved, tangent: Tensor) -> None:
@@ -148,146 +149,7 @@ class Sum(Operation):
             if (dx := moved.get(key)) is not None:
                 total = (dx if c == 1 else c * dx) if total is None else torch.add(total, dx, alpha=c)
         if total is not None:
-            self._set(moved, _like(total, self.shape, self.dtype))
-
-
-class Product(Operation):
-    """c · a∘b + beta · bias, with ∘ elementwise or a matrix product.
-
-    Args:
-        call: recorded.
-        a: left factor.
-        b: right factor.
-        kind: of product.
-        scale: c.
-        bias: what is added, if it moves.
-        beta: of the bias.
-    """
-
-    def __init__(
-        self, call: Call, a: Any, b: Any, kind: Kind, *, scale: float = 1.0, bias: Any = None, beta: float = 1.0
-    ):
-        super().__init__(call)
-        self.a, self.b, self.kind, self.scale = a, b, kind, scale
-        self.bias, self.beta = bias if call.moves(bias) else None, beta
-        self.curved = call.moves(a) and call.moves(b)
-        self.slope: Tensor | None = None
-        self.shape, self.dtype = call.outs[0].shape, call.outs[0].dtype
-
-    def prepare(self, slopes: Sequence[Tensor | None]) -> None:
-        """Keep cλ."""
-        (slope,) = slopes
-        self.slope = slope if slope is None or self.scale == 1 else self.scale * slope
-
-    def push(self, moved: Moved, bent: Bent) -> None:
-        """ẏ = ȧ∘b + a∘ḃ; in a λ∘ḃ, in b ȧ∘λ."""
-        da, db = self._forward(moved)
-        if self.slope is not None and db is not None:
-            self.kind.in_a(bent, self.a, self.slope, db)
-        if self.slope is not None and da is not None:
-            self.kind.in_b(bent, self.b, self.slope, da)
-
-    def bend(self, moved: Moved) -> Tensor | None:
-        """2⟨λ, ȧ∘ḃ⟩, by way of the smaller factor."""
-        da, db = self._forward(moved)
-        if self.slope is None or da is None or db is None:
-            return None
-        bent = Bent()
-        if self.a.numel() <= self.b.numel():
-            self.kind.in_a(bent, self.a, self.slope, db)
-            return 2 * _dot(bent.sums[id(self.a)], da)
-        self.kind.in_b(bent, self.b, self.slope, da)
-        return 2 * _dot(bent.sums[id(self.b)], db)
-
-    def _forward(self, moved: Moved) -> tuple[Tensor | None, Tensor | None]:
-        da, db = moved.get(id(self.a)), moved.get(id(self.b))
-        if da is not None and db is not None:
-            total = self.kind.both(da, self.b, self.a, db)
-        else:
-            total = None if da is None else self.kind.times(da, self.b)
-            total = self.kind.times(self.a, db) if db is not None else total
-        if total is not None and self.scale != 1:
-            total = self.scale * total
-        if self.bias is not None and (dc := moved.get(id(self.bias))) is not None:
-            total = self.beta * dc if total is None else torch.add(total, dc, alpha=self.beta)
-        if total is not None:
-            self._set(moved, _like(total, self.shape, self.dtype))
-        return da, db
-
-
-class Kind:
-    """Elementwise products."""
-
-    def times(self, a: Any, b: Any) -> Tensor:
-        """a∘b."""
-        return a * b
-
-    def both(self, da: Tensor, b: Tensor, a: Tensor, db: Tensor) -> Tensor:
-        """ȧ∘b + a∘ḃ."""
-        return torch.addcmul(da * b, a, db)
-
-    def in_a(self, bent: Bent, a: Tensor, slope: Tensor, db: Tensor) -> None:
-        """Add the gradient of ⟨λ, a∘ḃ⟩ in a."""
-        bent.add(a, _fit(slope * db, a))
-
-    def in_b(self, bent: Bent, b: Tensor, slope: Tensor, da: Tensor) -> None:
-        """Add the gradient of ⟨λ, ȧ∘b⟩ in b."""
-        bent.add(b, _fit(slope * da, b))
-
-
-class Quotient(Kind):
-    """By what does not move."""
-
-    def times(self, a: Any, b: Any) -> Tensor:
-        """a / b."""
-        return a / b
-
-
-class Matrix(Kind):
-    """a b, of matrices."""
-
-    def times(self, a: Any, b: Any) -> Tensor:
-        """a b."""
-        return a @ b
-
-    def both(self, da: Tensor, b: Tensor, a: Tensor, db: Tensor) -> Tensor:
-        """ȧ b + a ḃ."""
-        if a.ndim == b.ndim == 3 and len(a) == len(b):
-            return torch.baddbmm(torch.bmm(da, b), a, db)
-        return da @ b + a @ db
-
-    def in_a(self, bent: Bent, a: Tensor, slope: Tensor, db: Tensor) -> None:
-        """λ ḃᵀ."""
-        bent.add(a, _fit(slope @ db.transpose(-1, -2), a))
-
-    def in_b(self, bent: Bent, b: Tensor, slope: Tensor, da: Tensor) -> None:
-        """ȧᵀ λ."""
-        if b.ndim == 2:
-            bent.add(b, flat(da).t() @ flat(slope))
-        else:
-            bent.add(b, _fit(da.transpose(-1, -2) @ slope, b))
-
-
-class Rows(Kind):
-    """x wᵀ of rows: a linear layer."""
-
-    def times(self, a: Any, b: Any) -> Tensor:
-        """x wᵀ."""
-        return functional.linear(a, b)
-
-    def both(self, da: Tensor, b: Tensor, a: Tensor, db: Tensor) -> Tensor:
-        """ẋ wᵀ + x ẇᵀ."""
-        found = functional.linear(a, db)
-        found.view(-1, found.shape[-1]).addmm_(flat(da), b.t())
-        return found
-
-    def in_a(self, bent: Bent, a: Tensor, slope: Tensor, db: Tensor) -> None:
-        """λ ẇ."""
-        bent.add_product(a, slope, db)
-
-    def in_b(self, bent: Bent, b: Tensor, slope: Tensor, da: Tensor) -> None:
-        """λᵀ ẋ."""
-        bent.add(b, flat(slope).t() @ flat(da))
+            self._set(moved, shaped(total, self.shape, self.dtype))
 
 
 class Elementwise(Operation):
@@ -430,16 +292,18 @@ def _same(found: Sequence[Tensor], outs: Sequence[Tensor]) -> bool:
     return len(found) == len(outs) and all(torch.equal(a, b) for a, b in zip(found, outs, strict=True))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product."""
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def _like(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def shaped(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Give a tangent the shape and kind of its tensor."""
     x = x if x.dtype is dtype else x.to(dtype)
     return x if x.shape == shape else x.expand(shape)
 
 
-def _fit(z: Tensor, x: Tensor) -> Tensor:
+def fitted(z: Tensor, x: Tensor) -> Tensor:
     """Sum over what broadcasting repeated."""
     z = z if z.shape == x.shape else z.sum_to_size(x.shape)
     return z if z.dtype is x.dtype else z.to(x.dtype)
@@ -448,105 +312,3 @@ def _fit(z: Tensor, x: Tensor) -> Tensor:
 def flat(x: Tensor) -> Tensor:
     """The rows of a tensor, [N, I]."""
     return x.reshape(-1, x.shape[-1])
-
-
-def _of(names: str) -> frozenset[Function]:
-    """The functions of some names, as methods of tensors, of `torch` and of `torch.nn.functional`."""
-    places = (torch.Tensor, torch, functional)
-    return frozenset(getattr(place, name) for name in names.split() for place in places if hasattr(place, name))
-
-
-_LINEAR = _of(
-    "view reshape flatten unflatten transpose permute movedim swapaxes t unsqueeze squeeze expand expand_as "
-    "contiguous to float double type_as clone __getitem__ narrow select index_select chunk split tensor_split "
-    "unbind repeat repeat_interleave tile cat concat stack sum mean neg __neg__ roll flip tril triu cumsum "
-    "gather diagonal"
-) | {getattr(torch.Tensor, name).__get__ for name in ("T", "mT")}
-_ELEMENTWISE = _of(
-    "silu gelu relu leaky_relu elu selu mish softplus sigmoid logsigmoid tanh exp log sqrt rsqrt square "
-    "reciprocal sin cos erf abs"
-)
-_POWER = _of("pow __pow__")
-_ADD, _SUB, _RSUB = _of("add __add__ __radd__"), _of("sub __sub__ subtract"), _of("__rsub__ rsub")
-_MUL, _DIV = _of("mul __mul__ __rmul__ multiply"), _of("div __truediv__ __div__ divide true_divide")
-_MATMUL, _BIASED = _of("matmul __matmul__ bmm mm"), _of("addmm baddbmm")
-_SOFTMAX = frozenset({torch.softmax, torch.Tensor.softmax, functional.softmax})
-
-
-def operation(call: Call) -> Operation:
-    """Give the rule of a call: that of its kind where it is the plain case of it, else that of any."""
-    return _known(call) or Other(call)
-
-
-def _known(call: Call) -> Operation | None:
-    f, args, kwargs = call.function, call.args, call.kwargs
-    if len(call.outs) > 1 and f not in _LINEAR or not args:
-        return None
-    if f in _LINEAR:
-        return None if _retyped(call) else Linear(call)
-    if f in _ELEMENTWISE or (f in _POWER and len(args) == 2 and isinstance(args[1], int | float)):
-        return Elementwise(call) if len(call.live) == 1 and args[0] is call.live[0] else None
-    if f in _SOFTMAX:
-        return _softmax(call)
-    if f is functional.dropout:
-        still = kwargs.get("training") is False or (len(args) > 2 and args[2] is False)
-        return Sum(call, [(args[0], 1)]) if still and args[0] is call.live[0] else None
-    if f is functional.linear:
-        return _rows(call)
-    if f is functional.embedding:
-        return _lookup(call)
-    if f is functional.cross_entropy:
-        found = plain_entropy(*args, **kwargs)
-        return None if found is None else Entropy(call, *found)
-    if len(args) == 2 and (not kwargs or (kwargs.keys() == {"alpha"} and f not in _MUL | _DIV)):
-        return _pair(call, float(kwargs.get("alpha", 1)))
-    if f in _BIASED and len(args) == 3 and kwargs.keys() <= {"alpha", "beta"}:
-        scale, beta = float(kwargs.get("alpha", 1)), float(kwargs.get("beta", 1))
-        return Product(call, args[1], args[2], Matrix(), scale=scale, bias=args[0], beta=beta)
-    return None
-
-
-def _retyped(call: Call) -> bool:
-    """Whether a view is one of other numbers, not of others' places."""
-    return call.function is torch.Tensor.view and any(
-        isinstance(x, torch.dtype) for x in (*call.args, *call.kwargs.values())
-    )
-
-
-def _pair(call: Call, alpha: float) -> Operation | None:
-    f, (a, b) = call.function, call.args
-    if f in _ADD | _SUB | _RSUB:
-        flip = f in _RSUB
-        return Sum(call, [(a, -alpha if flip else 1), (b, 1 if flip else alpha if f in _ADD else -alpha)])
-    if f in _MUL:
-        return Product(call, a, b, Kind())
-    if f in _DIV and not call.moves(b):
-        return Product(call, a, b, Quotient())
-    if f in _MATMUL and a.ndim > 1 and b.ndim > 1:
-        return Product(call, a, b, Matrix())
-    return None
-
-
-def _rows(call: Call) -> Operation | None:
-    named = dict(zip(("input", "weight", "bias"), call.args, strict=False)) | call.kwargs
-    x, w = named["input"], named["weight"]
-    return Product(call, x, w, Rows(), bias=named.get("bias")) if w.ndim == 2 else None
-
-
-def _softmax(call: Call) -> Operation | None:
-    named = dict(zip(("input", "dim"), call.args, strict=False)) | call.kwargs
-    dim, dtype = named.get("dim"), named.get("dtype")
-    if not isinstance(dim, int) or dtype not in (None, call.live[0].dtype) or len(call.live) != 1:
-        return None
-    return Softmax(call, dim)
-
-
-def _lookup(call: Call) -> Operation | None:
-    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    named = dict(zip(names, call.args, strict=False)) | call.kwargs
-    if named.get("max_norm") is not None or named.get("scale_grad_by_freq") or named.get("sparse"):
-        return None
-    padding = named.get("padding_idx")
-    if padding is not None and padding < 0:
-        padding += len(named["weight"])
-    return Lookup(call, named["input"], padding)

@@ -98,8 +98,9 @@ class CurvatureEstimate:
         n_examples: examples for g, N.
         n_hessian: parts of the examples for H.
         probes: random sign vectors.
-        groups: LoRA factor → its contribution to the sums.
-        modules: module → its contribution.
+        groups: LoRA factor → its contribution to the sums; without bias; where `derivatives` is
+            "tangents", with the noise of one sign vector in place of all probes'.
+        modules: module → its contribution, see there.
         blocks: LoRA factor → the noise scale of its block of H alone, where asked for.
         block: the factor that these numbers are of, where no other has a gradient (B, at B = 0), else None.
         trace_h: tr H by one random vector, where asked for.
@@ -109,8 +110,8 @@ class CurvatureEstimate:
         warnings: sentences on what to know of it.
         moments: tr(HΣ) and GᵀHG with their spread, from which readings are joined.
         seed: of the signs.
-        derivatives: how exact products with H were made: "tangents" along a tape of the model's operations, or
-            "double backward" where there is none; None: none were.
+        derivatives: how exact products with H were made: "tangents", along a tape of the model's operations, or
+            "double backward", where there is none; None: none were.
     """
 
     b_noise: float

@@ -70,7 +70,7 @@ def _entropy(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def plain_entropy(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gns.curvature.operations import Bent, Moved, Operation, operation
+from gns.curvature.operations import Bent, Moved, Operation
 from gns.curvature.parts import Point
+from gns.curvature.rulebook import operation
 from gns.curvature.tape import NoTape, Tape
 from gns.curvature.vectors import dots, norm
 

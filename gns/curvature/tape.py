@@ -16,7 +16,7 @@ from gns.curvature.smooth import attended, elsewhere
 WIDE = (torch.float32, torch.float64)
 
 
-class NoTape(Exception):  # noqa: N818
+class NoTape(Exception):
     """The loss is made of something that cannot be followed call by call."""
 
 
@@ -55,9 +55,7 @@ class Tape(TorchFunctionMode):
             self._note(func, args, kwargs, found)
         return found
 
-    def _note(
-        self, function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], found: Any
-    ) -> None:
+    def _note(self, function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], found: Any) -> None:
         made = (found,) if isinstance(found, Tensor) else found
         out = [y for y in made if isinstance(y, Tensor) and y.requires_grad]
         out = [y for y in out if id(y) not in self._live and id(y) not in self._still]
