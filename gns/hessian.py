@@ -353,10 +353,11 @@ def _spectrum(
         total = {name: torch.zeros_like(v) for name, v in vector.items()}
         mass = 0.0
         for piece in cut:
-            weight, found = build.product(piece, vector)
-            mass += weight
-            for name, v in found.items():
-                total[name] = total[name] + weight * v
+            part = build(piece)
+            if part.mass > 0:
+                mass += part.mass
+                for name, v in part.product(vector).items():
+                    total[name] = total[name] + part.mass * v
         mass = sum(ranks.all(mass))
         ranks.add(total)
         return {name: v / mass for name, v in total.items()}

@@ -111,7 +111,6 @@ def concluded(
         warnings=tuple(notes),
         moments=noise.moments,
         seed=seed,
-        derivatives=found.derivatives,
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from gns.curvature.errors import CurvatureError
 from gns.curvature.gathering import Sums, Vector
@@ -15,8 +14,6 @@ from gns.curvature.ggn import GaussNewton
 from gns.curvature.parts import Point
 from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivative, Part
 from gns.curvature.steps import NoStep, Steps
-from gns.curvature.tangents import Tangents
-from gns.curvature.tape import NoTape
 from gns.curvature.vectors import along, dots, norm
 
 OPERATORS = ("hessian", "ggn")
@@ -27,10 +24,6 @@ ROUNDED = (
 )
 # Between an exact product and a difference, relative: more is another derivative, not rounding.
 AGREE = {"double": 0.02, "single": 0.1, "half": 0.7}
-# The same where exact products go along a tape: below what an operation of a wrong rule would show, and to be
-# wrong about it costs time alone, that of products by double backward.
-TAPE_AGREE = {"double": 0.02, "single": 0.05, "half": 0.7}
-TANGENTS, DOUBLE = "tangents", "double backward"
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,6 @@ class Contractions:
         products: how many vectors were multiplied, over the examples of all parts.
         notes: what to know of them.
         weight: of all parts, in examples or tokens.
-        derivatives: how exact products with H were made, "tangents" or "double backward"; None: none were.
     """
 
     probes: np.ndarray
@@ -57,7 +49,6 @@ class Contractions:
     products: int
     notes: tuple[str, ...] = ()
     weight: float = 1.0
-    derivatives: str | None = None
 
     def total(self) -> Contractions:
         """Give the same summed over parameters."""
@@ -89,7 +80,6 @@ class Builder:
         self.method = ("difference" if point.coarse else "exact") if self.auto else method
         self.notes: list[str] = []
         self.steps = Steps(point)
-        self.tapes = True  # until one does not work
         if operator == "ggn" and method in ("difference", "forward"):
             raise CurvatureError(f'operator="ggn" has exact products only; method is {method!r}: take "auto"')
         if operator == "ggn":
@@ -103,33 +93,10 @@ class Builder:
             return Forward(self.point, batch, self.steps)
         if self.method == "difference":
             return Difference(self.point, batch, self.steps)
-        if self.tapes:
-            try:
-                return Tangents(self.point, batch)
-            except NoTape:
-                self.tapes = False
         try:
             return Exact(self.point, batch)
         except NoSecondDerivative as error:
             return self.fall_back(error, batch)
-
-    @property
-    def derivatives(self) -> str | None:
-        """How exact products with H are made."""
-        if self.method != "exact" or self.operator != "hessian":
-            return None
-        return TANGENTS if self.tapes else DOUBLE
-
-    def product(self, batch: Any, vector: Vector) -> tuple[float, Vector]:
-        """The mass of a batch and its product with a vector; nothing where it has no label."""
-        part = self(batch)
-        if not part.mass > 0:
-            return 0.0, {}
-        try:
-            return part.mass, part.product(vector)
-        except NoTape:
-            self.tapes = False
-            return self.product(batch, vector)
 
     def fall_back(self, error: Exception, batch: Any) -> Part:
         """Go over to differences, if the choice was left to us."""
@@ -159,9 +126,17 @@ def contract(point: Point, pieces: Sequence[Any], sums: Sums, *, operator: str, 
     build = Builder(point, operator, method)
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = []
     for number, piece in enumerate(pieces):
-        part, found = _multiplied(build, piece, sums, first=not rows)
-        if found is None:
+        part = build(piece)
+        if not part.mass > 0:
             continue  # no label in it
+        try:
+            curved = None
+            if not rows and isinstance(part, Exact):
+                part, curved = _checked(build, part, piece, sums)
+            found = _of_part(part, sums, curved)
+        except NoSecondDerivative as error:
+            part = build.fall_back(error, piece)
+            found = _of_part(part, sums)
         if not all(np.isfinite(x).all() for x in found):
             raise CurvatureError(
                 f"part {number} of the examples for H: a product ({build.method}) is not finite; overflow "
@@ -186,7 +161,6 @@ def contract(point: Point, pieces: Sequence[Any], sums: Sums, *, operator: str, 
         products=sums.probes + 1,
         notes=tuple(dict.fromkeys(build.notes)),
         weight=float(mass.sum()),
-        derivatives=build.derivatives,
     )
 
 
@@ -204,61 +178,19 @@ def joined(found: Sequence[Contractions]) -> Contractions:
     )
 
 
-def _multiplied(
-    build: Builder, piece: Any, sums: Sums, *, first: bool
-) -> tuple[Part, tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
-    """Make a part and its contractions, the first one's products checked; None where it has no label."""
-    part = build(piece)
-    if not part.mass > 0:
-        return part, None
-    try:
-        curved = None
-        if first and isinstance(part, Exact | Tangents):
-            part, curved = _checked(build, part, piece, sums)
-        return part, _of_part(part, sums, curved)
-    except NoTape:
-        build.tapes = False
-        return _multiplied(build, piece, sums, first=first)
-    except NoSecondDerivative as error:
-        part = build.fall_back(error, piece)
-        return part, _of_part(part, sums)
-
-
 def _of_part(
     part: Part, sums: Sums, curved: Vector | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     vectors = (sums.probe(s) for s in range(sums.probes))
     if isinstance(part, Forward):
         probes = part.quadratics(list(vectors))
-    elif isinstance(part, Tangents) and not sums.overlap:
-        probes = _shared_out(part, sums)
     else:
         probes = np.array([dots(v, part.product(v, signed=True)) for v in vectors])
     curved = part.product(sums.mean) if curved is None else curved
     return probes, along(sums.parts, curved), dots(sums.weighted, curved)
 
 
-def _shared_out(part: Tangents, sums: Sums) -> np.ndarray:
-    """Each uₛᵀHuₛ as a whole, and what parameters have of it by one product for all of them, [S, P].
-
-    Products with v = Σ uₛ, whose signs are those of all probes, say what each parameter has of vᵀHv. That is
-    without bias what it has of Σ uₛᵀHuₛ; the rest, which v does not have, is shared out by ‖uₛₚ‖².
-    """
-    whole, squares, v = [], [], {}
-    for s in range(sums.probes):
-        u = sums.probe(s)
-        whole.append(part.quadratic(u))
-        squares.append(dots(u, u))
-        v = {name: x + v[name] if name in v else x for name, x in u.items()}
-    own, sq = dots(v, part.product(v)), dots(v, v)
-    beyond = own - own.sum() * (sq / (sq.sum() or 1.0))
-    shares = np.array([x / (x.sum() or 1.0) for x in squares])
-    return np.array(whole)[:, None] * shares + beyond / sums.probes
-
-
-def _checked(
-    build: Builder, part: Exact | Tangents, piece: Any, sums: Sums
-) -> tuple[Part, dict[str, Tensor] | None]:
+def _checked(build: Builder, part: Exact, piece: Any, sums: Sums) -> tuple[Part, Vector | None]:
     """Compare one exact product with a difference: an operation may pass none on, in silence.
 
     Args:
@@ -269,17 +201,12 @@ def _checked(
 
     Returns:
         The part to go on with, and its H ḡ where known.
-
-    Raises:
-        NoTape: it went along a tape that may be wrong.
     """
-    mean, taped = sums.mean, isinstance(part, Tangents)
+    mean = sums.mean
     if not norm(mean) > 0:
         return part, None
     exact = part.product(mean)
     if not np.isfinite(norm(exact)):
-        if taped:
-            raise NoTape("a product is not finite")
         return part, exact  # it is said when all products are there
     try:
         if build.point.precision == "half":  # other kernels round otherwise: both gradients by the same
@@ -289,10 +216,8 @@ def _checked(
     except NoStep:
         return part, exact  # no step changes the gradient: H ḡ is about zero, and no difference denies it
     differs = norm({n: v.double() - product[n].double() for n, v in exact.items()}) / (norm(product) or 1.0)
-    if differs <= (TAPE_AGREE if taped else AGREE)[build.point.precision]:
+    if differs <= AGREE[build.point.precision]:
         return part, exact
-    if taped:
-        raise NoTape(f"the product is {100 * differs:.0f} % off the difference of two gradients")
     error = NoSecondDerivative(
         f"the exact product is {100 * differs:.0f} % off the difference of two gradients: an operation of "
         "the model passes no second derivative on; take method='difference', which needs none"

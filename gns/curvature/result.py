@@ -109,8 +109,6 @@ class CurvatureEstimate:
         warnings: sentences on what to know of it.
         moments: tr(HΣ) and GᵀHG with their spread, from which readings are joined.
         seed: of the signs.
-        derivatives: how exact products with H were made: "tangents" along a tape of the model's operations,
-            or "double backward" where there is none; None: none were.
     """
 
     b_noise: float
@@ -143,7 +141,6 @@ class CurvatureEstimate:
     warnings: tuple[str, ...] = ()
     moments: Moments | None = field(default=None, repr=False)
     seed: int = 0
-    derivatives: str | None = None
 
     @property
     def ratio(self) -> float:
