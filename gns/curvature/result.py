@@ -110,8 +110,8 @@ class CurvatureEstimate:
         warnings: sentences on what to know of it.
         moments: tr(HΣ) and GᵀHG with their spread, from which readings are joined.
         seed: of the signs.
-        derivatives: how exact products with H were made: "tangents", along a tape of the model's operations, or
-            "double backward", where there is none; None: none were.
+        derivatives: how exact products with H were made: "tangents", along a tape of the model's operations,
+            or "double backward" where there is none; None: none were.
     """
 
     b_noise: float

@@ -32,7 +32,8 @@ def _of(names: str) -> frozenset[Function]:
 _LINEAR = _of(
     "view reshape flatten unflatten transpose permute movedim swapaxes t unsqueeze squeeze expand expand_as "
     "contiguous to float double type_as clone __getitem__ narrow select index_select chunk split "
-    "tensor_split unbind repeat repeat_interleave tile cat concat stack sum mean neg __neg__ roll flip tril triu cumsum "
+    "tensor_split unbind "
+    "repeat repeat_interleave tile cat concat stack sum mean neg __neg__ roll flip tril triu cumsum "
     "gather diagonal"
 ) | {getattr(torch.Tensor, name).__get__ for name in ("T", "mT")}
 _ELEMENTWISE = _of(
