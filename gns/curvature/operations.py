@@ -60,7 +60,7 @@ class Call:
 
     function: Function
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    kwargs: dict[str, Any]
     live: tuple[Tensor, ...]
     outs: tuple[Tensor, ...]
 

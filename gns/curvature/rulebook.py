@@ -63,7 +63,7 @@ def _known(call: Call) -> Operation | None:
     if f in _SOFTMAX:
         return _softmax(call)
     if f is functional.dropout:
-        still = kwargs.get("training") is False or (len(args) > 2 and args[2] is False)
+        still = kwargs.get("training") is False or args[2:3] == (False,)
         return Sum(call, [(args[0], 1)]) if still and args[0] is call.live[0] else None
     if f is functional.linear:
         return _rows(call)

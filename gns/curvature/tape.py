@@ -42,7 +42,7 @@ class Tape(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if self.why is not None:
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention and not elsewhere(*args, *kwargs.values()):
@@ -55,7 +55,7 @@ class Tape(TorchFunctionMode):
             self._note(func, args, kwargs, found)
         return found
 
-    def _note(self, function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], found: Any) -> None:
+    def _note(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], found: Any) -> None:
         made = (found,) if isinstance(found, Tensor) else found
         out = [y for y in made if isinstance(y, Tensor) and y.requires_grad]
         out = [y for y in out if id(y) not in self._live and id(y) not in self._still]
@@ -111,4 +111,4 @@ def _tensors(given: Iterable[Any]) -> list[Tensor]:
 
 def _hooked_saving() -> bool:
     """Whether tensors saved for backward are taken elsewhere, by a checkpoint or to save memory."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
