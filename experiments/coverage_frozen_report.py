@@ -33,7 +33,8 @@ from experiments.coverage_figures import (
     truth_axis,
     values_of,
 )
-from experiments.coverage_report import percent, share, table, usable
+from experiments.coverage_report import percent, share, usable
+from experiments.markdown import table
 from experiments.noise import SPECTRA
 from theory.intervals import planned_detection_limit
 

@@ -16,6 +16,7 @@ from experiments.coverage_figures import (
     select,
     values_of,
 )
+from experiments.markdown import table
 from gns.estimate import MIN_STEPS
 
 LOWEST, HIGHEST = 0.93, 0.97
@@ -82,12 +83,6 @@ def half_bounded(row: Row) -> bool:
 def percent(value: float, digits: int = 1) -> str:
     """Write a share in per cent."""
     return f"{100 * value:.{digits}f}"
-
-
-def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Give a Markdown table."""
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def place(row: Row) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.analysis.curves import Estimated
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE
 from experiments.evidence.judged import WANTED, Judged
 from experiments.evidence.measured import PRIMARY, VARIANTS, Measured
 from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
+from experiments.markdown import table
 
 WORDS = {
     "B": "B_simple, factor B (preregistered)",
@@ -125,12 +126,6 @@ def configurations_table(found: dict[str, Measured]) -> str:
         "",
     )
     return table(head, lines)
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Write a table of Markdown."""
-    written = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in written)
 
 
 def shown(value: Estimated) -> str:

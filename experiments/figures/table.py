@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from experiments import markdown
 from experiments.analysis.curves import Curve, Estimated, largest_within, optimum
 from experiments.analysis.noise import measured
 from experiments.figures.curves import DELTA
@@ -31,7 +32,7 @@ def table(found: Sequence[Curve], series: Sequence[str]) -> str:
         found: a curve for each cell.
         series: fields that name the cells.
     """
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+    lines = []
     for curve in found:
         best, largest = optimum(curve), largest_within(curve, DELTA)
         loss = f"{curve.loss[curve.validation.argmin()]:.3f}"  # no choice is made on the test data
@@ -43,8 +44,8 @@ def table(found: Sequence[Curve], series: Sequence[str]) -> str:
         cells += [_said(place, ends) for place in (best, largest)] + [
             _said(measured(curve.cell), (0, math.inf))
         ]
-        lines.append("| " + " | ".join([*cells, edges or "–"]) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, edges or "–"])
+    return markdown.table(HEAD, lines)
 
 
 def _said(place: Estimated | None, ends: tuple[float, float]) -> str:

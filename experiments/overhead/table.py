@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from experiments import rowsfile
+from experiments import markdown, rowsfile
 from experiments.overhead import verdicts
 from experiments.overhead.measure import AA
 from experiments.overhead.ratios import ratio
@@ -70,7 +70,7 @@ def table(rows: Sequence[Row], counted: Sequence[Row] = ()) -> str:
             f"### {name}, {arms[0]['setting']['dtype']}, on {device}",
             f"Python {about['python']}, {versions}; {about['threads']} threads; commit {about['commit']}; "
             f"{_pairs(arms)}.",
-            verdicts.markdown(HEAD, [_line(row, counted) for row in arms]),
+            markdown.table(HEAD, [_line(row, counted) for row in arms]),
         ]
     return "\n\n".join(parts)
 

@@ -7,9 +7,10 @@ what was wanted, and the untouched step beside itself is nearer to 1 than the nu
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.markdown import table
 from experiments.overhead.arms import PEERS
 from experiments.overhead.measure import AA
 from experiments.overhead.presets import SHARED_NAME, STARTUP_SECONDS, WANTED
@@ -93,7 +94,7 @@ def times(rows: Rows) -> str:
             else:
                 cells += ["not yet measured", "", ""]
         lines.append(cells)
-    return markdown(head, lines)
+    return table(head, lines)
 
 
 def brief(rows: Rows) -> str:
@@ -113,7 +114,7 @@ def brief(rows: Rows) -> str:
         cells.append("none ran" if fastest is None else f"{peers[fastest]}, {fastest}")
         size = _resident(rows, name, "monitor", wanted)[0].partition(" of ")[0]
         lines.append([*cells, f"{wanted}", size])
-    return markdown(head, lines)
+    return table(head, lines)
 
 
 def sizes(rows: Rows) -> str:
@@ -128,7 +129,7 @@ def sizes(rows: Rows) -> str:
         for arm in arms:
             cells += [*_saved(rows, name, arm, wanted), *_resident(rows, name, arm, wanted)]
         lines.append([*cells, _leanest(rows, name)])
-    return markdown([*head, "peer with the smallest peak"], lines)
+    return table([*head, "peer with the smallest peak"], lines)
 
 
 def _saved(rows: Rows, name: str, arm: str, wanted: float) -> tuple[str, str]:
@@ -192,10 +193,4 @@ def others(rows: Rows) -> str:
         verdict = "reached" if not (operations or tensors or size) else "missed"
         seen = f"{operations} operations, {tensors} saved tensors, {size} saved bytes more than untouched"
         lines.append(["a step between measured ones, counted", seen, "none", verdict])
-    return markdown(["besides", "found", "wanted", "verdict"], lines) if lines else ""
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Write a table."""
-    rule = ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+    return table(["besides", "found", "wanted", "verdict"], lines) if lines else ""
