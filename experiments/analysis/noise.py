@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,9 +38,9 @@ def measured(
     means = cell.validation[cell.batches.index(smallest)].mean(axis=-1)  # over all seeds, as a curve's
     best = min({row["config"]["lr"] for row, _ in at}, key=lambda rate: _loss(means[cell.rates.index(rate)]))
     chosen = [found for row, found in at if row["config"]["lr"] == best]
-    value = _geometric([_known(f["b_simple"]) for f in chosen])
-    low = _geometric([_known(f["low"]) for f in chosen])
-    high = _geometric([math.inf if f["high"] is None else f["high"] for f in chosen])
+    value = geometric([_known(f["b_simple"]) for f in chosen])
+    low = geometric([_known(f["low"]) for f in chosen])
+    high = geometric([math.inf if f["high"] is None else f["high"] for f in chosen])
     note = f"batch {smallest}, learning rate {best:.3g}, {len(chosen)} run(s)"
     return Estimated(value, low, high, note)
 
@@ -66,8 +67,11 @@ def _known(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _geometric(values: list[float]) -> float:
-    """Geometric mean: NaN where a value is NaN or below 0, 0 where one is 0, infinite where one is."""
+def geometric(values: Sequence[float]) -> float:
+    """Give the geometric mean of batch sizes.
+
+    NaN where a value is NaN or below 0, 0 where one is 0, infinite where one is.
+    """
     if any(math.isnan(v) or v < 0 for v in values):
         return math.nan
     if 0 in values:

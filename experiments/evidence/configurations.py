@@ -7,12 +7,13 @@ from typing import Any
 
 from experiments.analysis.cells import Row, fields_of
 
+RANK = 16  # of the reference
 SIZES = (512, 1_024, 2_048)
 SIZE = 1_024  # at which configurations are compared: runs on twice as much see E grow fourfold
 _REFERENCE: dict[str, Any] = {
     "base": "math-200k",
     "adapter": "lora",
-    "rank": 16,
+    "rank": RANK,
     "optimizer": "adamw",
     "dials.label_noise": 0.0,
     "dials.merged": 1,

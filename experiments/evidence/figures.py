@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import interval
+from experiments.evidence.configurations import RANK
 from experiments.evidence.judged import Judged
 from experiments.evidence.measured import PRIMARY, Measured
 from experiments.figures.style import (
@@ -118,7 +119,7 @@ def frozen(rows: Sequence[Mapping[str, Any]]) -> Figure:
         full = [r for r in rows if r["base"] == base and r["adapter"] == "full"]
         for row in full:
             left.axhline(row["b_simple"], color=style["color"], linewidth=0.9, linestyle=style["linestyle"])
-        for row in (r for r in mine if r["seed"] == 0 and r["rank"] == 16):
+        for row in (r for r in mine if r["seed"] == 0 and r["rank"] == RANK):
             _reading(right, row["n"] * 1.05 ** (row["data_seed"] - 1.5 + 0.4 * i), row, style)
             right.plot(row["n"], row["plug_in"], marker="x", color=style["color"], markersize=4)
     if any(row["adapter"] == "full" for row in rows):
@@ -131,7 +132,7 @@ def frozen(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_ylim(0, top)
         axes.legend(fontsize=7.5)
     label(left, "LoRA rank", "B_simple, factor B (rows), 95 % sets", "three adapters a rank")
-    label(right, "N, rows of data in the probe", "", "four data sets, rank 16")
+    label(right, "N, rows of data in the probe", "", f"four data sets, rank {RANK}")
     return figure
 
 
@@ -186,7 +187,7 @@ def _span(axes: Axes, number: Estimated, color: str, height: float) -> None:
 
 
 def _reading(axes: Axes, at: float, row: Mapping[str, Any], style: Mapping[str, Any]) -> None:
-    high = row["high"] if row["high"] is not None else math.inf
+    high = row["high"] or math.inf  # null: no upper end
     axes.plot([at] * 2, [row["low"], min(high, 1e6)], color=style["color"], linewidth=1.2, alpha=0.5)
     axes.plot(at, row["b_simple"], marker=style["marker"], color=style["color"], markersize=4)
 

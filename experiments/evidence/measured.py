@@ -16,6 +16,7 @@ from scipy import stats
 
 from experiments.analysis.cells import Cell, Row, cells
 from experiments.analysis.curves import Estimated
+from experiments.analysis.noise import geometric
 from experiments.analysis.resampling import DRAWS, LEVEL
 from experiments.course import Evaluation, crossing
 from experiments.critical import Efficiency, Hyperbola, efficiency, hyperbola, overhead
@@ -145,7 +146,7 @@ def noise_scale(rows: Sequence[Row], examples: Efficiency, variant: str = PRIMAR
     rate = min(rates, key=lambda r: abs(math.log(r / best))) if best else rates[len(rates) // 2]
     chosen = [row for row in there if row["config"]["lr"] == rate]
     found = [_scale(_way(row, examples.target), variant) for row in chosen]
-    value, low, high = (_geometric([each[i] for each in found]) for i in range(3))
+    value, low, high = (geometric([each[i] for each in found]) for i in range(3))
     note = f"batch {REFERENCE}, learning rate {rate:.3g}, {len(chosen)} run(s)"
     if best and rate != best:
         note += f"; the best was {best:.3g}"
@@ -204,15 +205,6 @@ def _lowest(row: Row, examples: int) -> float:
 
 def _seed(row: Row) -> tuple[int, int]:
     return row["config"]["seed"], row["config"]["data_seed"]
-
-
-def _geometric(values: Sequence[float]) -> float:
-    """Geometric mean; NaN where one is no positive number, ∞ where one is."""
-    if any(math.isnan(v) or v < 0 for v in values):
-        return math.nan
-    if 0.0 in values:
-        return 0.0
-    return math.inf if math.inf in values else math.exp(sum(map(math.log, values)) / len(values))
 
 
 def _draws(value: float, low: float, high: float, seed: int = 0) -> np.ndarray:

@@ -73,9 +73,9 @@ def answer(found: Readout) -> str:
     return (
         f"{said}, from {primary.pairs} of {len(CONFIGURATIONS)} configurations: {percent(primary.share)} of "
         "the measured critical batch sizes lie within a factor of two of c · B_simple, with c fitted to the "
-        f"other configurations ({shown(primary.constant)}; {WANTED:.0%} was wanted); one batch size for all "
-        f"does so for {percent(fixed.share)}. The rank correlation of noise scale and critical batch size is "
-        f"{shown(primary.correlation)}."
+        f"other configurations ({shown(primary.constant)}; {100 * WANTED:.0f} % was wanted); one batch size "
+        f"for all does so for {percent(fixed.share)}. The rank correlation of noise scale and critical batch "
+        f"size is {shown(primary.correlation)}."
     )
 
 
@@ -139,7 +139,7 @@ def percent(value: Estimated) -> str:
     """A share with its interval."""
     if math.isnan(value.value):
         return "–"
-    return f"{value.value:.0%} ({value.low:.0%} … {value.high:.0%})"
+    return f"{100 * value.value:.0f} % ({100 * value.low:.0f} … {100 * value.high:.0f} %)"
 
 
 def number(value: float) -> str:

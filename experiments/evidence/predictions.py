@@ -12,10 +12,13 @@ from scipy import stats
 
 from experiments.analysis.curves import Estimated
 from experiments.analysis.fits import exponent, slope
-from experiments.analysis.resampling import interval
+from experiments.analysis.resampling import LEVEL, interval
+from experiments.evidence.configurations import RANK
 from experiments.evidence.measured import PRIMARY, Measured
 from experiments.monotone import first_reach
 
+MISSING = Estimated(math.nan, -math.inf, math.inf)
+FIXED_TARGET = (1_024, 1_448, 2_048)  # N by √2, from twice what the smallest batch needs on
 Found = Mapping[str, Mapping[int, Measured]]  # configuration → data size → reading
 
 
@@ -55,23 +58,25 @@ def verdict(number: Estimated, low: float, high: float) -> str:
 def ratio(top: Estimated, bottom: Estimated) -> Estimated:
     """Divide two numbers measured on different runs.
 
-    Its interval comes from the draws of both where both have them, else from the ends, which is too wide.
+    Its interval comes from the draws of both; from the ends, which is too wide, where one has no draws, or
+    where its interval is wider than they are: an open end, or a censored run.
     """
     notes = "; ".join(
         f"{what}: {each.note}" for what, each in (("over", top), ("under", bottom)) if each.note
     )
     value = _divided(top.value, bottom.value)
-    if len(top.draws) and len(bottom.draws) and math.isfinite(value):
-        n = min(len(top.draws), len(bottom.draws))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            draws = top.draws[:n] / bottom.draws[:n]
-        low, high = interval(draws)
-        # what a censored run leaves open is in the ends only
-        low = min(low, value) if top.low > 0 or bottom.high < math.inf else 0.0
-        if math.isinf(top.high):
-            high = math.inf
-        return Estimated(value, low, high, notes, draws)
-    return Estimated(value, _divided(top.low, bottom.high), _divided(top.high, bottom.low), notes)
+    if not all(_closed(each) for each in (top, bottom)):
+        return Estimated(value, _divided(top.low, bottom.high), _divided(top.high, bottom.low), notes)
+    n = min(len(top.draws), len(bottom.draws))
+    draws = top.draws[:n] / bottom.draws[:n]
+    return Estimated(value, *interval(draws), notes, draws)
+
+
+def _closed(number: Estimated) -> bool:
+    """Whether the draws of a number say all about it."""
+    return bool(
+        len(number.draws) and 0 < number.low and number.high < math.inf and "at least" not in number.note
+    )
 
 
 def _divided(top: float, bottom: float) -> float:
@@ -82,59 +87,71 @@ def _divided(top: float, bottom: float) -> float:
     return top / bottom
 
 
-MISSING = Estimated(math.nan, -math.inf, math.inf)
-
-
 def rank_slope(frozen: Sequence[Mapping[str, Any]], base: str) -> Estimated:
-    """P1: slope of log B_simple of factor B at initialisation over log rank, a point an adapter."""
+    """P1: slope of log B_simple of factor B at initialisation over log rank, a point an adapter.
+
+    All adapters see one data set: the interval is about adapters.
+    """
     size = max((row["n"] for row in frozen if row["base"] == base), default=0)
     used = [
         row
         for row in frozen
         if (row["base"], row["adapter"], row["data_seed"], row["n"]) == (base, "lora", 0, size)
     ]
-    return _log_slope(used, "rank")
+    try:
+        return slope(*_logs(used, "rank"))
+    except ValueError:
+        return MISSING
 
 
 def size_slope(frozen: Sequence[Mapping[str, Any]], base: str) -> Estimated:
-    """P2: slope of log B_simple at frozen initialisation over log N, a point a data set."""
-    return _log_slope(_by_size(frozen, base), "n")
+    """P2: slope of log B_simple at frozen initialisation over log N.
+
+    Sizes of one data set are nested, so that its slope is one number; the interval is over data sets.
+    """
+    found = [np.polyfit(*_logs(part, "n"), 1)[0] for part in _by_data(frozen, base).values() if len(part) > 1]
+    return _mean(found)
 
 
 def plug_in_excess(frozen: Sequence[Mapping[str, Any]], base: str) -> Estimated:
-    """P2: mean of B_plugin (1/B + 1/N) over data sets, with B from the largest set that is none of them."""
-    by_size = _by_size(frozen, base)
-    if not by_size:
+    """P2: mean of B_plugin (1/B + 1/N), a number a data set, with B from the last set at its largest.
+
+    The interval is over the other sets, and as much wider as the set of that B is.
+    """
+    sets = _by_data(frozen, base)
+    if len(sets) < 3:
         return MISSING
-    last = max(row["data_seed"] for row in by_size)
-    reference = max((r for r in by_size if r["data_seed"] == last), key=lambda row: row["n"])
-    others = [row for row in by_size if row["data_seed"] != last]
-    values = np.array([row["plug_in"] * (1 / reference["b_simple"] + 1 / row["n"]) for row in others])
-    if len(values) < 3:
+    reference = max(sets.pop(max(sets)), key=lambda row: row["n"])
+    b, high = reference["b_simple"], reference["high"] or math.inf  # null: no upper end
+    products = [[row["plug_in"] * (1 / b + 1 / row["n"]) for row in part] for part in sets.values()]
+    found = _mean([float(np.mean(each)) for each in products])
+    own = found.value * math.log(high / reference["low"]) / 2
+    half = math.hypot(found.high - found.value, own)
+    return Estimated(found.value, found.value - half, found.value + half)
+
+
+def _by_data(frozen: Sequence[Mapping[str, Any]], base: str) -> dict[int, list[Mapping[str, Any]]]:
+    """Give the probes of the first adapter at the reference's rank, by data set."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for row in frozen:
+        if (row["base"], row["adapter"], row["rank"], row["seed"]) == (base, "lora", RANK, 0):
+            found.setdefault(row["data_seed"], []).append(row)
+    return found
+
+
+def _logs(used: Sequence[Mapping[str, Any]], over: str) -> tuple[np.ndarray, np.ndarray]:
+    """(log of a field, log B_simple) of the probes that found a positive one."""
+    known = [row for row in used if (row["b_simple"] or math.nan) > 0]
+    return np.log([row[over] for row in known]), np.log([row["b_simple"] for row in known])
+
+
+def _mean(values: Sequence[float], level: float = LEVEL) -> Estimated:
+    """Mean of independent numbers with Student's interval."""
+    if len(values) < 2:
         return MISSING
-    means = {}
-    for row, value in zip(others, values, strict=True):
-        means.setdefault(row["data_seed"], []).append(value)
-    each = np.array([np.mean(part) for part in means.values()])  # sizes of one seed are nested: one point
-    half = stats.t.ppf(0.975, len(each) - 1) * each.std(ddof=1) / math.sqrt(len(each))
-    return Estimated(float(each.mean()), float(each.mean() - half), float(each.mean() + half))
-
-
-def _by_size(frozen: Sequence[Mapping[str, Any]], base: str) -> list[Mapping[str, Any]]:
-    rank = {row["rank"] for row in frozen if row["base"] == base and row["data_seed"] > 0}
-    return [
-        row
-        for row in frozen
-        if row["base"] == base and row["adapter"] == "lora" and row["seed"] == 0 and {row["rank"]} == rank
-    ]
-
-
-def _log_slope(used: Sequence[Mapping[str, Any]], over: str) -> Estimated:
-    used = [row for row in used if (row["b_simple"] or math.nan) > 0]
-    try:
-        return slope(np.log([row[over] for row in used]), np.log([row["b_simple"] for row in used]))
-    except ValueError:
-        return MISSING
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    middle = float(np.mean(values))
+    return Estimated(middle, middle - half, middle + half)
 
 
 def harmless(found: Measured, sizes: Sequence[int]) -> list[Estimated]:
@@ -200,7 +217,7 @@ def predictions(
     return made
 
 
-def growth(found: Measured, sizes: Sequence[int] = (1_024, 1_448, 2_048)) -> Estimated:
+def growth(found: Measured, sizes: Sequence[int] = FIXED_TARGET) -> Estimated:
     """P3: exponent of B_max in N for a fixed target, from one configuration's E(B)."""
     if not len(found.examples.draws):
         return MISSING

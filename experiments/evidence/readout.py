@@ -63,9 +63,13 @@ def read_out(rows: Sequence[Row], frozen: Sequence[Mapping[str, Any]]) -> Readou
                 broken.setdefault(name, str(error))
             else:
                 found.setdefault(name, {})[size] = reading
-    target = found["reference"][SIZE].target if SIZE in found.get("reference", {}) else None
-    merged = parts.get("merged")
-    same_loss = measured(merged, SIZE // per_row(merged), target) if merged and target else None
+    same_loss = None
+    if SIZE in found.get("reference", {}) and SIZE in found.get("merged", {}):
+        rows_of = parts["merged"]
+        try:
+            same_loss = measured(rows_of, SIZE // per_row(rows_of), found["reference"][SIZE].target)
+        except ValueError as error:
+            broken["merged, on the way to the reference's loss"] = str(error)
     return Readout(
         found,
         broken,

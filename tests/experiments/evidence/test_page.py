@@ -25,6 +25,15 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
         assert f"({name}.png)" in text
 
 
+def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path):
+    made = rows(8.0, n=1)
+    made += [row | {"validation": row["validation"][:3]} for row in rows(8.0, n=2, dials={"merged": 2})]
+    files.write(tmp_path / "laptop-critical.jsonl.gz", made)
+    main(["--folder", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "merged cannot be read: " in text and "| reference |" in text
+
+
 def test_without_readings_the_question_is_not_answered(tmp_path):
     files.write(tmp_path / "frozen.jsonl.gz", frozen())
     main(["--folder", str(tmp_path)])

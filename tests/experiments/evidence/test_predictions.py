@@ -44,7 +44,10 @@ def test_a_ratio_has_the_spread_of_both():
     ends = ratio(number(6, 5, math.inf), number(2, 1, 3, "censored"))
     assert (ends.low, ends.high, ends.note) == (5 / 3, math.inf, "under: censored")
     open_ended = ratio(Estimated(6.0, 5, math.inf, "", top.draws), bottom)
-    assert open_ended.high == math.inf  # what a censored run leaves open is not in its draws
+    assert (open_ended.low, open_ended.high) == (5 / 3, math.inf)
+    # what a censored run leaves open is in its ends, and not in its draws
+    censored = ratio(Estimated(6.0, 5, 60, "at least: censored at batch 8", top.draws), bottom)
+    assert (censored.low, censored.high) == (5 / 3, 60.0)
 
 
 def frozen(slope=0.0, growth=0.0, spread=0.02, base="math-200k", b=4.0):
@@ -74,9 +77,26 @@ def test_slopes_at_initialisation():
     assert math.isnan(rank_slope([], "math-200k").value)
 
 
+def test_sizes_of_one_data_set_count_as_one():
+    """They share rows: what one set does to all its sizes must not shrink with their number."""
+    made = frozen(spread=0.0)
+    for row in made:
+        if row["seed"] == 0 and row["rank"] == 16:
+            row["b_simple"] *= row["n"] ** (0.1 * (-1) ** row["data_seed"])  # slopes of ± 0.1, exactly
+    found = size_slope(made, "math-200k")
+    assert found.value == pytest.approx(0.0, abs=1e-9)
+    half = 3.182 * 0.1 * math.sqrt(4 / 3) / 2  # Student's at 3 degrees of freedom
+    assert found.high == pytest.approx(half, rel=1e-3)
+
+
 def test_the_plug_in_is_set_beside_the_noise_scale_of_other_data():
     assert plug_in_excess(frozen(), "math-200k").value == pytest.approx(1.0, abs=0.05)
     assert plug_in_excess(frozen(growth=0.3), "math-200k").high < 0.9  # a plug-in that grows with the data
+    wide, narrow = frozen(), frozen()
+    for row in wide:
+        row["low"], row["high"] = row["b_simple"] / 2, row["b_simple"] * 2
+    widths = [f.high - f.low for f in (plug_in_excess(made, "math-200k") for made in (wide, narrow))]
+    assert widths[0] > 2 * math.log(2) > 3 * widths[1]  # the reference's own set counts
 
 
 def test_a_noise_scale_that_follows_is_told_from_one_that_does_not():
