@@ -161,8 +161,10 @@ class SharedFunction(torch.autograd.Function):
     ) -> Tensor:
         """Give the output on (held in a list, so that its own graph is not part of this one)."""
         ctx.save_for_backward(x)
-        # by hand, where `save_for_backward` would keep one tensor more than a tap does
-        ctx.weight, ctx.version = weight, weight._version
+        # by hand, where `save_for_backward` would keep one tensor more than a tap does; a view, as autograd
+        # keeps one: what is put into `weight.data` before the backward is not what made this output
+        with torch.enable_grad():
+            ctx.weight, ctx.version = weight.view_as(weight), weight._version
         ctx.tap, ctx.live, ctx.n_carriers = tap, live, len(carriers)
         ctx.where, ctx.carried, ctx.weighs = where, leaf is None, False
         return held[0].detach()

@@ -296,7 +296,7 @@ def test_no_byte_more_is_kept_for_backward():
 
 
 @pytest.mark.parametrize("limit", [1, 4 * 17, 3 * 4 * 17, 4 * 17 * 13, 3 * 4 * 17 * 13, 2**30])
-@pytest.mark.parametrize(("i", "o"), [(17, 13), (13, 17), (2, 17), (17, 2)])
+@pytest.mark.parametrize(("i", "o"), [(17, 13), (13, 17), (2, 17), (17, 2), (1, 17), (17, 1)])
 @pytest.mark.parametrize("shape", [(5, 11), (5,), (0, 4), (3, 2, 4), (1, 6)])
 def test_norms_and_sum_in_chunks_and_slices(limit, i, o, shape):
     generator = torch.Generator().manual_seed(limit)
@@ -306,7 +306,7 @@ def test_norms_and_sum_in_chunks_and_slices(limit, i, o, shape):
         norms, total = linear.linear_together(nn.Linear(i, o), x, dy, "weight", limit)
     close(norms, blocks.square().sum((1, 2)), rtol=1e-12)
     close(total, blocks.sum(0), rtol=1e-12)
-    assert total.is_contiguous() and total.shape == (o, i)
+    assert total.stride() == (i, 1) and total.shape == (o, i)  # of size 1 too, as DDP compares them
     inputs = max(t.numel() for t in (x, dy, total))
     assert found.largest <= max(inputs, limit // 4, max(i, o))
 
@@ -584,6 +584,23 @@ def test_a_weight_that_is_changed_before_the_backward_is_refused_as_unwatched():
             model[2].weight.add_(1)
         with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
             loss.backward()
+
+
+def test_weight_data_that_are_put_in_before_the_backward_do_not_count(shared):
+    """The gradient of the input is that of the weight which made the output, as unwatched."""
+    found = []
+    for watched in (False, True):
+        model = mlp()
+        if watched:
+            watch(model)
+        step(model, sgd(model), draw())
+        model.zero_grad()
+        loss = loss_of(model, draw(seed=2))
+        model[2].weight.data = 3 * model[2].weight.data
+        loss.backward()
+        found.append(gradients(model))
+    equal(found[1], found[0])
+    assert len(shared) == LAYERS
 
 
 @pytest.mark.filterwarnings("ignore:.*runs through the graph of a gradient:gns.monitor.GNSWarning")
