@@ -114,8 +114,14 @@ def _execute(ledger: Any, claims: Sequence[Any], engine: Any, job: Job) -> None:
     try:
         with _renewed(ledger, claims, job.lease / 5):
             made = executed(engine, [claim.config for claim in claims], job.device)
-            for claim, row in zip(claims, made, strict=True):
-                _keep(ledger, claim, row, job.rows)
+            left = list(zip(claims, made, strict=True))
+            try:
+                while left:
+                    _keep(ledger, *left.pop(0), job.rows)
+            except RunError as error:
+                if left and not isinstance(error, rowsfile.DiskFull):  # the others of a packed program
+                    patiently(lambda: rowsfile.append(job.rows, [row for _, row in left]))
+                raise
     except KeyboardInterrupt:
         written = rowsfile.results(rowsfile.read(job.rows))
         for claim in claims:

@@ -1,6 +1,7 @@
 """The ledger: one claim a run, whoever is killed, asleep or of another version."""
 
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -74,23 +75,27 @@ def test_a_released_run_waits_again_and_its_old_claim_is_void(url):
     assert [c.config for c in opened(url).claim(RUNS[:1])] == RUNS[:1]
 
 
-def claim_and_die(url, seconds=0.0):
+def claim_and_die(url, seconds=0.0, claimed=None):
     book = opened(url)
     book.claim(book.waiting())
+    if claimed is not None:
+        claimed.set()
     time.sleep(seconds)
 
 
 def test_what_a_dead_process_had_claimed_waits_again_at_once(url):
     opened(url)
-    worker = multiprocessing.get_context("fork").Process(target=claim_and_die, args=(url, 60))
+    context = multiprocessing.get_context("fork")
+    claimed = context.Event()  # signed too: a claim without a signature lapses with its lease only, see below
+    worker = context.Process(target=claim_and_die, args=(url, 60, claimed))
     worker.start()
+    assert claimed.wait(60)
     book = opened(url)
-    while not book.counts()["running"]:
-        book.refresh()
     book.settle(no_rows)
     assert book.counts() == {"waiting": 3, "running": 1}  # control: the living keep their claims
     worker.kill()
-    psutil.Process(worker.pid).wait()  # a corpse that nobody has asked after yet
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # a corpse that nobody has asked after yet
+    assert psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE
     book.settle(no_rows)
     assert book.counts() == {"waiting": 4}
     worker.join()

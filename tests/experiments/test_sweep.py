@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -186,6 +187,29 @@ def test_a_ledger_that_never_answers_again_costs_no_finished_row(tmp_path, monke
     seen = crew.Crew(the_job, grids.load(tmp_path / "made.toml"))._recounted(Counter(running=1))
     assert seen == {"running": 1} and time.monotonic() - began < 5  # the display does not wait
     browser.close()
+
+
+def test_a_ledger_that_never_answers_again_costs_no_row_of_a_packed_program(tmp_path, monkeypatch):
+    from experiments.ledger import Ledger, LedgerBusy
+
+    the_job = job(preset_of(tmp_path, 3), tmp_path)
+    monkeypatch.setattr("experiments.ledger.LOCKED", 0.05)
+    monkeypatch.setattr(patience, "PATIENCE", 0.2)
+    book = Ledger(the_job.url, the_job.preset, the_job.configs)
+    claims = book.claim(book.waiting(), 3)
+    browser = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+
+    def execute(configs, device):
+        browser.execute("BEGIN IMMEDIATE")
+        return [{"hash": c.hash, "config": c.to_dict(), "status": "done", "test_loss": 1.0} for c in configs]
+
+    with pytest.raises(LedgerBusy, match="database is locked"):
+        worker._execute(book, claims, SimpleNamespace(execute=execute), the_job)
+    assert [row["hash"] for row in rows_of(tmp_path)] == [claim.config.hash for claim in claims]
+    browser.execute("COMMIT")
+    browser.close()
+    monkeypatch.setattr("experiments.lease.alive", lambda *_: False)
+    assert crew.settled(the_job) == {"done": 3}
 
 
 def test_a_row_is_written_once_though_the_ledger_fails_after_it(tmp_path, monkeypatch):
