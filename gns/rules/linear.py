@@ -192,7 +192,7 @@ def linear_together(
     limit = limit if dy.is_cuda else min(limit, CACHED)
     if o > 4 * i:  # a LoRA factor B: the short side first, as MKL likes it
         norms, total = _norms_and_sum(dy, x, limit)
-        return norms, total.mT.contiguous()
+        return norms, total.mT.clone(memory_format=torch.contiguous_format)  # strides of a side of 1 too
     return _norms_and_sum(x, dy, limit)
 
 
