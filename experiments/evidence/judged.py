@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy import stats
+
 from experiments.analysis.agreement import calibration, spearman
 from experiments.analysis.curves import Estimated
+from experiments.analysis.resampling import LEVEL
 
 WANTED = 0.8  # share of configurations within a factor of two at which a predictor predicts
 
@@ -41,6 +44,23 @@ class Judged:
             return "does not"
         follows = self.correlation.low > 0
         return "predicts" if self.share.value >= WANTED and follows else "undecided"
+
+    @property
+    def needed(self) -> float:
+        """Configurations at which the rule would decide, were share and correlation to stay as they are.
+
+        By the normal interval of a share, and by Fisher's z with the spread of Bonett and Wright (2000) of a
+        rank correlation; infinite where no number would decide, NaN without a share.
+        """
+        share, z = self.share.value, stats.norm.ppf((1 + LEVEL) / 2)
+        if math.isnan(share):
+            return math.nan
+        if share < WANTED:
+            return max(self.pairs, math.ceil(z**2 * share * (1 - share) / (WANTED - share) ** 2))
+        r = self.correlation.value
+        if not r > 0:
+            return math.inf
+        return max(self.pairs, 3 + math.ceil(z**2 * (1 + r**2 / 2) / math.atanh(min(r, 0.999)) ** 2))
 
 
 def judge(

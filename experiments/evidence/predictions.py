@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.analysis.curves import Estimated
+from experiments.analysis.curves import Curve, Estimated
 from experiments.analysis.fits import exponent, slope
 from experiments.analysis.resampling import LEVEL, interval
 from experiments.evidence.configurations import RANK
 from experiments.evidence.measured import PRIMARY, Measured
+from experiments.evidence.tuned import above_best, growth_within, octaves_between, pick
 from experiments.monotone import first_reach
 
 MISSING = Estimated(math.nan, -math.inf, math.inf)
 FIXED_TARGET = (1_024, 1_448, 2_048)  # N by √2, from twice what the smallest batch needs on
+WHOLE = (512, 1_024, 2_048)  # N of whole runs
 Found = Mapping[str, Mapping[int, Measured]]  # configuration → data size → reading
 
 
@@ -32,18 +34,22 @@ class Prediction:
         number: measured; NaN where it was not.
         low: of the range that was predicted.
         high: of that range.
+        zero: None; or instead of the range, whether 0 is said to lie inside or outside the interval.
     """
 
     name: str
     says: str
     number: Estimated
-    low: float
-    high: float
+    low: float = -math.inf
+    high: float = math.inf
+    zero: bool | None = None
 
     @property
     def verdict(self) -> str:
         """Say "held", "failed", "undecided" or "not measured"."""
-        return verdict(self.number, self.low, self.high)
+        if self.zero is None:
+            return verdict(self.number, self.low, self.high)
+        return zero_verdict(self.number, self.zero)
 
 
 def verdict(number: Estimated, low: float, high: float) -> str:
@@ -53,6 +59,17 @@ def verdict(number: Estimated, low: float, high: float) -> str:
     if low <= number.low and number.high <= high:
         return "held"
     return "failed" if number.low > high or number.high < low else "undecided"
+
+
+def zero_verdict(number: Estimated, inside: bool) -> str:
+    """Say whether 0 lies inside, or outside; an interval with an open end that holds 0 decides nothing."""
+    if math.isnan(number.value) and not number.note:
+        return "not measured"
+    if number.low > 0 or number.high < 0:
+        return "failed" if inside else "held"
+    if math.isinf(number.low) or math.isinf(number.high):
+        return "undecided"
+    return "held" if inside else "failed"
 
 
 def ratio(top: Estimated, bottom: Estimated) -> Estimated:
@@ -165,7 +182,11 @@ def harmless(found: Measured, sizes: Sequence[int]) -> list[Estimated]:
 
 
 def predictions(
-    found: Found, frozen: Sequence[Mapping[str, Any]], n: int, merged: Measured | None = None
+    found: Found,
+    frozen: Sequence[Mapping[str, Any]],
+    n: int,
+    merged: Measured | None = None,
+    curves: Sequence[Curve] = (),
 ) -> list[Prediction]:
     """Judge all predictions; those that no rows speak of are there, and not measured.
 
@@ -174,6 +195,7 @@ def predictions(
         frozen: rows of `experiments.evidence.frozen`.
         n: data size at which configurations are compared.
         merged: the configuration of merged rows, read on the way to the reference's loss.
+        curves: of whole runs, tuned.
     """
     made: list[Prediction] = []
 
@@ -203,6 +225,16 @@ def predictions(
         add("P2", f"slope of log B_simple on log N, {base}", lambda b=base: size_slope(frozen, b), -0.1, 0.1)
         add("P2", f"plug-in × (1/B + 1/N), {base}", lambda b=base: plug_in_excess(frozen, b), 0.9, 1.1)
     add("P3", "exponent of B_max in N, fixed target", lambda: growth(found["reference"][n]), 0.85, 1.15)
+    by_size = lambda: {size: pick(curves, n_train=size) for size in WHOLE}  # noqa: E731
+    add("P3", "the same, within 0.01 nat of the best", lambda: growth_within(by_size()), 0.4, 0.9)
+    add("P3", "the same, within 5 % of its own best", lambda: growth_within(by_size(), True), 0.15, 0.6)
+    add(
+        "P4",
+        "β₂ rescaled: test loss at the smallest batch above the best, nats",
+        lambda: above_best(pick(curves, beta2_batch=16)),
+        -math.inf,
+        0.005,
+    )
     add("P5", "B_simple, merged over single", lambda: by_merging(_noise), 0.4, 0.6)
     add("P5", "B_crit, merged over single", lambda: by_merging(_critical), 0.4, 0.6)
     for noise in ("0.2", "0.5"):
@@ -214,6 +246,22 @@ def predictions(
             1.5,
         )
     add("P8", "B_crit, rank 64 over rank 4", lambda: moved("rank 64", _critical, "rank 4"), 1 / 1.5, 1.5)
+    return made + _claims(curves)
+
+
+def _claims(curves: Sequence[Curve]) -> list[Prediction]:
+    """P9: the paper's claims on where the batch curve has its minimum."""
+    made = []
+    for says, one, other, inside in (
+        ("rank 64 less rank 4", {"rank": 64}, {"rank": 4}, True),
+        ("math-1m less math-200k", {"base": "math-1m"}, {}, True),
+        ("N = 2,048 less N = 512", {"n_train": 2_048}, {"n_train": 512}, False),
+    ):
+        try:
+            number = octaves_between(pick(curves, **one), pick(curves, **other))
+        except KeyError:
+            number = MISSING
+        made.append(Prediction("P9", f"octaves between best batches, {says}", number, zero=inside))
     return made
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.analysis.cells import Row
-from experiments.analysis.curves import Estimated
+from experiments.analysis.curves import Curve, Estimated
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES, named, per_row
 from experiments.evidence.judged import Judged, judge
 from experiments.evidence.measured import PRIMARY, VARIANTS, Measured, measured
+from experiments.evidence.practice import Price, prices
 from experiments.evidence.predictions import Prediction, predictions
+from experiments.evidence.tuned import tuned
 
 BY_SIZE, BY_DEFAULT = "c · N", "a constant"
 
@@ -26,6 +28,7 @@ class Readout:
         judged: noise scale or rival → beside B_crit, a configuration once, at N = `SIZE`.
         over_sizes: the same over all N.
         predicted: the judged predictions.
+        priced: schedule → what rules that choose a batch size cost, and the curves that say so.
         frozen: rows of frozen probes.
         runs: rows that were used or could have been.
         diverged: of these.
@@ -38,6 +41,7 @@ class Readout:
     judged: Mapping[str, Judged]
     over_sizes: Mapping[str, Judged]
     predicted: Sequence[Prediction]
+    priced: Mapping[str, tuple[Sequence[Price], Sequence[Curve]]]
     frozen: Sequence[Mapping[str, Any]]
     runs: int
     diverged: int
@@ -70,18 +74,36 @@ def read_out(rows: Sequence[Row], frozen: Sequence[Mapping[str, Any]]) -> Readou
             same_loss = measured(rows_of, SIZE // per_row(rows_of), found["reference"][SIZE].target)
         except ValueError as error:
             broken["merged, on the way to the reference's loss"] = str(error)
+    curves = tuned(rows)
     return Readout(
         found,
         broken,
         _judged(found, (SIZE,)),
         _judged(found, SIZES),
-        predictions(found, frozen, SIZE, same_loss),
+        predictions(found, frozen, SIZE, same_loss, curves),
+        _priced(curves),
         frozen,
-        sum(map(len, parts.values())),
-        sum(row["status"] == "diverged" for part in parts.values() for row in part),
+        len(rows),
+        sum(row["status"] == "diverged" for row in rows),
         [name for name in CONFIGURATIONS if name not in found],
-        sorted({row["commit"] or "unknown" for part in parts.values() for row in part}),
+        sorted({row["commit"] or "unknown" for row in rows}),
     )
+
+
+def _priced(curves: Sequence[Curve]) -> dict[str, tuple[list[Price], list[Curve]]]:
+    """Price the rules on each schedule's configurations; warm-up and β₂ are recipes of one, and left out."""
+    made = {}
+    for schedule in ("cosine", "constant"):
+        of = [
+            each
+            for each in curves
+            if each.cell.fields["schedule"] == schedule
+            and not each.cell.fields["warmup"]
+            and each.cell.fields["beta2_batch"] is None
+        ]
+        if len(of) > 1:
+            made[schedule] = prices(of), of
+    return made
 
 
 def _judged(found: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int]) -> dict[str, Judged]:

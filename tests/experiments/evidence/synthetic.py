@@ -41,7 +41,7 @@ def gns(batch, b_simple, until=N // 4):
             sums += [1 + trace, 1 + trace / batch]
         joint = [sums[0] + sums[2], sums[1] + sums[3]]
         steps.append([k, batch, 15 * batch, 1 / batch, 1e-3, *joint, *sums])
-    return {"metric": "euclidean", "columns": COLUMNS, "steps": steps}
+    return {"metric": "euclidean", "columns": COLUMNS, "steps": steps, "progress_weighted": {}}
 
 
 def rows(b_crit=8.0, b_simple=8.0, *, seeds=2, noise=0.0, n=0, **fields):

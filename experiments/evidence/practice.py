@@ -1,0 +1,156 @@
+"""Rules by which a practitioner may choose a batch size, priced in loss, in steps and in runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.analysis.agreement import regret
+from experiments.analysis.curves import Curve, Estimated, largest_within
+from experiments.analysis.noise import measured
+from experiments.analysis.resampling import DRAWS, interval
+
+DELTA = 0.01  # nats per token: what the largest harmless batch may cost
+DEFAULTS = (16, 128)  # of QLoRA (arXiv:2305.14314) and of Alpaca-LoRA
+BY_PROXY = "best batch of the smallest model at the lowest rank, same data"
+BY_NOISE = "B_simple as it is read"
+BY_FITTED = "c · B_simple, c from the other configurations"
+SMALLEST = "smaller is better"
+
+
+@dataclass(frozen=True)
+class Price:
+    """A rule over all configurations in which it gives an answer.
+
+    Args:
+        rule: in words.
+        regret: test loss at its batch less that at the best one, both tuned, nats per token; the mean.
+        worst: of the configurations.
+        steps: optimizer steps over those of the largest batch within `DELTA` of the best; the geometric mean.
+            Above 1: slower than need be; below 1: the batch is larger than that.
+        batch: that it chose; the geometric mean, inside the grid.
+        runs: spent on choosing, in words.
+        used: configurations.
+        of: all.
+    """
+
+    rule: str
+    regret: Estimated
+    worst: float
+    steps: Estimated
+    batch: float
+    runs: str
+    used: int
+    of: int
+
+
+def prices(found: Sequence[Curve]) -> list[Price]:
+    """Price every rule on the configurations of one schedule.
+
+    A rule's answer between two batch sizes is read off a line, one beyond the grid at its edge. A rule
+    without an answer in a configuration (no noise scale was found there, no smaller proxy was run) is not
+    priced in it.
+    """
+    choices: dict[str, tuple[list[float], str]] = {
+        BY_PROXY: ([_by_proxy(found, each) for each in found], _grid_runs(found)),
+        BY_NOISE: ([_noise(each) for each in found], "one"),
+        BY_FITTED: (_fitted(found), "one, once c is known"),
+        SMALLEST: ([float(each.batches[0]) for each in found], "none"),
+    }
+    for batch in DEFAULTS:
+        choices[f"{batch}, always"] = [float(batch)] * len(found), "none"
+    return [made for rule, (chosen, runs) in choices.items() if (made := _priced(rule, found, chosen, runs))]
+
+
+def _priced(rule: str, found: Sequence[Curve], chosen: Sequence[float], runs: str) -> Price | None:
+    """Price one rule where it has an answer; None where it has none anywhere."""
+    pairs = [(each, b) for each, b in zip(found, chosen, strict=True) if not math.isnan(b)]
+    if not pairs:
+        return None
+    curves, batches = [each for each, _ in pairs], [b for _, b in pairs]
+    mean, own = regret(curves, batches)
+    inside = [_inside(each, b) for each, b in pairs]
+    batch = float(np.exp(np.mean(np.log(inside))))
+    return Price(rule, mean, max(own), _steps(curves, inside), batch, runs, len(pairs), len(found))
+
+
+def _steps(found: Sequence[Curve], batches: Sequence[float], seed: int = 0) -> Estimated:
+    """Geometric mean of B_max(δ)/B, with replicates over configurations and seeds."""
+    largest = [largest_within(each, DELTA) for each in found]
+    own = np.array([_inside(c, at.value) / b for c, at, b in zip(found, largest, batches, strict=True)])
+    random = np.random.default_rng(seed)
+    draws = np.empty(DRAWS)
+    for r in range(DRAWS):
+        picked = random.integers(len(found), size=len(found))
+        logs = []
+        for k in picked:
+            drawn = largest[k].draws
+            at = drawn[random.integers(len(drawn))] if len(drawn) else largest[k].value
+            logs.append(math.log(_inside(found[k], float(at)) / batches[k]))
+        draws[r] = math.exp(np.mean(logs))
+    note = ""
+    if (open_ := sum(math.isinf(each.value) for each in largest)) > 0:
+        note = f"at least, in {open_}: the largest batch that was tried costs nothing"
+    return Estimated(float(np.exp(np.log(own).mean())), *interval(draws), note, draws)
+
+
+def _by_proxy(found: Sequence[Curve], of: Curve) -> float:
+    """Give the batch that is best on validation data in the smallest proxy; NaN without a smaller one."""
+    proxies = [each for each in found if _is_proxy(each.cell.fields, of.cell.fields)]
+    if not proxies:
+        return math.nan
+    least = min(proxies, key=lambda each: (_size(each.cell.fields["base"]), each.cell.fields["rank"]))
+    return float(least.batches[int(least.validation.argmin())])
+
+
+def _is_proxy(fields: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
+    """Whether a configuration is LoRA on the same data and recipe with a smaller model, or a lower rank."""
+    free = {"base", "rank", "adapter", "alpha", "n_eval", "init"}
+    same = {k: v for k, v in fields.items() if k not in free} == {
+        k: v for k, v in of.items() if k not in free
+    }
+    own, other = _size(fields["base"]), _size(of["base"])
+    smaller = own < other or (own == other and (of["adapter"] == "full" or fields["rank"] < of["rank"]))
+    return same and smaller and fields["adapter"] == "lora"
+
+
+def _size(base: str) -> float:
+    """Parameters of a base, of its name: "math-200k" → 200,000."""
+    digits, unit = base.rpartition("-")[2][:-1], base[-1]
+    return float(digits) * {"k": 1e3, "m": 1e6}[unit]
+
+
+def _noise(found: Curve) -> float:
+    """B_simple of factor B, progress-weighted; NaN where none was found."""
+    read = measured(found.cell)
+    return math.nan if read is None or math.isinf(read.value) else read.value
+
+
+def _fitted(found: Sequence[Curve]) -> list[float]:
+    """Give c · B_simple, c the geometric mean of B_max(δ)/B_simple over the others; NaN without two."""
+    noise = np.array([_noise(each) for each in found])
+    largest = np.array([largest_within(each, DELTA).value for each in found])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(largest / noise)
+    known = np.isfinite(logs)
+    chosen = []
+    for k in range(len(found)):
+        others = known & (np.arange(len(found)) != k)
+        fit = others.sum() >= 2 and noise[k] > 0
+        chosen.append(float(noise[k] * np.exp(logs[others].mean())) if fit else math.nan)
+    return chosen
+
+
+def _grid_runs(found: Sequence[Curve]) -> str:
+    """Runs that a proxy's grid takes, of one seed."""
+    tried = [(~np.isnan(each.cell.validation[..., 0])).sum() for each in found]
+    return f"about {np.mean(tried):.0f} of the proxy" if tried else "–"
+
+
+def _inside(found: Curve, batch: float) -> float:
+    """Nearest batch size inside the grid."""
+    return min(max(batch, float(found.batches[0])), float(found.batches[-1]))

@@ -1,0 +1,75 @@
+"""Rules that choose a batch size, on curves whose regret is known."""
+
+import math
+
+import pytest
+
+from experiments.evidence.practice import (
+    BY_FITTED,
+    BY_NOISE,
+    BY_PROXY,
+    SMALLEST,
+    prices,
+)
+from experiments.evidence.readout import read_out
+from experiments.evidence.tuned import tuned
+from tests.experiments.evidence.test_tuned import rows
+
+
+def priced(made):
+    return {each.rule: each for each in prices(tuned(made))}
+
+
+def bowls():
+    """Loss 1 + 0.01·(octaves from the best)²; the noise scale is half the best batch."""
+    made = rows(4.0, noise=2.0, rank=4) + rows(8.0, noise=4.0) + rows(16.0, noise=8.0, rank=64)
+    return made + rows(32.0, noise=16.0, base="math-1m")
+
+
+def test_every_rule_costs_what_its_batch_costs():
+    found = priced(bowls())
+    assert found[BY_NOISE].regret.value == pytest.approx(0.01, abs=1e-6)  # an octave below the best
+    assert found[BY_NOISE].steps.value == pytest.approx(4.0, rel=0.02)  # B_max is an octave above it
+    assert found[BY_NOISE].batch == pytest.approx(2.0 * 2**1.5, rel=1e-6)
+    # c is fitted to the largest harmless batch, an octave above the best: 4 in every configuration
+    assert found[BY_FITTED].batch == pytest.approx(8.0 * 2**1.5, rel=0.02)
+    assert found[BY_FITTED].steps.value == pytest.approx(1.0, rel=0.02)
+    assert found[SMALLEST].regret.value == pytest.approx(0.01 * (4 + 9 + 16 + 25) / 4, abs=1e-6)
+    assert found[SMALLEST].worst == pytest.approx(0.25, abs=1e-6)
+    assert found["16, always"].regret.value == pytest.approx(0.01 * (4 + 1 + 0 + 1) / 4, abs=1e-6)
+    assert found["128, always"].worst == pytest.approx(0.25, abs=1e-6)
+    assert all(each.of == 4 for each in found.values())
+
+
+def test_the_proxy_is_the_smallest_model_at_the_lowest_rank_on_the_same_data():
+    found = priced(bowls())[BY_PROXY]
+    assert found.used == 3  # rank 4 of the smallest model has none that is smaller
+    assert found.batch == pytest.approx(4.0)
+    assert found.regret.value == pytest.approx(0.01 * (1 + 4 + 9) / 3, abs=1e-6)
+    assert found.runs == "about 40 of the proxy"
+    others = rows(8.0, rank=4, dials={"label_noise": 0.5}) + rows(8.0, n_train=512)
+    assert BY_PROXY not in priced(others + rows(8.0, rank=64))  # other data, or other amounts of them
+
+
+def test_a_rule_without_an_answer_is_priced_where_it_has_one():
+    made = rows(8.0, noise=None) + rows(8.0, noise=8.0, rank=4) + rows(8.0, noise=math.nan, rank=64)
+    found = priced(made)
+    assert (found[BY_NOISE].used, found[BY_NOISE].of) == (1, 3)
+    assert BY_FITTED not in found  # one other is not enough to fit c
+
+
+def test_an_answer_beyond_the_grid_is_priced_at_its_edge():
+    found = priced(rows(8.0, noise=1e6) + rows(8.0, noise=1e-6, rank=4))
+    assert found[BY_NOISE].worst == pytest.approx(0.01 * 16, abs=1e-6)
+    assert found[BY_NOISE].batch == pytest.approx(math.sqrt(128), rel=1e-6)
+
+
+def test_a_curve_without_an_end_makes_the_steps_a_bound():
+    found = priced(rows(128.0) + rows(128.0, rank=4))[SMALLEST]
+    assert found.steps.value == pytest.approx(128.0) and found.steps.note.startswith("at least, in 2")
+
+
+def test_a_readout_prices_each_schedule_and_leaves_recipes_out():
+    made = bowls() + rows(1.0, warmup=0.05) + rows(1.0, beta2_batch=16)
+    found = read_out([row | {"commit": "abc"} for row in made], [])
+    assert set(found.priced) == {"cosine"} and len(found.priced["cosine"][1]) == 4
