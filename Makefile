@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo experiments test test-slow bench lint clean
+.PHONY: install demo experiments figures test test-slow bench lint clean
 
 install: $(STAMP)
 
@@ -20,6 +20,10 @@ demo: $(STAMP)
 experiments: $(STAMP)
 	$(BIN)/python -m experiments.sweep --preset smoke
 	$(BIN)/python -m experiments.figures --preset smoke
+
+# every published figure and page again, from committed rows only
+figures: $(STAMP)
+	$(BIN)/python -m experiments.redraw
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

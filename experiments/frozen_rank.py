@@ -148,7 +148,7 @@ def _over_rank(ax: Any, rows: Sequence[dict[str, Any]], base: str) -> None:
     middle, low, high = slope(lora, "rank")
     ax.plot([], [], "o", color=BLUE, label=f"factor B, slope {middle:.3f} ({low:.3f} … {high:.3f})")
     ax.set_xlabel("LoRA rank")
-    ax.set_title(f"base {base}, at B = 0", loc="left", fontsize=10)
+    ax.set_title(f"{base}, at B = 0", loc="left", fontsize=10)
     _dress(ax, sorted({r["rank"] for r in lora}))
 
 

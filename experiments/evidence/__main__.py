@@ -41,6 +41,20 @@ def collect(sweep: Path, folder: Path) -> Path:
     return target
 
 
+def read(folder: Path) -> Readout:
+    """Read everything that the rows of a folder say.
+
+    Raises:
+        RunError: there are none.
+    """
+    sources = sorted(p for p in folder.glob("*.jsonl.gz") if p.name != FROZEN)
+    runs = rowsfile.results(row for path in sources for row in rowsfile.read(path)).values()
+    frozen = rows.read(folder / FROZEN)
+    if not runs and not frozen:
+        raise RunError(f"{folder}: no rows; run a sweep, then --collect its folder")
+    return read_out(list(runs), frozen)
+
+
 def draw(found: Readout, folder: Path) -> list[Path]:
     """Draw what there are rows for, and write the page."""
     below = f"{found.runs:,} runs, {found.diverged} diverged (censored). Intervals: 95 %."
@@ -76,12 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for sweep in asked.collect or []:
             print(collect(sweep, asked.folder))
-        sources = sorted(p for p in asked.folder.glob("*.jsonl.gz") if p.name != FROZEN)
-        runs = rowsfile.results(row for path in sources for row in rowsfile.read(path)).values()
-        frozen = rows.read(asked.folder / FROZEN)
-        if not runs and not frozen:
-            raise RunError(f"{asked.folder}: no rows; run a sweep, then --collect its folder")
-        print("\n".join(map(str, draw(read_out(list(runs), frozen), asked.folder))))
+        print("\n".join(map(str, draw(read(asked.folder), asked.folder))))
     except RunError as error:
         parser.exit(2, f"{error}\n")
 

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from experiments.analysis.curves import Estimated
-from experiments.evidence.judged import judge
-from experiments.evidence.predictions import plug_in_excess, rank_slope, ratio, size_slope, verdict
+from experiments.evidence.judged import Judged, judge
+from experiments.evidence.page import answer
+from experiments.evidence.predictions import (
+    plug_in_excess,
+    rank_slope,
+    ratio,
+    size_slope,
+    verdict,
+    zero_verdict,
+)
 from experiments.evidence.readout import read_out
 from tests.experiments.evidence.synthetic import rows
 
@@ -28,6 +36,60 @@ def number(value, low, high, note=""):
 )
 def test_an_interval_decides(low, high, said):
     assert verdict(number(1.0, low, high), 0.5, 1.5) == said
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "inside", "outside"),
+    [
+        (-1.0, 1.0, "held", "failed"),
+        (0.5, 1.0, "failed", "held"),
+        (-1.0, -0.5, "failed", "held"),
+        (-1.0, math.inf, "undecided", "undecided"),  # an end that is open holds any number
+        (0.5, math.inf, "failed", "held"),
+        (-math.inf, -0.5, "failed", "held"),
+    ],
+)
+def test_a_claim_about_zero_is_judged_by_where_it_lies(low, high, inside, outside):
+    assert zero_verdict(number(0.0, low, high), True) == inside
+    assert zero_verdict(number(0.0, low, high), False) == outside
+
+
+def test_a_number_beyond_the_grid_is_undecided_about_zero_and_a_missing_one_not_measured():
+    nothing = number(math.nan, -math.inf, math.inf)
+    assert zero_verdict(nothing, True) == "not measured"
+    assert zero_verdict(number(math.nan, -math.inf, math.inf, "at the edge"), True) == "undecided"
+
+
+def judged(share, correlation, pairs=10):
+    value = number(share, 0.0, 1.0)
+    return Judged("B", number(correlation, -0.5, 0.9), number(1.0, 0.5, 2.0), value, pairs, pairs)
+
+
+@pytest.mark.parametrize(
+    ("share", "correlation", "needed"),
+    [
+        (0.5, 0.5, 11),  # 1.96² · 0.25/0.3²
+        (0.7, 0.5, 81),  # 1.96² · 0.21/0.1²
+        (0.0, 0.5, 10),  # never fewer than there are
+        (0.9, 0.5, 18),  # 3 + 1.96² · 1.125/atanh(0.5)²
+        (0.9, 0.2, 99),
+        (0.9, 0.0, math.inf),
+        (0.9, math.nan, math.inf),
+    ],
+)
+def test_how_many_configurations_would_decide(share, correlation, needed):
+    assert judged(share, correlation).needed == needed
+
+
+def test_the_page_says_how_many_configurations_would_decide():
+    made = rows(8.0, 8.0, noise=0.01, n=1) + rows(16.0, 16.0, noise=0.01, n=2, dials={"label_noise": 0.2})
+    found = read_out(made + rows(8.0, 8.0, noise=0.01, n=3, rank=4), [])
+    for each, said in (
+        (judged(0.7, 0.5, 3), "about 81 configurations would decide"),
+        (judged(0.9, 0.0, 3), "no number of configurations would decide"),
+    ):
+        found.judged["B"] = each
+        assert said in answer(found)
 
 
 def test_what_was_not_measured_is_neither_held_nor_undecided():
