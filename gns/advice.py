@@ -24,7 +24,8 @@ from gns.wording import Section
 CAVEATS = (
     "B_simple is not the critical batch size itself: where both were measured, their ratio ran from "
     "0.05 (autoencoders) to 8 (SVHN). Take the range as a place to start, and try half and double.",
-    "no published evidence ties the best batch size of LoRA to its gradient noise scale yet.",
+    "it is not established that the noise scale predicts the best batch size of LoRA: runs of ours on small "
+    "models are the only published evidence on it.",
     "the noise scale moves with the learning rate and along training: a reading belongs to its settings.",
 )
 

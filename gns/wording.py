@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gns import phrases
+from gns.calibration import calibrations
 from gns.drift import Drift
 from gns.estimate import Estimate, format_count
 from gns.phrases import counts, percent, percents, span, whole
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gns.goodput import Soonest
 
 BATCH_SIZE, LEARNING_RATE = "Batch size", "Learning rate"  # titles of sections that tables belong to
+CHECKED = "Where both were measured"
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
 START = (
     "A place to start, to be tried with half and double: the noise scale stands in for the critical batch "
@@ -99,6 +101,7 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
         ("Wall-clock time", speed),
         ("One epoch", epoch),
         (LEARNING_RATE, transfer),
+        (CHECKED, [each.sentence(ends) for each in calibrations()]),
     ]
     told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
     more = phrases.know_more(estimate, sure=near.sure is not None or _smallest(near))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from pathlib import Path
 
 from experiments.bases.configs import BASES
@@ -35,6 +37,21 @@ def base_path(name_or_path: str) -> Path | str:
     if "/" not in name_or_path and difflib.get_close_matches(name_or_path.lower(), BASES, cutoff=0.75):
         raise RunError(f"no base {name_or_path!r}; known rows: {', '.join(BASES)}")
     return name_or_path
+
+
+def parameters(name: str) -> int:
+    """Give the number of parameters of a row of `BASES`: of the model where it is here, else of its name.
+
+    Raises:
+        RunError: it is no row, and its name ends in no size.
+    """
+    try:
+        return json.loads((Path(base_path(name)) / "training.json").read_text(encoding="utf-8"))["parameters"]
+    except (RunError, OSError):
+        size = re.search(r"(\d+)([km])$", name)
+    if size is None:
+        raise RunError(f"base {name!r}: no training.json, and no size such as 25m at the end of its name")
+    return int(size[1]) * {"k": 1_000, "m": 1_000_000}[size[2]]
 
 
 def _row_path(name: str) -> Path:

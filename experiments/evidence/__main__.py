@@ -4,7 +4,8 @@
     python -m experiments.evidence                                          # figures and page from rows only
 
 Rows are read from experiments/results/evidence, one compressed file a sweep, and frozen.jsonl.gz of
-`experiments.evidence.frozen`; figures and README.md are written beside them.
+`experiments.evidence.frozen`; figures and README.md are written beside them, and the constants that `gns
+advise` names go into the package.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import matplotlib
 
 from experiments import rows, rowsfile
 from experiments.configs import RunError
-from experiments.evidence import figures, page
+from experiments.evidence import calibrated, figures, page
 from experiments.evidence.readout import Readout, read_out
 from experiments.figures.style import LOOK, heading
+from gns.calibration import FILE
 
 FOLDER = Path("experiments/results/evidence")
 FROZEN = "frozen.jsonl.gz"
+CALIBRATION = Path("gns/assets") / FILE  # what the package says of it
 
 
 def collect(sweep: Path, folder: Path) -> Path:
@@ -90,7 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for sweep in asked.collect or []:
             print(collect(sweep, asked.folder))
-        print("\n".join(map(str, draw(read(asked.folder), asked.folder))))
+        found = read(asked.folder)
+        written = draw(found, asked.folder)
+        if asked.folder == FOLDER:
+            written.append(calibrated.write(found, CALIBRATION))
+        print("\n".join(map(str, written)))
     except RunError as error:
         parser.exit(2, f"{error}\n")
 

@@ -13,6 +13,7 @@ from experiments.analysis.agreement import regret
 from experiments.analysis.curves import Curve, Estimated, largest_within
 from experiments.analysis.noise import measured
 from experiments.analysis.resampling import DRAWS, interval
+from experiments.bases.paths import parameters
 
 DELTA = 0.01  # nats per token: what the largest harmless batch may cost
 DEFAULTS = (16, 128)  # of QLoRA (arXiv:2305.14314) and of Alpaca-LoRA
@@ -103,7 +104,7 @@ def _by_proxy(found: Sequence[Curve], of: Curve) -> float:
     proxies = [each for each in found if _is_proxy(each.cell.fields, of.cell.fields)]
     if not proxies:
         return math.nan
-    least = min(proxies, key=lambda each: (_size(each.cell.fields["base"]), each.cell.fields["rank"]))
+    least = min(proxies, key=lambda each: (parameters(each.cell.fields["base"]), each.cell.fields["rank"]))
     return float(least.batches[int(least.validation.argmin())])
 
 
@@ -113,15 +114,9 @@ def _is_proxy(fields: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
     same = {k: v for k, v in fields.items() if k not in free} == {
         k: v for k, v in of.items() if k not in free
     }
-    own, other = _size(fields["base"]), _size(of["base"])
+    own, other = parameters(fields["base"]), parameters(of["base"])
     smaller = own < other or (own == other and (of["adapter"] == "full" or fields["rank"] < of["rank"]))
     return same and smaller and fields["adapter"] == "lora"
-
-
-def _size(base: str) -> float:
-    """Parameters of a base, of its name: "math-200k" → 200,000."""
-    digits, unit = base.rpartition("-")[2][:-1], base[-1]
-    return float(digits) * {"k": 1e3, "m": 1e6}[unit]
 
 
 def _noise(found: Curve) -> float:

@@ -4,7 +4,10 @@ import shutil
 
 import pytest
 
+from experiments.evidence import calibrated
+from experiments.evidence.__main__ import read
 from experiments.redraw import RESULTS, STUDIES, main, redraw
+from gns.calibration import calibrations
 
 FAST = ("frozen_rank", "gpu", "line_search", "live", "overhead", "packed")
 
@@ -28,6 +31,11 @@ def test_pages_are_those_of_the_committed_rows(name, tmp_path):
         assert path.stat().st_size > 0
         if path.suffix == ".md":
             assert path.read_text() == (RESULTS / name / path.name).read_text()
+
+
+@pytest.mark.slow
+def test_the_package_names_the_constants_of_the_committed_rows():
+    assert calibrated.calibrations(read(RESULTS / "evidence")) == list(calibrations())
 
 
 def test_a_study_without_rows_and_one_that_is_unknown_are_named(tmp_path, capsys):

@@ -151,7 +151,7 @@ def test_measured_advice_reads_well():
     assert "79 optimizer steps" in text
     assert "(SGD law)" in text and "(Adam square-root law)" in text and "(Adam surge law)" in text
     assert "B_simple is not the critical batch size" in text and "0.05 (autoencoders) to 8 (SVHN)" in text
-    assert "no published evidence ties the best batch size of LoRA" in text
+    assert "not established that the noise scale predicts the best batch size of LoRA" in text
 
 
 def test_the_learning_rate_says_what_its_range_leaves_out():
@@ -217,7 +217,9 @@ def test_partial_coverage_is_warned_about():
 def test_sections_hold_the_sentences_in_order():
     advice = advise(MEASURED, batch_size=16, dataset_size=20_000, learning_rate=2e-4)
     titles = [section.title for section in advice.sections]
-    assert titles == ["Batch size", "The batch in use", "One epoch", "Learning rate"]
+    assert titles == [
+        "Batch size", "The batch in use", "One epoch", "Learning rate", "Where both were measured",
+    ]  # fmt: skip
     assert advice.sentences == tuple(line for section in advice.sections for line in section.sentences)
     assert str(advice).splitlines()[1 : 1 + len(advice.sentences)] == list(advice.sentences)
 

@@ -40,3 +40,15 @@ def test_folders_and_hub_names_pass(tmp_path):
 def test_what_is_not_there_is_named(name, message):
     with pytest.raises(RunError, match=message):
         base_path(name)
+
+
+@pytest.mark.parametrize(("name", "n"), [("math-200k", 254_400), ("math-1m", 1_053_824), ("1m", 1_053_824)])
+def test_parameters_of_a_shipped_model_are_counted(name, n):
+    assert paths.parameters(name) == n
+
+
+def test_parameters_of_a_model_that_is_not_here_are_those_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "MADE", tmp_path)
+    assert paths.parameters("25m") == 25_000_000
+    with pytest.raises(RunError, match="base 'some/model': no training.json, and no size such as 25m"):
+        paths.parameters("some/model")

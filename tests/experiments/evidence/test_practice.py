@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from experiments.evidence import calibrated
 from experiments.evidence.practice import (
     BY_FITTED,
     BY_NOISE,
@@ -13,6 +14,7 @@ from experiments.evidence.practice import (
 )
 from experiments.evidence.readout import read_out
 from experiments.evidence.tuned import tuned
+from gns.calibration import parsed
 from tests.experiments.evidence.test_tuned import rows
 
 
@@ -71,5 +73,18 @@ def test_a_curve_without_an_end_makes_the_steps_a_bound():
 
 def test_a_readout_prices_each_schedule_and_leaves_recipes_out():
     made = bowls() + rows(1.0, warmup=0.05) + rows(1.0, beta2_batch=16)
-    found = read_out([row | {"commit": "abc"} for row in made], [])
+    found = read_out(made, [])
     assert set(found.priced) == {"cosine"} and len(found.priced["cosine"][1]) == 4
+
+
+def test_constants_for_the_package_come_from_rows_with_both_numbers(tmp_path):
+    """B_max is an octave above the best batch, and that twice the noise scale."""
+    found = read_out(bowls(), [])
+    (harmless,) = calibrated.calibrations(found)
+    assert harmless.says.startswith("the largest batch whose loss")
+    assert harmless.constant == pytest.approx(4.0, rel=0.02) and harmless.share == 1.0
+    assert (harmless.configurations, harmless.planned) == (4, 16)
+    assert harmless.parameters == (254_400, 1_053_824)
+    path = calibrated.write(found, tmp_path / "calibration.json")
+    assert parsed(path.read_text()) == (harmless,)
+    assert calibrated.calibrations(read_out(rows(8.0, noise=4.0, rank=4), [])) == []

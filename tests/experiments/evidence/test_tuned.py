@@ -21,7 +21,7 @@ def rows(best=8.0, n=0, sigma=0.0, noise=None, dials=None, **fields):
     made = synthetic.rows(best=best, n=n, sigma=sigma, **shape, **(RECIPE | fields))
     for row in made:
         row["hash"] = f"{sorted(fields.items())}{dials}{row['hash']}"
-        row["config"]["dials"] = dials or {}
+        row["config"]["dials"], row["commit"] = dials or {}, "abc"
         if noise is not None and row["config"]["batch_size"] == 4:
             reading = {"b_simple": noise, "low": noise / 1.2, "high": noise * 1.2, "status": "measured"}
             row["gns"] = {"metric": "euclidean", "progress_weighted": {"joint": reading, "B": reading}}

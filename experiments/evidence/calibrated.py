@@ -1,0 +1,70 @@
+"""What `gns advise` says of this study: measured batch sizes over noise scales, as data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from experiments.analysis.curves import Curve, largest_within
+from experiments.analysis.noise import measured
+from experiments.bases import paths
+from experiments.evidence.configurations import CONFIGURATIONS
+from experiments.evidence.judged import Judged, judge
+from experiments.evidence.measured import PRIMARY
+from experiments.evidence.practice import DELTA
+from experiments.evidence.readout import Readout
+from gns.calibration import Calibration
+
+CRITICAL = "the batch size at which the examples to one loss double"
+HARMLESS = (
+    f"the largest batch whose loss after one epoch, cosine schedule, was within {DELTA} nat of the best"
+)
+SCHEDULE = "cosine"  # of what users train with
+
+
+def calibrations(found: Readout) -> list[Calibration]:
+    """Give the constants that have an interval."""
+    made = []
+    if (critical := found.judged.get(PRIMARY)) is not None:
+        bases = {each.cell.fields["base"] for each in found.compared.values()}
+        made += _calibration(CRITICAL, critical, bases)
+    _, curves = found.priced.get(SCHEDULE, ((), ()))
+    if curves:
+        made += _calibration(HARMLESS, harmless(curves), {each.cell.fields["base"] for each in curves})
+    return made
+
+
+def harmless(curves: Sequence[Curve]) -> Judged:
+    """Set the noise scale beside the largest harmless batch of whole runs."""
+    pairs = [(noise, each) for each in curves if (noise := measured(each.cell)) is not None]
+    largest = [largest_within(each, DELTA) for _, each in pairs]
+    return judge(PRIMARY, [noise for noise, _ in pairs], largest)
+
+
+def write(found: Readout, path: Path) -> Path:
+    """Write the constants where the package reads them."""
+    text = json.dumps([asdict(each) for each in calibrations(found)], indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _calibration(says: str, of: Judged, bases: set[str]) -> list[Calibration]:
+    """Put a judged predictor into the package's form; nothing without a finite interval."""
+    ends = (of.constant.value, of.constant.low, of.constant.high)
+    if not all(math.isfinite(end) and end > 0 for end in ends):
+        return []
+    sizes = [paths.parameters(base) for base in bases]
+    share = (of.share.value, of.share.low, of.share.high)
+    return [
+        Calibration(
+            says,
+            *(float(f"{x:.3g}") for x in (*ends, *share)),
+            of.pairs,
+            len(CONFIGURATIONS),
+            (min(sizes), max(sizes)),
+            of.verdict,
+        )
+    ]

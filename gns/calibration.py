@@ -1,0 +1,112 @@
+"""What B_simple was worth where batch sizes were measured beside it: constants with intervals, as data.
+
+Made by `python -m experiments.evidence` from committed runs; nothing here is fitted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+
+from gns.estimate import format_count
+
+FILE = "calibration.json"
+PREDICTS = "predicts"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A measured batch size over B_simple, over configurations.
+
+    Args:
+        says: the measured batch size in words.
+        constant: c in measured = c · B_simple of factor B, progress-weighted over the run.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        share: of the configurations within a factor of two of c · B_simple, c fitted to the others.
+        share_low: lower end of its 95 % interval.
+        share_high: upper end.
+        configurations: with both numbers.
+        planned: configurations of the study.
+        parameters: of the smallest and the largest model.
+        verdict: "predicts", "does not" or "undecided", by the rule that was fixed before the runs.
+    """
+
+    says: str
+    constant: float
+    low: float
+    high: float
+    share: float
+    share_low: float
+    share_high: float
+    configurations: int
+    planned: int
+    parameters: tuple[int, int]
+    verdict: str
+
+    def applied(self, ends: tuple[float, float]) -> tuple[float, float] | None:
+        """Give the measured batch size that a reading speaks for; None unless the study says it predicts.
+
+        Args:
+            ends: of the confidence set of B_simple, examples.
+
+        Returns:
+            Ends in examples: the product of both intervals' ends, wider than 95 %.
+        """
+        if self.verdict != PREDICTS:
+            return None
+        return ends[0] * self.low, ends[1] * self.high
+
+    def sentence(self, ends: tuple[float, float]) -> str:
+        """Say what was found, and what follows for a reading."""
+        models = " to ".join(f"{n / 1e6:.2g} M" for n in sorted(set(self.parameters)))
+        found = (
+            f"{self.says} was {_three(self.constant)} ({_three(self.low)} … {_three(self.high)}) times "
+            f"B_simple in {self.configurations} of {self.planned} planned LoRA configurations of models with "
+            f"{models} parameters; {100 * self.share:.0f} % ({100 * self.share_low:.0f} … "
+            f"{100 * self.share_high:.0f} %) lay within a factor of two of that"
+        )
+        spoken_for = self.applied(ends)
+        if spoken_for is None:
+            held = "it does not predict" if self.verdict == "does not" else "undecided"
+            return f"{found}: {held}, so nothing is corrected by it."
+        low, high = (format_count(x) for x in spoken_for)
+        return f"{found}: by that, {low} … {high} examples here."
+
+
+@functools.cache
+def calibrations() -> tuple[Calibration, ...]:
+    """Read what ships with the package; nothing where no study has been made.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = resources.files("gns") / "assets" / FILE
+    if not file.is_file():
+        return ()
+    return parsed(file.read_text(encoding="utf-8"))
+
+
+def parsed(text: str) -> tuple[Calibration, ...]:
+    """Read calibrations from JSON.
+
+    Raises:
+        ValueError: it is no list of them, or a number is missing or not finite.
+    """
+    try:
+        found = tuple(
+            Calibration(**(each | {"parameters": tuple(each["parameters"])})) for each in json.loads(text)
+        )
+        finite = all(math.isfinite(x) for each in found for x in (each.constant, each.low, each.high))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{FILE}: no list of calibrations: {error}; reinstall the package") from error
+    if not finite:
+        raise ValueError(f"{FILE}: a constant without a finite interval; reinstall the package")
+    return found
+
+
+def _three(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.3g}"
