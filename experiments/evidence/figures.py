@@ -44,7 +44,7 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
         judged: variant → what became of it, for the calibration line.
     """
     variants = [v for v in TITLES if any(v in each.noise for each in found.values())]
-    figure, panels = panels_of(len(variants), 3, 3.0, (0.6, 1.0))
+    figure, (*panels, last) = panels_of(len(variants) + 1, 3, 3.0, (0.6, 1.0))
     ends = _ends([each.doubled for each in found.values()])
     for axes, variant in zip(panels, variants, strict=True):
         pairs = {
@@ -66,7 +66,13 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
         batch_axis(axes, _octaves(ends), "y")
         shown = "measured B_crit (rows a step)" if at_left(axes) else ""
         label(axes, "noise scale up to the target (rows)", shown, TITLES[variant])
-    panels[0].legend(fontsize=6.5, loc="upper left", ncols=2, handletextpad=0.2, columnspacing=0.6)
+    last.axis("off")
+    marks = {
+        name: mark for axes in panels for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    last.legend(marks.values(), marks, fontsize=8, loc="center left", title="configuration")
+    said = "Line: c · noise scale; band: within a factor of two.\nOpen marks: bounded on one side only."
+    last.text(0, 0, said, fontsize=8, transform=last.transAxes)
     return figure
 
 
@@ -93,7 +99,7 @@ def efficiency(found: Mapping[str, Measured]) -> Figure:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: plain(value))
         batch_axis(axes, part.batches)
-        axes.set_ylim(0.7, 12)
+        axes.set_ylim(0.5, 12)
         shown = "examples to the target, over batch 1" if at_left(axes) else ""
         label(axes, "batch size (rows a step)", shown, name)
     for color, text in ((green, "B_crit"), (orange, "B_simple, factor B")):
@@ -193,9 +199,13 @@ def _reading(axes: Axes, at: float, row: Mapping[str, Any], style: Mapping[str, 
 
 
 def _ends(numbers: Sequence[Estimated]) -> tuple[float, float]:
-    """Room for values, and an octave beyond."""
-    known = [each.value for each in numbers if 0 < each.value < math.inf] or [1.0]
-    return min(known) / 2.5, max(known) * 2.5
+    """Room for values and their intervals, up to three octaves beyond a value, in whole octaves."""
+    known = [each for each in numbers if 0 < each.value < math.inf]
+    if not known:
+        return 0.5, 2.0
+    low = min(max(each.low, each.value / 8) for each in known)
+    high = max(min(each.high, each.value * 8) for each in known)
+    return 2.0 ** math.floor(math.log2(low)), 2.0 ** math.ceil(math.log2(high))
 
 
 def _octaves(ends: tuple[float, float]) -> list[float]:
