@@ -21,9 +21,10 @@ experiments: $(STAMP)
 	$(BIN)/python -m experiments.sweep --preset smoke
 	$(BIN)/python -m experiments.figures --preset smoke
 
-# every published figure and page again, from committed rows only
+# every published figure and page again, from committed rows only, and the notebook that shows them
 figures: $(STAMP)
 	$(BIN)/python -m experiments.redraw
+	$(BIN)/python -m experiments.evidence --notebook notebooks/optimal_batch.ipynb
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

@@ -109,4 +109,4 @@ def parsed(text: str) -> tuple[Calibration, ...]:
 
 
 def _three(value: float) -> str:
-    return f"{value:.2g}" if value < 10 else f"{value:.3g}"
+    return f"{value:.3g}"

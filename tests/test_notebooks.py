@@ -1,4 +1,4 @@
-"""The notebook of a first measurement runs from its own folder, and is committed with outputs."""
+"""Notebooks run from their own folder, are committed with outputs, and say what the rows say."""
 
 import re
 import warnings
@@ -7,17 +7,29 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from experiments.evidence.story import rerun
+
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "first_measurement.ipynb"
+FOLDER = ROOT / "notebooks"
+EVIDENCE = ROOT / "experiments" / "results" / "evidence" / "README.md"
 
 
 @pytest.fixture(scope="module")
 def committed() -> nbformat.NotebookNode:
-    return nbformat.read(NOTEBOOK, as_version=4)
+    return nbformat.read(FOLDER / "first_measurement.ipynb", as_version=4)
+
+
+@pytest.fixture(scope="module")
+def optimal() -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / "optimal_batch.ipynb", as_version=4)
 
 
 @pytest.fixture(scope="module")
 def executed(committed) -> nbformat.NotebookNode:
+    return run(committed)
+
+
+def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Run it as a user would open it, on one thread, with the package of this checkout."""
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")  # the kernel client's own event-loop and transport warnings
@@ -25,8 +37,8 @@ def executed(committed) -> nbformat.NotebookNode:
 
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        fresh = nbformat.from_dict(nbformat.v4.upgrade(committed))
-        where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+        fresh = nbformat.from_dict(nbformat.v4.upgrade(notebook))
+        where = {"metadata": {"path": str(FOLDER)}}
         NotebookClient(fresh, timeout=600, kernel_name="python3", resources=where).execute()
     return fresh
 
@@ -69,9 +81,47 @@ def test_it_is_committed_as_it_ran(committed):
     assert "**Use a batch of" in said(cells[-1])
 
 
-def test_it_tells_and_does_not_define(committed):
-    source = "\n".join(c.source for c in code_of(committed))
-    assert "from gns import" in source and "def " not in source and "class " not in source
-    everything = nbformat.writes(committed)
+def test_the_story_of_the_evidence_is_committed_as_the_page_has_it(optimal):
+    cells, page = code_of(optimal), EVIDENCE.read_text()
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    outputs = [o for c in cells for o in c.outputs]
+    assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in outputs)
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
+    answer, judged, predicted = (said(cells[i]) for i in (1, 4, 5))
+    assert answer in page and "configurations" in answer
+    assert judged in page and "| B_simple, factor B (preregistered) |" in judged
+    assert predicted in page and "| P9 |" in predicted
+    for schedule in re.findall(r"## Rules that choose a batch size, (\w+) learning rate", page):
+        assert f"**{schedule.capitalize()} learning rate, " in said(cells[7])
+
+
+def test_a_notebook_is_run_again_in_place_and_a_broken_one_left(tmp_path):
+    cells = [nbformat.v4.new_code_cell("print(6 * 7)", id="one", metadata={"execution": {"iopub": "then"}})]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    rerun(path)
+    (cell,) = nbformat.read(path, as_version=4).cells
+    assert said(cell) == "42\n" and cell.metadata == {}
+    cells[0]["source"] = "1 / 0"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        rerun(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_story_of_the_evidence_runs(optimal):
+    fresh = code_of(run(optimal))
+    assert [said(c) for c in fresh[:-1]] == [said(c) for c in code_of(optimal)[:-1]]  # the last one trains
+    assert re.search(r"B_simple of factor B, 95 %: [\d.]+ … ", said(fresh[-1]))
+
+
+@pytest.mark.parametrize("name", ["first_measurement", "optimal_batch"])
+def test_it_tells_and_does_not_define(name):
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    source = "\n".join(c.source for c in code_of(notebook))
+    assert "from gns" in source and "def " not in source and "class " not in source
+    everything = nbformat.writes(notebook)
     for machine in ("/home/", "/root/", "/Users/", "/tmp/", "site-packages", str(ROOT)):
         assert machine not in everything

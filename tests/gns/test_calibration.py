@@ -26,7 +26,7 @@ def test_a_study_that_has_not_decided_corrects_nothing():
     assert UNDECIDED.applied((100.0, 200.0)) is None
     assert replace(UNDECIDED, verdict="does not").applied((100.0, 200.0)) is None
     text = UNDECIDED.sentence((100.0, 200.0))
-    assert "was 1 (0.31 … 1.5) times B_simple in 3 of 16 planned LoRA configurations" in text
+    assert "was 1.04 (0.312 … 1.5) times B_simple in 3 of 16 planned LoRA configurations" in text
     assert "of models with 0.25 M parameters; 67 % (0 … 100 %) lay within a factor of two" in text
     assert text.endswith(": undecided, so nothing is corrected by it.")
     assert "it does not predict, so nothing" in replace(UNDECIDED, verdict="does not").sentence((1.0, 2.0))
