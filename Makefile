@@ -21,10 +21,11 @@ experiments: $(STAMP)
 	$(BIN)/python -m experiments.sweep --preset smoke
 	$(BIN)/python -m experiments.figures --preset smoke
 
-# every published figure and page again, from committed rows only, and the notebook that shows them
+# every published figure and page again, from committed rows only, with what the README and a notebook show of them
 figures: $(STAMP)
 	$(BIN)/python -m experiments.redraw
-	$(BIN)/python -m experiments.evidence --notebook notebooks/optimal_batch.ipynb
+	$(BIN)/python -m experiments.overhead.page experiments/results/overhead --readme README.md
+	$(BIN)/python -m experiments.evidence --pages README.md experiments/README.md --notebook notebooks/optimal_batch.ipynb
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

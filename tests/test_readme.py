@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.markdown import marks
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -26,6 +28,15 @@ def test_the_ten_lines_run_and_measure(capsys):
 def test_its_two_commands_are_targets_of_the_makefile(target):
     assert f"make {target}" in README.read_text()
     assert re.search(rf"^{target}: ", (README.parent / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("page", [README, README.parent / "experiments" / "README.md"])
+def test_what_it_says_of_the_evidence_is_what_the_rows_say(page):
+    first, last = marks("evidence")
+    part = page.read_text().partition(f"{first}\n")[2].partition(last)[0]
+    evidence = README.parent / "experiments" / "results" / "evidence" / "README.md"
+    answer = part.partition(" [Every number")[0]
+    assert "configurations" in answer and answer in evidence.read_text()
 
 
 def test_its_links_lead_somewhere():

@@ -2,6 +2,7 @@
 
     python -m experiments.evidence --collect runs/sweeps/laptop-critical    # take over a sweep's rows first
     python -m experiments.evidence                                          # figures and page from rows only
+    python -m experiments.evidence --pages README.md experiments/README.md  # and the short form in those
     python -m experiments.evidence --notebook notebooks/optimal_batch.ipynb # and the notebook that shows them
 
 Rows are read from experiments/results/evidence, one compressed file a sweep, and frozen.jsonl.gz of
@@ -19,7 +20,7 @@ import matplotlib
 
 from experiments import rows, rowsfile
 from experiments.configs import RunError
-from experiments.evidence import calibrated, figures, page, story
+from experiments.evidence import calibrated, figures, front, page, story
 from experiments.evidence.readout import Readout, read_out
 from experiments.figures.style import LOOK, heading
 from gns.calibration import FILE
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--collect", type=Path, nargs="+", metavar="SWEEP", help="folders of sweeps")
     parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--pages", type=Path, nargs="+", help="with marks that the short form goes between")
     parser.add_argument(
         "--notebook", type=Path, help="to run again in place, e.g. notebooks/optimal_batch.ipynb"
     )
@@ -101,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         written = draw(found, asked.folder)
         if asked.folder == FOLDER:
             written.append(calibrated.write(found, CALIBRATION))
+        written += front.insert(found, asked.folder, asked.pages or [])
         if asked.notebook is not None:
             written.append(story.rerun(asked.notebook))
         print("\n".join(map(str, written)))

@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from experiments import markdown
 from experiments.overhead import sweepfigure, table, verdicts
 from experiments.overhead.presets import WANTED
 from experiments.overhead.ratios import ratio
@@ -44,7 +45,6 @@ RANKS = (
     "**Two ranks** (DDP on gloo, a core each, {name} a rank): a measured step adds {calls:.2f} all-reduces, "
     "together {size:,.0f} bytes, on a thread of ours. Time × {found}{beside}."
 )
-BEGIN, END = "<!-- overhead: begin, from rows -->", "<!-- overhead: end -->"
 
 
 def page(rows: Rows, notes: str) -> str:
@@ -150,18 +150,13 @@ def insert(readme: Path, rows: Rows, folder: str) -> None:
     Raises:
         ValueError: it has not both marks.
     """
-    text = readme.read_text()
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{readme} has no {BEGIN!r} followed by {END!r}; put both where the table belongs")
     about = rows[0]["machine"]
     head = (
         f"On a CPU ({about['device']}, {about['threads']} threads), all steps measured, time of a step "
         f"× untouched: median (95 % bootstrap interval) ([rows, rule, peers, sweeps]({folder}/README.md)):"
     )
     figure = f"![Time of a step by arm: the monitor beside its peers]({folder}/overhead.png)"
-    readme.write_text(f"{before}{begin}{head}\n\n{verdicts.brief(rows)}\n\n{figure}\n{end}{after}")
+    markdown.insert(readme, "overhead", f"{head}\n\n{verdicts.brief(rows)}\n\n{figure}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

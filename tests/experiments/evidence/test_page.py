@@ -5,6 +5,7 @@ import pytest
 from experiments import rows as files
 from experiments import rowsfile
 from experiments.evidence.__main__ import main
+from experiments.markdown import marks
 from tests.experiments.evidence.synthetic import rows
 from tests.experiments.evidence.test_predictions import frozen
 
@@ -14,8 +15,14 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     made += rows(9.0, 8.0, noise=0.03, n=3, rank=4) + rows(8.0, 9.0, noise=0.03, n=4, rank=64)
     files.write(tmp_path / "laptop-critical.jsonl.gz", made)
     files.write(tmp_path / "frozen.jsonl.gz", frozen())
-    main(["--folder", str(tmp_path)])
+    other = tmp_path / "docs" / "OTHER.md"
+    other.parent.mkdir()
+    other.write_text("\n".join(("before", *marks("evidence"), "after")))
+    main(["--folder", str(tmp_path), "--pages", str(other)])
     text = (tmp_path / "README.md").read_text()
+    short = other.read_text()
+    assert short.startswith("before\n") and short.endswith("\nafter") and "](../referee.png)" in short
+    assert "from 4 of 16 configurations" in short and "| smaller is better | 1 |" in short
     assert "from 4 of 16 configurations" in text
     assert "Not run yet: noise 0.5, merged" in text
     assert "| P8 | B_crit, rank 64 over rank 4 |" in text

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from experiments import markdown
 from experiments.overhead import __main__ as command
 from experiments.overhead import bench, fresh, page, presets, sweepfigure, table, verdicts
 from experiments.overhead.arms import Gram, Monitored
@@ -70,7 +71,8 @@ def test_one_command_writes_rows_figures_and_a_page(short, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "-- 1 of 5, table: width 512, r=16, 8×128: " in out and "-- 5 of 5, sweep: tokens 8" in out
     readme = tmp_path / "PROJECT.md"
-    readme.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    begin, end = markdown.marks("overhead")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     page.insert(readme, rows, "results")
     inserted = readme.read_text()
     assert inserted.startswith("before\n") and inserted.endswith("\nafter\n") and "old" not in inserted
@@ -80,7 +82,7 @@ def test_one_command_writes_rows_figures_and_a_page(short, tmp_path, capsys):
 def test_a_readme_without_marks_is_refused(tmp_path):
     path = tmp_path / "PROJECT.md"
     path.write_text("none")
-    with pytest.raises(ValueError, match="put both where the table belongs"):
+    with pytest.raises(ValueError, match="put both where the part belongs"):
         page.insert(path, [row("monitor", [1.0])], "results")
 
 

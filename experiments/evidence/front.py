@@ -1,0 +1,68 @@
+"""The evidence in short, for pages written by hand: the answer, what rules cost, one picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import markdown
+from experiments.evidence.configurations import SIZE
+from experiments.evidence.page import answer, number, shown
+from experiments.evidence.practice import DELTA, Price
+from experiments.evidence.readout import Readout
+
+NAME = "evidence"  # of the part; see `experiments.markdown.insert`
+PICTURE = "referee.png"
+
+
+def insert(found: Readout, folder: Path, pages: Sequence[Path]) -> list[Path]:
+    """Put the answer, the priced rules and the picture between the marks of pages.
+
+    Args:
+        found: what the rows say.
+        folder: of the figures.
+        pages: Markdown files that have the marks.
+
+    Raises:
+        ValueError: one has not.
+    """
+    for path in pages:
+        there = Path(os.path.relpath(folder, path.parent or Path())).as_posix()
+        markdown.insert(path, NAME, front(found, there))
+    return list(pages)
+
+
+def front(found: Readout, folder: str) -> str:
+    """Write the part.
+
+    Args:
+        found: what the rows say.
+        folder: of the figures and of the page, as seen from the page that it is put into.
+    """
+    parts = [f"{answer(found)} [Every number, figure and verdict]({folder}/README.md)."]
+    if found.priced:
+        schedule, (priced, curves) = next(iter(found.priced.items()))  # cosine where there is one
+        parts.append(
+            f"What a rule for the batch size costs, over {len(curves)} configurations (one epoch, {schedule} "
+            "learning rate, tuned at every batch size): loss given away against the best batch size tried, "
+            f"and optimizer steps over those of the largest batch within {DELTA} nat of the best, with 95 % "
+            "intervals:"
+        )
+        parts.append(prices(priced))
+    if found.compared:
+        parts.append(
+            f"![Measured critical batch size over the noise scale at N = {SIZE:,}, a point a configuration, "
+            f"intervals on both axes]({folder}/{PICTURE})"
+        )
+    return "\n\n".join(parts)
+
+
+def prices(priced: Sequence[Price]) -> str:
+    """Tabulate rules in short."""
+    lines = [
+        (each.rule, number(each.batch), shown(each.regret), shown(each.steps), each.runs, str(each.used))
+        for each in priced
+    ]
+    head = ("rule", "batch (mean)", "loss given away, nats", "steps, ×", "runs spent on it", "configurations")
+    return markdown.table(head, lines)
