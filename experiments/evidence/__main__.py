@@ -20,7 +20,7 @@ import matplotlib
 
 from experiments import rows, rowsfile
 from experiments.configs import RunError
-from experiments.evidence import calibrated, figures, front, page, story
+from experiments.evidence import calibrated, figures, front, page, paper, story
 from experiments.evidence.readout import Readout, read_out
 from experiments.figures.style import LOOK, heading
 from gns.calibration import FILE
@@ -74,13 +74,15 @@ def draw(found: Readout, folder: Path) -> list[Path]:
             drawn["efficiency"] = figures.efficiency(found.compared), "Examples to one loss, over batch size"
         if found.frozen:
             drawn["frozen"] = figures.frozen(found.frozen), "Noise scales at initialisation, nothing trained"
-        written = []
         for name, (figure, title) in drawn.items():
             heading(figure, title, below if name != "frozen" else f"{len(found.frozen)} frozen probes.")
+        drawn |= paper.figures(found.rows, found.found)
+        written = []
+        for name, (figure, _) in drawn.items():
             written.append(folder / f"{name}.png")
             figure.savefig(written[-1], dpi=130, metadata={"Software": None})
     text = folder / "README.md"
-    text.write_text(page.page(found, list(drawn)), encoding="utf-8")
+    text.write_text(page.page(found, {name: title for name, (_, title) in drawn.items()}), encoding="utf-8")
     return [*written, text]
 
 

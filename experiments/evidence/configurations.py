@@ -53,8 +53,8 @@ def named(rows: Iterable[Row]) -> dict[str, list[Row]]:
             continue
         if fields["warmup"] or fields["beta2_batch"] is not None or fields["task"] != "wordmath":
             continue
-        for name, differs in CONFIGURATIONS.items():
-            if _is(fields, _REFERENCE | differs):
+        for name in CONFIGURATIONS:
+            if not differing(fields, name):
                 found[name].append(row)
     return {name: part for name, part in found.items() if part}
 
@@ -65,7 +65,14 @@ def per_row(rows: Iterable[Row]) -> int:
     return merged
 
 
-def _is(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a run is of a configuration; full fine-tuning has no rank."""
+def differing(fields: Mapping[str, Any], name: str) -> list[str]:
+    """Name the fields in which a run is not of a configuration; full fine-tuning has no rank.
+
+    Args:
+        fields: of the run, as from `fields_of`; dials that its task does not name have their defaults.
+        name: of the configuration.
+    """
+    wanted = _REFERENCE | CONFIGURATIONS[name]
     skipped = {"rank"} if wanted["adapter"] == "full" else set()
-    return all(fields.get(key) == value for key, value in wanted.items() if key not in skipped)
+    there = _DEFAULTS | dict(fields)
+    return [key for key, value in wanted.items() if key not in skipped and there.get(key) != value]

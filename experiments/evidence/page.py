@@ -23,19 +23,14 @@ WORDS = {
     BY_SIZE: "rival: proportional to the data",
     BY_DEFAULT: "rival: one batch size for all",
 }
-CAPTIONS = {
-    "referee": "Measured critical batch size over each noise scale",
-    "efficiency": "Examples to one loss over batch size",
-    "frozen": "Noise scales at initialisation",
-}
 
 
-def page(found: Readout, drawn: Sequence[str]) -> str:
+def page(found: Readout, drawn: Mapping[str, str]) -> str:
     """Write the page.
 
     Args:
         found: what the rows say.
-        drawn: names of the figures beside it.
+        drawn: names of the figures beside it, and their titles.
     """
     parts = ["# Does the measured noise scale predict the critical batch size of LoRA?", answer(found)]
     parts.append(
@@ -61,7 +56,7 @@ def page(found: Readout, drawn: Sequence[str]) -> str:
     if found.missing:
         parts.append(f"Not run yet: {', '.join(found.missing)}.")
     parts += [f"{name} cannot be read: {why}." for name, why in found.broken.items()]
-    parts += [f"![{CAPTIONS[name]}]({name}.png)" for name in drawn]
+    parts += [f"![{title}]({name}.png)" for name, title in drawn.items()]
     if found.commits:
         parts.append(
             f"Rows of {found.runs:,} runs, {found.diverged} diverged; commits {', '.join(found.commits)}."

@@ -30,6 +30,7 @@ class Readout:
         predicted: the judged predictions.
         priced: schedule → what rules that choose a batch size cost, and the curves that say so.
         frozen: rows of frozen probes.
+        rows: of all runs.
         runs: rows that were used or could have been.
         diverged: of these.
         missing: configurations without rows.
@@ -43,6 +44,7 @@ class Readout:
     predicted: Sequence[Prediction]
     priced: Mapping[str, tuple[Sequence[Price], Sequence[Curve]]]
     frozen: Sequence[Mapping[str, Any]]
+    rows: Sequence[Row]
     runs: int
     diverged: int
     missing: Sequence[str]
@@ -83,6 +85,7 @@ def read_out(rows: Sequence[Row], frozen: Sequence[Mapping[str, Any]]) -> Readou
         predictions(found, frozen, SIZE, same_loss, curves),
         _priced(curves),
         frozen,
+        rows,
         len(rows),
         sum(row["status"] == "diverged" for row in rows),
         [name for name in CONFIGURATIONS if name not in found],

@@ -17,20 +17,24 @@ from experiments.figures.style import GREY, STYLES, batch_axis, figure_of, label
 DELTA = 0.01  # nat per token: what B_max may cost
 
 
-def draw(found: Sequence[Curve], series: Sequence[str]) -> Figure:
+def draw(
+    found: Sequence[Curve], series: Sequence[str], critical: Sequence[Estimated | None] | None = None
+) -> Figure:
     """Draw the batch curves of a sweep, and accuracy where answers were generated.
 
     Args:
         found: a curve for each cell.
         series: fields that name the curves.
+        critical: the critical batch size of each, where one was measured.
     """
+    critical = critical or [None] * len(found)
     accurate = any(np.isfinite(curve.cell.accuracy).any() for curve in found)
     figure = figure_of(11.0 if accurate else 6.6, 4.6 + 0.2 * len(found))
     panels = [["loss", "accuracy"], ["places", "accuracy"]] if accurate else [["loss"], ["places"]]
     axes = figure.subplot_mosaic(panels, height_ratios=[4, 0.5 + 0.45 * len(found)])
     axes["loss"].sharex(axes["places"])
     _losses(axes["loss"], found, series)
-    _places(axes["places"], found)
+    _places(axes["places"], found, critical)
     if accurate:
         _accuracies(axes["accuracy"], found)
     return figure
@@ -70,17 +74,16 @@ def _losses(axes: Axes, found: Sequence[Curve], series: Sequence[str]) -> None:
     axes.legend(handles=handles, fontsize=8, loc="best")
 
 
-def _places(axes: Axes, found: Sequence[Curve]) -> None:
-    """Best batch, largest batch within δ, and noise scale of each cell, with intervals, on the batch axis."""
+def _places(axes: Axes, found: Sequence[Curve], critical: Sequence[Estimated | None]) -> None:
+    """Best batch, largest batch within δ, noise scale and critical batch of each cell, with intervals."""
     batches = _tried(found)
     low, high = min(batches) / 1.6, max(batches) * 1.6
     kinds = (("best batch", optimum, "*"), (f"B_max({DELTA:g} nat)", lambda c: largest_within(c, DELTA), ">"))
-    for i, (curve, style) in enumerate(zip(found, _styles(len(found)), strict=True)):
+    for i, (curve, style, own) in enumerate(zip(found, _styles(len(found)), critical, strict=True)):
         marks = [(find(curve), marker) for _, find, marker in kinds]
-        if (noise := measured(curve.cell)) is not None:
-            marks.append((noise, "d"))
+        marks += [(place, marker) for place, marker in ((measured(curve.cell), "d"), (own, "P")) if place]
         for k, (place, marker) in enumerate(marks):
-            _mark(axes, place, -i - 0.26 * (k - 1), marker, style["color"], (low, high))
+            _mark(axes, place, -i - 0.22 * (k - 1), marker, style["color"], (low, high))
         at = np.full(len(curve.diverged), -float(i))
         axes.plot(curve.diverged, at, marker="x", color=style["color"], linestyle="", markersize=6)
     axes.set_ylim(-len(found) + 0.45, 0.55)
@@ -91,7 +94,9 @@ def _places(axes: Axes, found: Sequence[Curve]) -> None:
     handles = [Line2D([], [], color=GREY, marker=marker, label=name) for name, _, marker in kinds]
     if any(measured(curve.cell) is not None for curve in found):
         handles.append(Line2D([], [], color=GREY, marker="d", label="B_simple, factor B (measured)"))
-    axes.legend(handles=handles, fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=3)
+    if any(critical):
+        handles.append(Line2D([], [], color=GREY, marker="P", label="B_crit (constant rate)"))
+    axes.legend(handles=handles, fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=4)
 
 
 def _mark(axes: Axes, place: Estimated, y: float, marker: str, color: str, ends: tuple[float, float]) -> None:

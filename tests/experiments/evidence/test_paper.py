@@ -1,0 +1,79 @@
+"""The paper's figures are drawn from rows of their presets, with critical batch sizes of the same data."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import grids
+from experiments.analysis.cells import cells
+from experiments.analysis.curves import Estimated
+from experiments.evidence.paper import FIGURES, critical, figures
+from tests.experiments.evidence.test_tuned import rows as whole
+
+
+def rows(preset, keep=lambda config: True):
+    """All runs of a preset, their loss a bowl about batch 8."""
+    made = []
+    for config in grids.load(preset).configs:
+        if keep(config):
+            loss = 1 + 0.01 * math.log2(config.batch_size / 8) ** 2 + 0.01 * config.seed
+            loss += 0.02 * math.log2(config.lr / (1e-3 * math.sqrt(config.batch_size))) ** 2
+            made.append(
+                {"hash": config.hash, "status": "done", "config": config.to_dict(), "test_loss": loss}
+                | {"validation": [{"loss": loss}], "gns": None, "commit": "abc"}
+            )
+    return made
+
+
+def reading(value):
+    return SimpleNamespace(doubled=Estimated(value, value / 2, value * 2))
+
+
+def test_every_figure_of_the_paper_has_a_preset():
+    said = {grids.load(name).paper for name in FIGURES}
+    assert said >= {f"Fig. {i}" for i in range(1, 6)}
+    for name, title in FIGURES.items():
+        assert grids.load(name).paper in ("", title.partition(":")[0])
+
+
+@pytest.mark.parametrize("name", ["laptop-rank", "laptop-lr"])
+def test_a_sweep_with_rows_is_drawn(name, tmp_path):
+    made = figures(rows(name), {"rank 4": {1_024: reading(10.0)}})
+    assert name in made  # the rates of one rank are a sweep of their own too
+    figure, title = made[name]
+    assert FIGURES[name] in title
+    texts = [text.get_text() for text in figure.texts]
+    preset = grids.load(name)
+    assert any(f"{len(preset.configs)} of {len(preset.configs)} runs" in text for text in texts)
+    labels = [handle.get_text() for axes in figure.axes if (box := axes.get_legend()) for handle in box.texts]
+    assert ("B_crit (constant rate)" in labels) == (name == "laptop-rank")
+    figure.savefig(tmp_path / "a.png")
+
+
+def test_a_sweep_of_one_curve_is_not_drawn_and_half_of_one_says_so():
+    assert figures(rows("laptop-rank", lambda c: c.rank == 4), {}) == {}
+    made = figures(rows("laptop-rank", lambda c: c.rank != 64), {})
+    of = len(grids.load("laptop-rank").configs)
+    assert any(f" of {of} runs, 2 seed(s)" in text.get_text() for text in made["laptop-rank"][0].texts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, 10.0),
+        ({"rank": 4}, 20.0),
+        ({"schedule": "constant"}, 10.0),
+        ({"n_train": 512}, None),  # not read there
+        ({"n_train": 512, "dials": {"merged": 2}}, 30.0),  # 1,024 examples in 512 rows
+        ({"rank": 64}, None),
+        ({"rank": 5}, None),
+        ({"protocol": "steps", "epochs": None}, None),
+    ],
+)
+def test_a_critical_batch_is_that_of_the_same_configuration_and_data(fields, wanted):
+    found = {"reference": {1_024: reading(10.0)}, "rank 4": {1_024: reading(20.0)}}
+    found["merged"] = {1_024: reading(30.0)}
+    (cell,) = cells(whole(**fields))
+    place = critical(cell, found)
+    assert (place and place.value) == wanted
