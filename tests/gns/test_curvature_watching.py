@@ -207,7 +207,7 @@ def test_what_goes_wrong_is_told_once_and_training_goes_on():
     assert not monitor.curvature and len([s for s in monitor.history if s.usable]) == 8
 
 
-def test_readings_are_written_and_read_back(tmp_path):
+def test_readings_are_written_and_read_back(tmp_path, undrawn):
     model = lora("llama").train()
     with GNSMonitor(model, curvature_every=2, sink=tmp_path / "run" / "steps.jsonl") as monitor:
         list(loop(model, 6))
@@ -229,7 +229,7 @@ def test_readings_are_written_and_read_back(tmp_path):
         read_readings(tmp_path / "run")
 
 
-def test_the_largest_eigenvalue_is_read_where_it_is_asked_for_and_stands_in_the_report(tmp_path):
+def test_the_largest_eigenvalue_is_read_where_it_is_asked_for_and_stands_in_the_report(tmp_path, undrawn):
     model = lora("llama").train()
     with GNSMonitor(model, curvature_every=2, curvature_spectrum=6) as monitor:
         for _ in loop(model, 2):
