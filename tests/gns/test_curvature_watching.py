@@ -178,11 +178,18 @@ def test_pairs_and_the_same_batch_again():
     assert not monitor.curvature and not any("`labels`" in str(w.message) for w in told)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize(
-    "setup", [{}, {"autocast": torch.bfloat16}, {"accumulate": 1}], ids=["plain", "autocast", "one call"]
-)
+SETUPS = {"plain": {}, "autocast": {"autocast": torch.bfloat16}, "one call": {"accumulate": 1}}
+EVERY = [  # each setup, and each spacing of the other readings; the other three pairs are slow
+    pytest.param(setup, every, marks=[] if fast else [pytest.mark.slow], id=f"{setup}-{every}")
+    for setup, now in (("plain", 2), ("autocast", 1), ("one call", 2))
+    for every in (1, 2)
+    for fast in [every == now]
+]
+
+
+@pytest.mark.parametrize(("setup", "every"), EVERY)
 def test_training_and_its_other_readings_are_bit_identical(setup, every):
+    setup = SETUPS[setup]
     plain = lora("llama", dropout=0.1).train()
     with GNSMonitor(plain, every=every) as alone:
         weights = train(plain, steps=6, **setup)
