@@ -28,7 +28,7 @@ figures: $(STAMP)
 	$(BIN)/python -m experiments.evidence --pages README.md experiments/README.md --notebook notebooks/optimal_batch.ipynb
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow and not gpu'

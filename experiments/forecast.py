@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import optimize
 
 from experiments import rowsfile
 from experiments.configs import RunConfig
@@ -98,6 +97,8 @@ def fitted(rows: Iterable[Mapping[str, Any]], start: float) -> dict[str, tuple[f
     Returns:
         base → (a, c), neither below 0, for bases with two such runs or more.
     """
+    from scipy import optimize  # longer to import than all that every sweep and worker needs besides
+
     runs: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         config = RunConfig.of(row["config"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from experiments.analysis.resampling import DRAWS, LEVEL
 from experiments.course import Evaluation, crossing
 from experiments.critical import Efficiency, Hyperbola, efficiency, hyperbola, overhead
 from experiments.readings import steps_of
+from gns.estimate import Estimate
 from gns.sums import FACTORS, StepSums
 from gns.views import progress_weighted
 
@@ -87,9 +89,9 @@ def measured(rows: Iterable[Row], n: int, target: float | None = None) -> Measur
         fit = hyperbola(examples)
     except ValueError:
         fit = None
-    noise = {}
+    noise, seen = {}, {}
     for variant in VARIANTS:
-        scale = noise_scale(rows, examples, variant)
+        scale = noise_scale(rows, examples, variant, seen)
         if scale is not None:
             noise[variant] = scale
     return Measured(cell, n, target, examples, overhead(examples), overhead(examples, 0.2), fit, noise)
@@ -123,7 +125,9 @@ def target_after(rows: Sequence[Row], examples: int) -> float:
     return float(min(known))
 
 
-def noise_scale(rows: Sequence[Row], examples: Efficiency, variant: str = PRIMARY) -> Estimated | None:
+def noise_scale(
+    rows: Sequence[Row], examples: Efficiency, variant: str = PRIMARY, seen: dict[int, _Way] | None = None
+) -> Estimated | None:
     """Give the noise scale of the runs at the reference batch up to the target, pooled over seeds.
 
     Values and ends are geometric means over seeds: the interval has the width of a single run's, so it does
@@ -133,6 +137,7 @@ def noise_scale(rows: Sequence[Row], examples: Efficiency, variant: str = PRIMAR
         rows: of one configuration.
         examples: of that configuration; its choice of learning rate at the reference batch counts.
         variant: one of `VARIANTS`.
+        seen: what was read of these rows for another variant; what is read now is added.
 
     Returns:
         Rows a step; NaN where a seed found no positive value. None where nothing was measured.
@@ -145,7 +150,10 @@ def noise_scale(rows: Sequence[Row], examples: Efficiency, variant: str = PRIMAR
     rates = sorted({row["config"]["lr"] for row in there})
     rate = min(rates, key=lambda r: abs(math.log(r / best))) if best else rates[len(rates) // 2]
     chosen = [row for row in there if row["config"]["lr"] == rate]
-    found = [_scale(_way(row, examples.target), variant) for row in chosen]
+    seen = {} if seen is None else seen
+    for row in chosen:
+        seen.setdefault(id(row), _Way(row, examples.target))
+    found = [_scale(seen[id(row)], variant) for row in chosen]
     value, low, high = (geometric([each[i] for each in found]) for i in range(3))
     note = f"batch {REFERENCE}, learning rate {rate:.3g}, {len(chosen)} run(s)"
     if best and rate != best:
@@ -163,25 +171,38 @@ def _reads(row: Row, metric: str) -> bool:
     )
 
 
-def _way(row: Row, target: float) -> list[StepSums]:
-    """Give the measured steps until the run is at the target; all, if it never is."""
-    known = [Evaluation(**e) for e in row["validation"] if e["loss"] is not None]
-    reached = crossing(known, target)
-    steps = steps_of(row["gns"])
-    return steps if reached is None else [step for step in steps if step.step < reached[0]]
+class _Way:
+    """The measured steps of a run until it is at a target, all if it never is; each reading made once."""
+
+    def __init__(self, row: Row, target: float):
+        self.row, self.target = row, target
+
+    @cached_property
+    def steps(self) -> list[StepSums]:
+        known = [Evaluation(**e) for e in self.row["validation"] if e["loss"] is not None]
+        reached = crossing(known, self.target)
+        steps = steps_of(self.row["gns"])
+        return steps if reached is None else [step for step in steps if step.step < reached[0]]
+
+    @cached_property
+    def weighted(self) -> Estimate | None:
+        """Progress-weighted; None where the steps do not allow it."""
+        try:
+            return progress_weighted(self.steps)
+        except ValueError:
+            return None
 
 
-def _scale(steps: Sequence[StepSums], variant: str) -> tuple[float, float, float]:
+def _scale(way: _Way, variant: str) -> tuple[float, float, float]:
     """(value, low, high) of one run."""
     if variant == "plug-in":
-        value = _plug_in(steps)
+        value = _plug_in(way.steps)
         return value, value, value
-    try:
-        found = progress_weighted(steps)
-    except ValueError:
+    found = way.weighted
+    if found is None:
         return math.nan, 0.0, math.inf
     factor = PRIMARY if variant == SECOND else variant
-    if factor in FACTORS and any(factor in step.groups for step in steps):  # full fine-tuning has none
+    if factor in FACTORS and any(factor in step.groups for step in way.steps):  # full fine-tuning has none
         if factor not in found.groups:  # not resolved
             return math.nan, 0.0, math.inf
         found = found.groups[factor]

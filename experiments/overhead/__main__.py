@@ -23,7 +23,7 @@ from experiments.overhead.counting import idle
 from experiments.overhead.measure import compare, machine, warmed
 from experiments.overhead.presets import NARROW, PRESETS, SLOTS, STARTUP, kinds, resident
 from experiments.overhead.settings import Setting, batches, build
-from experiments.overhead.sweeps import SWEEPS
+from experiments.overhead.sweeps import SWEEPS, least
 
 Saver = Callable[[Iterable[dict[str, Any]]], None]
 
@@ -60,7 +60,8 @@ def point(
 ) -> None:
     """Time the arms of one point of a sweep."""
     kinds = SWEEPS[sweep].arms
-    found = compare(setting, kinds, device="cpu", pairs=pairs, seconds=seconds, second=False, say=_say)
+    how = {"pairs": pairs, "least": least(setting), "seconds": seconds}
+    found = compare(setting, kinds, device="cpu", **how, second=False, say=_say)
     save(row | {"sweep": sweep, "x": x} for row in found)
 
 

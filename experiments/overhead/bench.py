@@ -1,7 +1,9 @@
 """`make bench`: everything that a CPU can tell, in under 15 minutes on two quiet cores, then the page.
 
 `python -m experiments.overhead.bench --out experiments/results/overhead` writes rows, table, figures and page
-there; by default into `runs/overhead`. Rows of an earlier run in that folder are replaced.
+there; by default into `runs/overhead`. It says at once what it will take, and of each section what it took.
+Rows lie in `rows.partial` until all are there; the same command goes on after an interruption, if machine and
+commit are the same. Then they replace those of an earlier run in that folder.
 """
 
 from __future__ import annotations
@@ -10,48 +12,86 @@ import argparse
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from experiments import rowsfile
 from experiments.overhead import fresh, page
 from experiments.overhead.__main__ import counts, memory, point, saver, timed
-from experiments.overhead.arms import Arm
-from experiments.overhead.budget import Budget, Part, work
-from experiments.overhead.measure import BLOCKS, FULL_LENGTH, SHORT, warmed
+from experiments.overhead.arms import PEERS, Arm
+from experiments.overhead.budget import Budget, Part, kind, work
+from experiments.overhead.measure import BLOCKS, FULL_LENGTH, SHORT, machine, warmed
 from experiments.overhead.presets import PRESETS, SLOTS, kinds, resident
 from experiments.overhead.rounds import LEAST
 from experiments.overhead.rounds import timed as seconds_of
 from experiments.overhead.settings import Setting, batches, build
-from experiments.overhead.sweeps import SWEEPS
+from experiments.overhead.sweeps import SWEEPS, least
 
 SECOND = 24 * 10**10  # multiply-adds of a second on the processor that this was planned on
 IMPORTS, BUILD = 7 * SECOND, 0.4 * SECOND  # of starting Python with all libraries; of making a model
-DEARER = 1.15  # an arm's step, × the untouched
+DEARER, PEER = 1.15, 1.4  # a step of ours and of a peer, × the untouched
+Do = Callable[[float], None]
 
 
-def bench(out: Path, *, pairs: int, sweep_pairs: int, minutes: float) -> None:
-    """Run all parts, then write the page.
+def bench(out: Path, *, rounds: int, pairs: int, minutes: float) -> None:
+    """Run all parts that are not done yet, then write the page.
 
     Args:
         out: folder.
-        pairs: timed steps an arm of the table, where the minutes allow, and of the two ranks.
-        sweep_pairs: of a point of a sweep, likewise.
-        minutes: for all of it; whatever they are, nothing has fewer than 5 pairs.
+        rounds: of a setting of the table, where the minutes allow; what is judged comes several times in one.
+        pairs: of a point of a sweep and of the two ranks, likewise.
+        minutes: for all of it; whatever they are, there are 5 rounds, and 3 or 4 pairs a point.
     """
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "rows.partial"
-    partial.unlink(missing_ok=True)
-    save = saver(partial)
-    begun = time.monotonic()
-    cpu, rate = PRESETS["cpu"], _rate(PRESETS["cpu"][0])
-    todo: list[tuple[Part, Callable[[float], None]]] = []
+    partial, done = out / "rows.partial", out / "parts.partial"
+    finished = _finished(partial, done)
+    begun, save = time.monotonic(), saver(partial)
+    rate = _rate(PRESETS["cpu"][0])
+    todo = [(part, do) for part, do in _parts(save, rate, rounds, pairs) if part.name not in finished]
+    budget = Budget(60 * minutes - (time.monotonic() - begun), [part for part, _ in todo], rate)
+    expected, took = budget.forecast(), Counter[str]()
+    print(f"-- forecast, {_sections(expected)}; {len(finished)} parts were there already", flush=True)
+    for i, (part, do) in enumerate(todo):
+        seconds, start = budget.take(part.name), time.monotonic()
+        spent = f"{start - begun:.0f} s so far, {seconds:.0f} for it"
+        print(f"-- {i + 1} of {len(todo)}, {part.name}: {spent}", flush=True)
+        do(seconds)
+        took[kind(part.name)] += time.monotonic() - start
+        rowsfile.append(done, [{"part": part.name}])
+    partial.replace(out / "rows.jsonl")
+    done.unlink(missing_ok=True)
+    print("\n".join(map(str, page.write(out))))
+    print(f"-- forecast, {_sections(expected)}\n-- it took, {_sections(took)}")
+    print(f"-- done in {(time.monotonic() - begun) / 60:.1f} minutes")
 
+
+def _finished(partial: Path, done: Path) -> set[str]:
+    """Name the parts whose rows are there; rows of another machine or commit are thrown away."""
+    now, names = machine(), ("device", "threads", "versions", "commit")
+    before = [row["machine"] for row in rowsfile.objects(partial)]
+    if before and all(one[name] == now[name] for one in before for name in names):
+        return {row["part"] for row in rowsfile.objects(done)}
+    for path in (partial, done):
+        path.unlink(missing_ok=True)
+    return set()
+
+
+def _sections(seconds: Mapping[str, float]) -> str:
+    parts = [f"{name} {value:.0f} s" for name, value in seconds.items()]
+    return ", ".join([f"all {sum(seconds.values()) / 60:.1f} minutes", *parts])
+
+
+def _parts(save: Callable, rate: float, rounds: int, pairs: int) -> list[tuple[Part, Do]]:
+    """List what there is to do, each with its work: the table, what is counted, memory, then sweeps."""
+    cpu = PRESETS["cpu"]
+    todo: list[tuple[Part, Do]] = []
     for each in cpu:
-        part = _part(f"table: {each.name}", each, kinds("cpu", each), pairs, SLOTS.get(each.name, {}))
-        todo.append((part, lambda s, each=each: timed("cpu", each, save, pairs=pairs, seconds=s)))
+        part = _part(f"table: {each.name}", each, kinds("cpu", each), rounds, SLOTS.get(each.name, {}))
+        todo.append((part, lambda s, each=each: timed("cpu", each, save, pairs=rounds, seconds=s)))
     few = min(pairs, LEAST)
     need = _counting(cpu[0], few)
-    counting = Part("table: counts, one thread, two ranks", need, _counting(cpu[0], pairs) - need)
+    counting = Part("counts: idle, start-up, one thread, two ranks", need, _counting(cpu[0], pairs) - need)
 
     def count(seconds: float) -> None:
         share = (seconds * rate - counting.need) / counting.wish if counting.wish else 0.0
@@ -61,18 +101,9 @@ def bench(out: Path, *, pairs: int, sweep_pairs: int, minutes: float) -> None:
     todo.append((Part("memory", IMPORTS + sum(map(_resident, cpu))), lambda _: memory(save, cpu)))
     for name, sweep in SWEEPS.items():
         for x, each in sweep.settings():
-            part = _part(f"sweep: {name} {x:,}", each, sweep.arms, sweep_pairs)
-            todo.append((part, _swept(name, x, each, save, sweep_pairs)))
-
-    budget = Budget(60 * minutes - (time.monotonic() - begun), [part for part, _ in todo], rate)
-    for i, (part, do) in enumerate(todo):
-        seconds = budget.take(part.name)
-        spent = f"{time.monotonic() - begun:.0f} s so far, {seconds:.0f} for it"
-        print(f"-- {i + 1} of {len(todo)}, {part.name}: {spent}", flush=True)
-        do(seconds)
-    partial.replace(out / "rows.jsonl")
-    print("\n".join(map(str, page.write(out))))
-    print(f"-- done in {(time.monotonic() - begun) / 60:.1f} minutes")
+            part = _part(f"sweep: {name} {x:,}", each, sweep.arms, pairs)
+            todo.append((part, _swept(name, x, each, save, pairs)))
+    return todo
 
 
 def _swept(name: str, x: int, setting: Setting, save: Callable, pairs: int) -> Callable[[float], None]:
@@ -87,17 +118,23 @@ def _part(
     slots: Mapping[type[Arm], int] | None = None,
 ) -> Part:
     """Reckon a comparison: building and warming, then rounds; without `slots` it is a point of a sweep."""
-    second = slots is not None
+    second, fewest = slots is not None, LEAST if slots is not None else least(setting)
     slots = slots or {}
-    together = [kind for kind in ((Arm,) if second else ()) + tuple(arms) if kind.block == 1]
-    a_round = sum((1 + DEARER) * slots.get(kind, 1) for kind in together)
-    blocked = [kind for kind in arms if kind.block > 1]
+    together = [arm for arm in ((Arm,) if second else ()) + tuple(arms) if arm.block == 1]
+    a_round = sum((1 + _dear(arm)) * slots.get(arm, 1) for arm in together)
+    blocked = [arm for arm in arms if arm.block > 1]
     short = min(1.0, SHORT / setting.tokens)
-    before = [FULL_LENGTH + (kind.warm - FULL_LENGTH) * short for kind in (Arm, *together, *blocked)]
-    counted = sum(kind.keeps for kind in (Arm, *together, *blocked)) if second else 0
-    need = sum(before) + counted + LEAST * a_round + sum(2 * 2 * kind.block for kind in blocked)
-    wish = max(0, pairs - LEAST) * a_round + sum(2 * (BLOCKS - 2) * kind.block for kind in blocked)
+    warm = [
+        _dear(arm) * (FULL_LENGTH + (arm.warm - FULL_LENGTH) * short) for arm in (Arm, *together, *blocked)
+    ]
+    counted = sum(arm.keeps for arm in (Arm, *together, *blocked)) if second else 0
+    need = sum(warm) + counted + fewest * a_round + sum(2 * 2 * arm.block for arm in blocked)
+    wish = max(0, pairs - fewest) * a_round + sum(2 * (BLOCKS - 2) * arm.block for arm in blocked)
     return Part(name, BUILD + need * work(setting), wish * work(setting))
+
+
+def _dear(arm: type[Arm]) -> float:
+    return 1.0 if arm is Arm else PEER if arm in PEERS else DEARER
 
 
 def _counting(setting: Setting, pairs: int) -> float:
@@ -123,12 +160,12 @@ def main() -> None:
     """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/overhead"))
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--sweep-pairs", type=int, default=12)
-    parser.add_argument("--minutes", type=float, default=14.6, help="for all of it; 5 pairs at the least")
+    parser.add_argument("--rounds", type=int, default=8, help="of the table, at most; 5 at the least")
+    parser.add_argument("--pairs", type=int, default=8, help="of a point of a sweep, at most")
+    parser.add_argument("--minutes", type=float, default=12.0, help="for all of it; what must be is done")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")  # of the peers
-    bench(given.out, pairs=given.pairs, sweep_pairs=given.sweep_pairs, minutes=given.minutes)
+    bench(given.out, rounds=given.rounds, pairs=given.pairs, minutes=given.minutes)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ class Part:
     wish: float = 0.0
 
 
+def kind(name: str) -> str:
+    """Give the section that a part belongs to: what stands before the colon."""
+    return name.partition(":")[0]
+
+
 class Budget:
     """Seconds for each part, in their order.
 
@@ -65,6 +70,20 @@ class Budget:
         self.rate = rate
         self.clock = clock
 
+    def forecast(self) -> dict[str, float]:
+        """Seconds of the parts that are left, by what stands before the colon of their names.
+
+        What they need and, where all of it fits, what they wish for.
+        """
+        need, wish = (sum(getattr(part, of) for part in self.parts) for of in ("need", "wish"))
+        spare = max(0.0, (self.until - self.clock()) * self.rate - MARGIN * need)
+        share = min(1.0, spare / wish) if wish else 0.0
+        found: dict[str, float] = {}
+        for part in self.parts:
+            seconds = (part.need + share * part.wish) / self.rate
+            found[kind(part.name)] = found.get(kind(part.name), 0.0) + seconds
+        return found
+
     def take(self, name: str) -> float:
         """Give the seconds of the next part, which is thereby begun.
 
@@ -78,7 +97,6 @@ class Budget:
         need, wish = part.need / self.rate, part.wish / self.rate
         spare = max(0.0, self.until - self.clock() - later - need)
         # of what is spare, later parts of a kind get as much as they wish for
-        kind = part.name.partition(":")[0]
-        others = [each.wish for each in self.parts if each.name.partition(":")[0] == kind]
+        others = [each.wish for each in self.parts if kind(each.name) == kind(part.name)]
         wished = part.wish + sum(others)
         return need + (min(wish, spare * part.wish / wished) if part.wish else 0.0)

@@ -207,15 +207,25 @@ def do(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return [bad[0] if bad else several[0] for bad, several in zip(failed, answers, strict=True)]
 
 
+def at_a_time(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Those of memory that follow each other together, `ABREAST` of them; each of the others alone."""
+    found: list[list[Job]] = []
+    for job in jobs:
+        if found and job[0] == found[-1][0][0] == "rss" and len(found[-1]) < ABREAST:
+            found[-1].append(job)
+        else:
+            found.append([job])
+    return found
+
+
 def main(arguments: list[str]) -> None:
     """Import what any job needs, compute nothing, then fork a process a job."""
     for peer in ("opacus", "backpack"):
         with contextlib.suppress(ImportError):
             importlib.import_module(peer)
     jobs = [(what, Setting(**setting), *more) for what, setting, *more in json.loads(arguments[0])]
-    size = ABREAST if all(what == "rss" for what, *_ in jobs) else 1
-    for i in range(0, len(jobs), size):
-        for found in do(jobs[i : i + size]):
+    for several in at_a_time(jobs):
+        for found in do(several):
             print(json.dumps(found), flush=True)
 
 

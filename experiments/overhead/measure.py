@@ -76,6 +76,7 @@ def compare(
     *,
     device: str,
     pairs: int = 20,
+    least: int = LEAST,
     seconds: float = math.inf,
     slots: Mapping[type[Arm], int] | None = None,
     second: bool = True,
@@ -90,7 +91,8 @@ def compare(
         kinds: arms to compare with the untouched one.
         device: "cpu" or "cuda".
         pairs: timed steps an arm; `BLOCKS` blocks at least of an arm that has blocks.
-        seconds: for all of it; once they are gone no round starts, but for the first `LEAST`.
+        least: rounds that are made however long they take.
+        seconds: for all of it; once they are gone no further round starts.
         slots: kind → times that it comes in a round, if not once; `Arm` is the untouched one beside itself.
         second: whether the untouched step stands beside a second loop of its kind, and bytes are counted;
             otherwise it stands beside itself, of the same steps that the arms stand beside.
@@ -106,7 +108,7 @@ def compare(
     entries = [Entry(kind) for kind in ((Arm,) if second else ()) + tuple(kinds)]
     rows = []
     for group in _groups(entries, alone=device == "cuda"):
-        found = _group(base, group, setting, model, data, pairs, until, slots or {}, second)
+        found = _group(base, group, setting, model, data, (pairs, least), until, slots or {}, second)
         if not second and not rows:
             rows.append(_row(setting, Entry(Arm, base, found.itself())))
             say(describe(rows[0]))
@@ -134,7 +136,7 @@ def _group(
     setting: Setting,
     model: torch.nn.Module,
     data: Sequence[torch.Tensor],
-    pairs: int,
+    limits: tuple[int, int],
     until: float,
     slots: Mapping[type[Arm], int],
     bytewise: bool,
@@ -148,12 +150,13 @@ def _group(
             entry.times.error = error
     able = [entry for entry in group if entry.times.error is None]
     block = max((entry.kind.block for entry in able), default=1)
+    pairs, least = limits
     found = rounds(
         base,
         [entry.arm for entry in able if entry.arm is not None],
         data,
         pairs=pairs if block == 1 else max(pairs, BLOCKS * block),
-        least=LEAST if block == 1 else 2 * block,
+        least=least if block == 1 else 2 * block,
         seconds=until - time.monotonic(),
         slots={i: slots[entry.kind] for i, entry in enumerate(able) if entry.kind in slots},
     )

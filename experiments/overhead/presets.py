@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.overhead.arms import OURS, PEERS, Arm, Monitored
+from experiments.overhead.arms import OURS, PEERS, Arm, Backpack, Monitored, PerExample, Vmap
 from experiments.overhead.settings import Setting
 
 SHARED_NAME = "monitor, shared weight gradient"
@@ -38,8 +38,16 @@ STARTUP = Setting("Llama-2-7B shape, r=16", "llama-2-7b", 16, 1, 16)
 STARTUP_SECONDS = 0.5  # wanted: less
 KINDS = {"smoke": (*OURS, *PEERS), "gpu-7b": (Monitored, *SHARED), "gpu-1b": (*OURS, *PEERS)}
 ALL = (NARROW,)  # settings in which every arm of ours is timed; elsewhere those that measure every step
-SLOTS: dict[str, dict[type[Arm], int]] = {  # short steps scatter most: more pairs for what is to be judged
-    NARROW: {Monitored: 2, **dict.fromkeys(SHARED, 2)},
+# times in a round of what is judged: in five rounds, the fewest there are, 20 pairs; of the untouched step
+# beside itself 10, of a peer 5
+JUDGED: dict[type[Arm], int] = {Monitored: 4, **dict.fromkeys(SHARED, 4), Arm: 2}
+SLOTS = {name: JUDGED for name in WANTED}
+FEWER: dict[
+    str, tuple[type[Arm], ...]
+] = {  # elsewhere all; who is left out was slower, or level with one that stays
+    MIDDLE: (Vmap, Backpack),
+    WIDE: (Vmap, Backpack),
+    LONG: (Vmap, PerExample),
 }
 
 
@@ -47,7 +55,9 @@ def kinds(preset: str, setting: Setting) -> tuple[type[Arm], ...]:
     """Name the arms of a setting, the untouched one not among them."""
     if preset in KINDS:
         return KINDS[preset]
-    return (*OURS, *PEERS) if setting.name in ALL else (Monitored, *SHARED, *PEERS)
+    if setting.name in ALL:
+        return (*OURS, *PEERS)
+    return (Monitored, *SHARED, *FEWER.get(setting.name, PEERS))
 
 
 def resident(setting: Setting) -> tuple[type[Arm], ...]:

@@ -40,6 +40,11 @@ def _with(name: str, **fixed: object) -> Callable[[int], Setting]:
     return lambda x: replace(BASE, name=f"{fixed.get('label', name)} {x:,}", **{**fields, name: x})
 
 
+def least(setting: Setting) -> int:
+    """Pairs of a point, however little time there is: fewer than a verdict needs, of long steps fewest."""
+    return 3 if setting.tokens > 4_096 else 4
+
+
 # two sequences at the least: a step with one example gives no estimate, and is refused as an arm
 LORA = "LoRA r = 16, width 512, 1 layer"
 SWEEPS = {  # what matters most first
@@ -70,7 +75,7 @@ SWEEPS = {  # what matters most first
     "full": Sweep(
         "Full weights, width 512, 1 layer, 1,024 tokens",
         "T, tokens",
-        (16, 128, 256, 512),
+        (16, 128, 512),
         lambda x: replace(BASE, name=f"full, T {x:,}", rank=None, batch=1_024 // x, tokens=x),
         (Monitored, Direct, Gram),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 import importlib
@@ -26,7 +27,7 @@ PROMPT = (
 
 
 @dataclass(frozen=True)
-class HubRows(Rows):
+class HubRows(Rows, abc.ABC):
     """Rows of one data set, and the items of another to be tested on.
 
     Records of `data` without a question or without an answer teach nothing, and are left out: published sets
@@ -67,22 +68,22 @@ class HubRows(Rows):
             return take(self._items(validation=True), n, f"the validation part of {self.data}{self._said()}")
         return take(self._tested(), n, f"{self.test_data} (test)")
 
+    @abc.abstractmethod
     def _items(self, *, validation: bool) -> list[Item]:
         """Give all items of one part of `data`, in its order, of records that are `taught`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _pairs(self) -> tuple[Sequence[Any], Sequence[Any]]:
         """Give the questions and the answers of all records of `data` that are used."""
-        raise NotImplementedError
 
     def _said(self) -> str:
         """Say how many records were left out for want of a question or an answer; nothing if none was."""
         lost = sum(not taught(*pair) for pair in zip(*self._pairs(), strict=True))
         return f" ({lost} records without a question or an answer left out)" if lost else ""
 
+    @abc.abstractmethod
     def _tested(self) -> list[Item]:
         """Give all items of `test_data`, in its order."""
-        raise NotImplementedError
 
     def _columns(self, *needed: str) -> Any:
         """Give the columns of the records of `data` that are used."""

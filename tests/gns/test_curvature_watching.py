@@ -178,11 +178,18 @@ def test_pairs_and_the_same_batch_again():
     assert not monitor.curvature and not any("`labels`" in str(w.message) for w in told)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize(
-    "setup", [{}, {"autocast": torch.bfloat16}, {"accumulate": 1}], ids=["plain", "autocast", "one call"]
-)
+SETUPS = {"plain": {}, "autocast": {"autocast": torch.bfloat16}, "one call": {"accumulate": 1}}
+EVERY = [  # each setup, and each spacing of the other readings; the other three pairs are slow
+    pytest.param(setup, every, marks=[] if fast else [pytest.mark.slow], id=f"{setup}-{every}")
+    for setup, now in (("plain", 2), ("autocast", 1), ("one call", 2))
+    for every in (1, 2)
+    for fast in [every == now]
+]
+
+
+@pytest.mark.parametrize(("setup", "every"), EVERY)
 def test_training_and_its_other_readings_are_bit_identical(setup, every):
+    setup = SETUPS[setup]
     plain = lora("llama", dropout=0.1).train()
     with GNSMonitor(plain, every=every) as alone:
         weights = train(plain, steps=6, **setup)
@@ -207,7 +214,7 @@ def test_what_goes_wrong_is_told_once_and_training_goes_on():
     assert not monitor.curvature and len([s for s in monitor.history if s.usable]) == 8
 
 
-def test_readings_are_written_and_read_back(tmp_path):
+def test_readings_are_written_and_read_back(tmp_path, undrawn):
     model = lora("llama").train()
     with GNSMonitor(model, curvature_every=2, sink=tmp_path / "run" / "steps.jsonl") as monitor:
         list(loop(model, 6))
@@ -229,7 +236,7 @@ def test_readings_are_written_and_read_back(tmp_path):
         read_readings(tmp_path / "run")
 
 
-def test_the_largest_eigenvalue_is_read_where_it_is_asked_for_and_stands_in_the_report(tmp_path):
+def test_the_largest_eigenvalue_is_read_where_it_is_asked_for_and_stands_in_the_report(tmp_path, undrawn):
     model = lora("llama").train()
     with GNSMonitor(model, curvature_every=2, curvature_spectrum=6) as monitor:
         for _ in loop(model, 2):

@@ -21,6 +21,9 @@ from gns.sources import DataError
 from tests.gns import tiny
 
 STEPS = 8
+pytestmark = pytest.mark.usefixtures(
+    "undrawn"
+)  # but for `whole`, which is made before it: figures take seconds
 
 
 @pytest.fixture(scope="module")

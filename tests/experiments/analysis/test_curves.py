@@ -109,7 +109,8 @@ def covered(measure, truth, seeds, repeats=60, **more):
     return hits, repeats
 
 
-@pytest.mark.parametrize("seeds", [2, 4])
+# with fewer seeds the intervals are harder to get right; the control below has two as well
+@pytest.mark.parametrize("seeds", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_intervals_of_the_optimum_cover_it(seeds):
     """Of 60 intervals that cover with 95 %, fewer than 51 hit once in a thousand times."""
     hits, repeats = covered(optimum, 8.0, seeds, sigma=0.01)

@@ -7,7 +7,12 @@ import pytest
 from experiments.overhead import measure, rounds
 from experiments.overhead.arms import Arm, Monitored, Tenth
 from experiments.overhead.measure import AA, compare, describe
-from tests.experiments.overhead.rows_by_hand import setting
+from tests.experiments.overhead.rows_by_hand import setting as setting_of
+
+
+def setting():
+    """One layer: here it is the order of the steps that counts, and how many there are."""
+    return setting_of(layers=1)
 
 
 class Broken(Arm):
@@ -76,6 +81,14 @@ def test_arms_come_as_often_as_asked_and_blocks_have_turns_of_their_own():
 def test_time_that_is_gone_leaves_five_pairs():
     rows = compare(setting(), (Monitored, Tenth), device="cpu", pairs=60, seconds=0.0, say=quiet)
     assert [len(row["arm_s"]) for row in rows] == [5, 5, 20]
+
+
+def test_a_point_of_a_sweep_may_have_fewer():
+    rows = compare(
+        setting(), (Monitored,), device="cpu", pairs=9, least=3, seconds=0.0, second=False, say=quiet
+    )
+    assert [len(row["arm_s"]) for row in rows] == [2, 3]
+    assert all(describe(row) for row in rows)
 
 
 def test_without_a_second_loop_the_untouched_steps_stand_beside_themselves():

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import sys
 
 import pytest
@@ -57,7 +58,7 @@ def short(monkeypatch):
 
 def test_one_command_writes_rows_figures_and_a_page(short, tmp_path, capsys):
     (tmp_path / "notes.md").write_text("## What is left\n\nThis.")
-    bench.bench(tmp_path, pairs=6, sweep_pairs=5, minutes=0.05)
+    bench.bench(tmp_path, rounds=6, pairs=5, minutes=0.05)
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"README.md", "rows.jsonl", "notes.md", "overhead.png", "sweeps.png"}
     text, rows = (tmp_path / "README.md").read_text(), table.read([tmp_path / "rows.jsonl"])
@@ -70,6 +71,9 @@ def test_one_command_writes_rows_figures_and_a_page(short, tmp_path, capsys):
     assert len([r for r in rows if r.get("sweep") == "tokens"]) == 6
     out = capsys.readouterr().out
     assert "-- 1 of 5, table: width 512, r=16, 8×128: " in out and "-- 5 of 5, sweep: tokens 8" in out
+    assert "-- forecast, all " in out and re.search(
+        r"-- it took, all .* table \d+ s, counts \d+ s, memory", out
+    )
     readme = tmp_path / "PROJECT.md"
     begin, end = markdown.marks("overhead")
     readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
@@ -77,6 +81,31 @@ def test_one_command_writes_rows_figures_and_a_page(short, tmp_path, capsys):
     inserted = readme.read_text()
     assert inserted.startswith("before\n") and inserted.endswith("\nafter\n") and "old" not in inserted
     assert verdicts.brief(rows) in inserted and "(results/overhead.png)" in inserted
+
+
+def test_an_interrupted_run_goes_on_and_another_commit_begins_anew(short, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page, "write", lambda folder: [])  # its figures take seconds
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bench, "memory", interrupted)
+        bench.bench(tmp_path, rounds=5, pairs=5, minutes=0.05)
+    before = (tmp_path / "rows.partial").read_bytes()
+    assert bench._finished(tmp_path / "rows.partial", tmp_path / "parts.partial") == {
+        f"table: {presets.NARROW}", "counts: idle, start-up, one thread, two ranks"
+    }  # fmt: skip
+    capsys.readouterr()
+    bench.bench(tmp_path, rounds=5, pairs=5, minutes=0.05)
+    out = capsys.readouterr().out
+    assert "2 parts were there already" in out and "-- 1 of 3, memory: " in out
+    assert (tmp_path / "rows.jsonl").read_bytes().startswith(before)
+    assert not (tmp_path / "rows.partial").exists() and not (tmp_path / "parts.partial").exists()
+    (tmp_path / "rows.partial").write_bytes(before)
+    (tmp_path / "parts.partial").write_text('{"part": "memory"}\n')
+    monkeypatch.setenv("GNS_COMMIT", "another")
+    assert bench._finished(tmp_path / "rows.partial", tmp_path / "parts.partial") == set()
+    assert not (tmp_path / "rows.partial").exists()
 
 
 def test_a_readme_without_marks_is_refused(tmp_path):

@@ -94,3 +94,12 @@ def test_a_group_is_held_out_by_what_it_is():
     held_out = [for_validation(f"group {i}") for i in range(5_000)]
     assert sum(held_out) == pytest.approx(5_000 / hub.HELD_OUT_SHARE, abs=38)  # 3.8 standard deviations
     assert held_out == [for_validation(f"group {i}") for i in range(5_000)]
+
+
+def test_a_data_set_that_does_not_say_what_its_items_are_cannot_be_made():
+    class Half(hub.HubRows):
+        def _pairs(self):
+            return [], []
+
+    with pytest.raises(TypeError, match="abstract methods '?_items'?, '?_tested'?"):
+        Half(data="a", test_data="b")

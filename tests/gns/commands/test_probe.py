@@ -21,6 +21,8 @@ from gns.records import RecordsError
 from gns.runfolder import read_config
 from tests.gns import tiny
 
+pytestmark = pytest.mark.usefixtures("undrawn")  # a probe's figures: `tests/gns/report/test_write.py`
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -139,8 +141,6 @@ def test_dropout_is_told_apart(gns, small):
         (["--adapter", "."], "holds no adapter_config.json"),
         (["--batches", "1"], "batches is 1; 2 or more"),
         (["--batch-size", "0"], "batch_size is 0"),
-        (["--relative-width", "-1"], "relative_width is -1.0; a number above 0"),
-        (["--largest", "-2"], "largest is -2"),
         (["--model", "nowhere/at/all", "--data", "x"], "no such folder"),
         (["--batches", "many"], "Invalid value for '--batches'"),
     ],
@@ -149,6 +149,19 @@ def test_bad_input_is_one_line(gns, options, says, tmp_path):
     code, out, err = gns("probe", *options)
     said = [line for line in err.splitlines() if line.startswith("gns: ")]
     assert code == 2 and not out and says in said[-1], (code, out, err)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--relative-width", "-1", "relative_width is -1.0; a number above 0"),
+        ("--largest", "-2", "largest is -2"),
+    ],
+)
+def test_a_bad_number_of_the_measurement_is_one_line(gns, small, option, value, says, tmp_path):
+    code, out, err = gns(*small, option, value)
+    assert code == 2 and not out and says in err.splitlines()[-1], (code, out, err)
     assert not (tmp_path / "runs").exists()
 
 

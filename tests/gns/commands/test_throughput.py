@@ -17,6 +17,12 @@ def home(tmp_path_factory):
     return tiny.save_model(tmp_path_factory.mktemp("home") / "llama")
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Two timed steps a batch size; how many there are is `tests/gns/test_throughput.py`'s."""
+    monkeypatch.setattr(throughput, "REPEATS", 2)
+
+
 def options(home, *more):
     return ["throughput", "--model", home, "--max-length", 32, "--rank", 4, "--largest", 4, *more]
 

@@ -59,7 +59,12 @@ def runs() -> dict[str, list[StepSums]]:
     }
 
 
-@pytest.fixture
-def coverage() -> Coverage:
+def covered() -> Coverage:
     """Most parameters measured, one with a hostile name left out."""
     return Coverage(dict.fromkeys(NAMES, 40), {f"model.{EVIL}": 80}, {f"model.{EVIL}": f"no rule {EVIL}"})
+
+
+@pytest.fixture
+def coverage() -> Coverage:
+    """The same, as a fixture."""
+    return covered()

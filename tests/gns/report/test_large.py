@@ -30,6 +30,7 @@ def large(n_layers: int, n_steps: int, *, seed: int = 0) -> list:
     return steps
 
 
+@pytest.mark.slow  # its figures take ten seconds; on small models each is drawn in `test_write.py`
 def test_the_page_of_448_parameters_stays_below_three_megabytes(tmp_path):
     path = write_report(tmp_path, large(32, 60))
     assert path.stat().st_size < 3e6

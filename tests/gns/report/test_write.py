@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -20,7 +21,7 @@ from gns.sums import Layout
 from gns.throughput import Speed, Throughput
 from gns.views import progress_weighted
 from gns.wording import START
-from tests.gns.report.conftest import draw
+from tests.gns.report.conftest import covered, draw
 
 EVIL = '<script>alert("x")</script>'
 NAMES = ("noise_scale", "trade_off", "learning_rates", "signal_and_noise", "modules", "depth", "factors")
@@ -48,22 +49,33 @@ def page_of(folder) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_report_writes_everything_and_returns_the_page(tmp_path, runs, coverage):
-    path = write_report(tmp_path / "a" / "b", runs["measured"], coverage=coverage)
-    assert path == tmp_path / "a" / "b" / "report.html"
+KEPT = {"settings": {"note": "kept", "learning_rate": 1e-3}, "batch_size": 24, "level": 0.9}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, runs):
+    """A folder and what was returned: one report with every figure, which take seconds to draw."""
+    folder = tmp_path_factory.mktemp("whole") / "a" / "b"
+    return folder, write_report(folder, runs["measured"], coverage=covered(), **KEPT)
+
+
+def test_report_writes_everything_and_returns_the_page(whole, runs, coverage):
+    folder, path = whole
+    assert path == folder / "report.html"
     assert set(os.listdir(path.parent)) == {"report.html", "steps.jsonl", "summary.json", *PNGS}
     loaded = load(path.parent)
-    expected = estimate(runs["measured"])
+    expected = estimate(runs["measured"], level=0.9)
     assert replace(loaded, history=(), coverage=None) == expected
     assert loaded.coverage == coverage.share
 
 
-def test_page_is_self_contained(tmp_path, runs):
-    page = page_of(write_report(tmp_path, runs["measured"]).parent)
+def test_page_is_self_contained(whole):
+    folder, _ = whole
+    page = page_of(folder)
     assert "script" not in page.tags and "link" not in page.tags and page.tags.count("img") == len(NAMES)
     assert page.addresses and all(a.startswith("data:image/png;base64,") for a in page.addresses)
     assert page.tags.count("source") == len(NAMES)  # each also for dark pages
-    style = re.search(r"<style>.*?</style>", (tmp_path / "report.html").read_text(), re.S)
+    style = re.search(r"<style>.*?</style>", (folder / "report.html").read_text(), re.S)
     assert (
         style and "url(" not in style[0] and "@import" not in style[0] and "prefers-color-scheme" in style[0]
     )
@@ -152,6 +164,7 @@ def test_two_averages_each_named(tmp_path, runs):
     assert "Two averages" not in page_of(write_report(tmp_path / "c", runs["empty"]).parent).text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_texts_from_outside_are_escaped(tmp_path, runs, coverage):
     settings = {EVIL: EVIL, "nested": {EVIL: [EVIL]}}
     steps = [*runs["measured"], replace(runs["skipped"][0], reason=f"because {EVIL}")]
@@ -171,11 +184,9 @@ def test_hostile_names_of_modules_are_drawn_as_they_are(tmp_path, runs):
     assert "<script" not in text and (tmp_path / "modules.png").exists()
 
 
-def test_page_is_drawn_anew_from_the_records_alone(tmp_path, runs, coverage):
-    settings = {"note": "kept", "learning_rate": 1e-3}
-    path = write_report(
-        tmp_path, runs["measured"], coverage=coverage, settings=settings, batch_size=24, level=0.9
-    )
+def test_page_is_drawn_anew_from_the_records_alone(whole, tmp_path):
+    path = shutil.copytree(whole[0], tmp_path / whole[0].name) / "report.html"
+    tmp_path = path.parent
     first, records = path.read_text(), (tmp_path / "steps.jsonl").read_bytes()
     for name in (*PNGS, "report.html"):
         (tmp_path / name).unlink()
@@ -186,6 +197,7 @@ def test_page_is_drawn_anew_from_the_records_alone(tmp_path, runs, coverage):
     assert (summary.level, summary.batch_size, summary.settings["note"]) == (0.9, 24, "kept")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_redraw_of_a_killed_run_keeps_the_good_records_and_says_so(tmp_path, runs):
     writer = StepsWriter(tmp_path / "steps.jsonl")
     for step in runs["measured"]:
