@@ -64,7 +64,7 @@ class _Entropy(torch.autograd.Function):
 
 
 def _entropy(
-    logits: Tensor,
+    input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -75,13 +75,13 @@ def _entropy(
 ) -> Tensor | None:
     """Mean cross-entropy of rows of logits with class labels; None for any other."""
     plain = weight is None and size_average is None and reduce is None and not label_smoothing
-    if not plain or reduction != "mean" or logits.ndim != 2 or target.shape != logits.shape[:1]:
+    if not plain or reduction != "mean" or input.ndim != 2 or target.shape != input.shape[:1]:
         return None
-    if target.is_floating_point() or not target.numel() or logits.dtype not in _WIDE:
+    if target.is_floating_point() or not target.numel() or input.dtype not in _WIDE:
         return None
     live = target != ignore_index
-    share = live.to(logits.dtype)
-    return _Entropy.apply(logits, target.long().masked_fill(~live, 0), share / share.sum())  # type: ignore[return-value]
+    share = live.to(input.dtype)
+    return _Entropy.apply(input, target.long().masked_fill(~live, 0), share / share.sum())  # type: ignore[return-value]
 
 
 _WIDE = (torch.float32, torch.float64)
@@ -199,9 +199,9 @@ class _Silu(torch.autograd.Function):
         return _SiluSlope.apply(slopes[0], x, first, second)  # type: ignore[return-value]
 
 
-def _silu(x: Tensor, inplace: bool = False) -> Tensor | None:
-    """silu(x), out of place; None for low precisions."""
-    return None if inplace or x.dtype not in _WIDE else _Silu.apply(x)  # type: ignore[return-value]
+def _silu(input: Tensor, inplace: bool = False) -> Tensor | None:
+    """silu(input), out of place; None for low precisions."""
+    return None if inplace or input.dtype not in _WIDE else _Silu.apply(input)  # type: ignore[return-value]
 
 
 _INSTEAD: Mapping[Callable[..., Any], Callable[..., Tensor | None]] = {
