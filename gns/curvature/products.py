@@ -1,6 +1,7 @@
 """Products with the Hessian of one part's mean loss: exact, by differencing gradients, or from losses alone.
 
-exact        H v = ∇(∇L · v), on one graph of the gradient that all vectors share
+exact        H v = ∇(∇L · v), on one graph of the gradient that all vectors share; vᵀHv alone, where a
+             model allows it, comes cheaper from `gns.curvature.tangents`
 difference   [∇L(w + hv) − ∇L(w − hv)] / 2h, or [∇L(w + hv) − ∇L(w)] / h for vectors of random sign, whose
              error in h is odd in the sign and so averages out
 forward      vᵀHv = [L(w + hv) − 2L(w) + L(w − hv)] / h², or 2 [L(w + hv) − L(w) − h ∇L·v] / h² for the same
