@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +21,10 @@ from gns.curvature.tape import NoTape
 from gns.curvature.vectors import along, dots, norm
 
 OPERATORS = ("hessian", "ggn")
-ERROR = 0.05  # of second differences of losses: more is said
+ERROR = 0.05  # of the sum of second differences of losses: more is said
 ROUNDED = (
-    "rounding of the loss, and the long steps that it asks for, put its second differences off by "
-    "{share:.0f} % or more, which does not average out: take method='difference' or 'exact'"
+    "rounding of the loss, and the long steps that it asks for, may put its second differences off by "
+    "{share}, which does not average out: take method='difference' or 'exact'"
 )
 # Between an exact product and a difference, relative: more is another derivative, not rounding.
 AGREE = {"double": 0.02, "single": 0.1, "half": 0.7}
@@ -157,6 +158,7 @@ def contract(
     """
     build = Builder(point, operator, method, tapes=not contributions)
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = []
+    rounding: list[float] = []
     for number, piece in enumerate(pieces):
         part, found = _multiplied(build, piece, sums, first=not rows)
         if found is None:
@@ -167,13 +169,17 @@ def contract(
                 'of a low precision? Use float32 or bfloat16, or method="exact"'
             )
         rows.append((*found, part.mass))
+        rounding.append(part.rounding if isinstance(part, Forward) else 0.0)
     if not rows:
         raise CurvatureError("the examples for H have no label; give batches with some")
     mass = np.array([r[3] for r in rows])
     stacked = [np.stack([r[i] for r in rows]) for i in range(3)]
     probes, groups, weighted = stacked
-    if build.method == "forward" and build.steps.error > ERROR:
-        build.notes.append(ROUNDED.format(share=100 * build.steps.error))
+    if build.method == "forward":
+        error = build.steps.error + _drowned(mass / mass.sum(), probes[..., 0], np.array(rounding))
+        if error > ERROR:
+            share = f"{100 * error:.0f} %" if error < 1 else "all that they are"
+            build.notes.append(ROUNDED.format(share=share))
     found = Contractions(
         probes=probes,
         groups=groups,
@@ -186,6 +192,20 @@ def contract(
         derivatives=build.derivatives,
     )
     return found if contributions and build.method != "forward" else found.total()
+
+
+def _drowned(mass: np.ndarray, probes: np.ndarray, rounding: np.ndarray) -> float:
+    """Rounding in the sum of all uₛᵀHuₛ relative to it, or to its own spread where that is larger.
+
+    Args:
+        mass: [M], Σ = 1.
+        probes: [M, S].
+        rounding: [M], in the sum over the probes.
+    """
+    each = mass @ probes
+    size = max(abs(float(each.sum())), float(each.std(ddof=1)) * len(each) ** 0.5)
+    off = float(mass @ rounding)
+    return off / size if size > 0 else math.inf if off > 0 else 0.0
 
 
 def joined(found: Sequence[Contractions]) -> Contractions:

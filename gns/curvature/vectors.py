@@ -53,6 +53,15 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return (torch.cat(flat) if len(flat) > 1 else flat[0]).double()
 
 
+def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Inner product of two vectors over all their parameters, summed in float64."""
+    found = []
+    for names in _neighbours(b, list(a)):
+        v = _flat([b[name] for name in names])
+        found.append(torch.dot(v if a is b else _flat([a[name] for name in names]), v))
+    return float(torch.stack([f.to(found[0].device) for f in found]).sum()) if found else 0.0
+
+
 def norm(vector: Mapping[str, Tensor]) -> float:
     """Euclidean norm of a vector over all its parameters."""
-    return float(dots(vector, vector).sum()) ** 0.5
+    return inner(vector, vector) ** 0.5

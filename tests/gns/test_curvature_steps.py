@@ -18,9 +18,10 @@ def steps():
 def losses(found, *, third, rounding, curvature=1.0):
     """Go through trials of a loss curvature h²/2 + third h³/6, known up to some rounding."""
     trials = 0
+    found.noise = rounding
     while not found.settled("loss"):
         h = found.length("loss")
-        found.judge_losses(abs(third) * h**3 / 6, curvature * h**2 / 2, rounding)
+        found.judge_losses(abs(third) * h**3 / 6, curvature * h**2 / 2)
         trials += 1
     h = found.length("loss")
     return h, abs(third) * h / (3 * curvature), 2 * rounding / (curvature * h**2), trials
@@ -45,7 +46,7 @@ def test_one_side_stands_for_both_only_where_neither_third_derivative_nor_roundi
 def test_a_loss_that_breaks_is_tried_nearer():
     found = steps()
     far = found.length("loss")
-    found.judge_losses(math.nan, math.inf, 0.0)
+    found.judge_losses(math.nan, math.inf)
     assert not found.settled("loss") and found.length("loss") < far / 20
 
 
