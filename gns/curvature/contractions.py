@@ -18,7 +18,7 @@ from gns.curvature.products import Difference, Exact, Forward, NoSecondDerivativ
 from gns.curvature.steps import NoStep, Steps
 from gns.curvature.tangents import Tangents
 from gns.curvature.tape import NoTape
-from gns.curvature.vectors import along, dots, norm
+from gns.curvature.vectors import along, dots, inner, norm
 
 OPERATORS = ("hessian", "ggn")
 ERROR = 0.05  # of the sum of second differences of losses: more is said
@@ -254,7 +254,9 @@ def _of_part(
     else:
         probes = np.array([dots(v, part.product(v, signed=True)) for v in vectors])
     curved = part.product(sums.mean) if curved is None else curved
-    return probes, along(sums.parts, curved), dots(sums.weighted, curved)
+    whole = probes.shape[1] < len(sums.names)
+    weighted = np.array([inner(sums.weighted, curved)]) if whole else dots(sums.weighted, curved)
+    return probes, along(sums.parts, curved, whole=whole), weighted
 
 
 def _checked(

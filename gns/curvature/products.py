@@ -211,14 +211,15 @@ class Forward:
     def quadratics(self, vectors: Sequence[Vector]) -> np.ndarray:
         """vᵀHv of vectors of random sign, [S, 1]."""
         known = {} if self.point.precision == "half" else self._settle(vectors)
-        found = np.array([[known[k] if k in known else self._quadratic(v)] for k, v in enumerate(vectors)])
+        sizes = [norm(v) for v in vectors]
+        each = enumerate(zip(vectors, sizes, strict=True))
+        found = [[known[k] if k in known else self._quadratic(v, size)] for k, (v, size) in each]
         # all of them have the rounding of the loss here in common
-        squares = sum(norm(v) ** 2 for v in vectors) / self.steps.length("loss") ** 2
+        squares = sum(size**2 for size in sizes) / self.steps.length("loss") ** 2
         self.rounding = 2 * max(self.steps.noise, self.grid) * squares
-        return found
+        return np.array(found)
 
-    def _quadratic(self, vector: Vector) -> float:
-        size = norm(vector)
+    def _quadratic(self, vector: Vector, size: float) -> float:
         if not size > 0:
             return 0.0
         if self.point.precision == "half":  # no gradient is good enough to stand for a loss
@@ -247,7 +248,8 @@ class Forward:
         Returns:
             number of a vector → its vᵀHv, of those for which the last trial shows it.
         """
-        tried = [k for k, v in enumerate(vectors) if norm(v) > 0][:2]
+        settled = self.steps.settled("loss")
+        tried = [] if settled else [k for k, v in enumerate(vectors) if norm(v) > 0][:2]
         while tried and not self.steps.settled("loss"):
             length = self.steps.length("loss")
             h = {k: length / norm(vectors[k]) for k in tried}
