@@ -160,6 +160,7 @@ def contract(
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = []
     rounding: list[float] = []
     for number, piece in enumerate(pieces):
+        part = None  # its graph goes before the next one is built
         part, found = _multiplied(build, piece, sums, first=not rows)
         if found is None:
             continue  # no label in it
@@ -237,10 +238,11 @@ def _multiplied(
         return part, _of_part(part, sums, curved)
     except NoTape:
         build.tapes = False
-        return _multiplied(build, piece, sums, first=first)
     except NoSecondDerivative as error:
         part = build.fall_back(error, piece)
         return part, _of_part(part, sums)
+    part = None  # there may have been no memory for it
+    return _multiplied(build, piece, sums, first=first)
 
 
 def _of_part(

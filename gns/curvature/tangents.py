@@ -173,5 +173,6 @@ class Tangents:
         return dict(self.gradient)
 
 
-def _no_tape(error: Exception) -> Exception:
-    return error if "out of memory" in str(error) else NoTape(" ".join(str(error).split())[:160])
+def _no_tape(error: Exception) -> NoTape:
+    """The same as a reason to go the other way, which takes less memory, if that is what there was none of."""
+    return NoTape(" ".join(str(error).split())[:160])

@@ -343,6 +343,15 @@ def test_sixteen_bit_weights_go_the_other_way():
 
 
 @pytest.mark.parametrize("method", ["exact", "difference", "forward"])
+def test_without_memory_for_a_tape_there_is_the_other_way(monkeypatch):
+    def full(self, moved):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(factors.Product, "bend", full)
+    found = b_noise(lora("llama"), [tokens(8, seed=k) for k in range(2)], contributions=False)
+    assert (found.method, found.derivatives) == ("exact", "double backward")
+
+
 def test_contributions_that_are_not_asked_for_are_absent(method):
     model, batches = lora("llama", WIDE), [tokens(8, seed=k) for k in range(3)]
     found = b_noise(model, batches, method=method, contributions=False)
