@@ -174,5 +174,5 @@ class Tangents:
 
 
 def _no_tape(error: Exception) -> NoTape:
-    """The same as a reason to go the other way, which takes less memory, if that is what there was none of."""
+    """The same as a reason to go the other way; want of memory is one, that way needs less."""
     return NoTape(" ".join(str(error).split())[:160])
