@@ -8,6 +8,8 @@ and costs are medians over rounds of the ratio to those. A second training step 
 is off from 1 is what the machine adds. Memory is the peak of what torch allocates beyond the model, the batch
 and the optimizer's state, from the profiler's account of every allocation.
 
+Exact readings are those of a monitor, without contributions of factors and modules, which another arm has.
+
 Forward passes take one side of a difference where the third derivative is small, and both, for about half as
 much again, where it is not, as late in a training.
 
@@ -133,14 +135,16 @@ def measured(config: CostConfig) -> list[dict[str, Any]]:
         model(**batches[0]).loss.backward()
         optimizer.step()
 
-    def reading(method: str, for_h: Any) -> Callable[[], Any]:
+    def reading(method: str, for_h: Any, *, contributions: bool = False) -> Callable[[], Any]:
         how = {"method": method, "probes": config.probes, "parts": config.parts}
+        how["contributions"] = contributions  # a monitor's readings are without
         return lambda: b_noise(model, batches[:1], hessian_batches=[for_h], **how)
 
     arms: dict[str, Callable[[], Any]] = {
         AGAIN: step,
         "exact": reading("exact", batches[1]),
         "exact, H on half": reading("exact", half),
+        "exact, with contributions": reading("exact", batches[1], contributions=True),
         "difference": reading("difference", batches[1]),
         "forward": reading("forward", batches[1]),
     }

@@ -60,6 +60,8 @@ class GNSMonitor(Summaries):
             together, each on its own calls.
         curvature_spectrum: products to spend in each such reading on λ_max and tr H; 0: none. Ten about
             double the reading's cost.
+        curvature_contributions: say in each such reading what factors and modules add (`groups`, `modules`),
+            which makes it cost about a third more; else they are None.
         sink: receives each `StepSums` as it is measured: a callable, or a path that records are appended to.
         on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or
             "raise".
@@ -98,6 +100,7 @@ class GNSMonitor(Summaries):
         scaler: Any = None,
         curvature_every: int | None = None,
         curvature_spectrum: int = 0,
+        curvature_contributions: bool = False,
         sink: Callable[[StepSums], None] | str | Path | None = None,
         on_error: str = "warn",
         max_bytes: int = MAX_BYTES,
@@ -125,8 +128,17 @@ class GNSMonitor(Summaries):
             ("on_error", on_error, ON_ERROR),
         ):
             check_choice(name, value, known)
-        if not isinstance(share_weight_gradient, bool):
-            raise TypeError(f"share_weight_gradient is {share_weight_gradient!r}; True or False is needed")
+        for name, value in (
+            ("share_weight_gradient", share_weight_gradient),
+            ("curvature_contributions", curvature_contributions),
+        ):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; True or False is needed")
+        if curvature_contributions and curvature_every is None:
+            raise ValueError(
+                "curvature_contributions is True and curvature_every None; it goes with readings of B_noise: "
+                "give curvature_every too"
+            )
         if not (segments is None or isinstance(segments, str) or callable(segments)):
             raise TypeError(
                 f"segments is a {type(segments).__name__}; a function of (args, kwargs), the name of a "
@@ -139,7 +151,7 @@ class GNSMonitor(Summaries):
         self.scaler, self.on_error = scaler, on_error
         self._sink = _as_sink(sink)
         self._folder = None if callable(sink) or sink is None else Path(sink).parent
-        self._spectrum = curvature_spectrum
+        self._spectrum, self._contributions = curvature_spectrum, curvature_contributions
         self.curvature_every, self._curvature = curvature_every, deque[CurvatureReading](maxlen=history)
         self._history: deque[StepSums] = deque(maxlen=history)
         self._arriving: deque[OpenStep] = deque()
@@ -197,6 +209,7 @@ class GNSMonitor(Summaries):
                 on_reading=self._read,
                 on_notice=self._notices.once,
                 spectrum=self._spectrum,
+                contributions=self._contributions,
             )
         self._collector.attach()
         if self._plan.reasons:

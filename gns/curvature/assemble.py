@@ -55,7 +55,13 @@ def _traces(sums: Sums, centred: float, along: np.ndarray) -> np.ndarray:
 
 
 def concluded(
-    sums: Sums, found: Contractions, *, level: float, operator: str, seed: int
+    sums: Sums,
+    found: Contractions,
+    *,
+    level: float,
+    operator: str,
+    seed: int,
+    contributions: bool = True,
 ) -> CurvatureEstimate:
     """Conclude from the contractions.
 
@@ -65,6 +71,7 @@ def concluded(
         level: nominal coverage of the sets.
         operator: "hessian" or "ggn".
         seed: of the signs.
+        contributions: say what factors and modules add, if it is known.
 
     Returns:
         The estimate, without what costs further products.
@@ -72,8 +79,8 @@ def concluded(
     eye = identity(sums)
     known = known_of(sums, eye)
     noise, simple = set_of(found, known, level), set_of(eye, known, level)
-    contributions = _contributions(sums, found, eye, known)
-    groups = _joined(contributions, factor_or_other)
+    each = _contributions(sums, found, eye, known) if contributions else None
+    groups = None if each is None else _joined(each, factor_or_other)
     block = _loud_one(sums)
     notes = list(found.notes)
     if len(found.mass) < 2:
@@ -104,23 +111,24 @@ def concluded(
         n_examples=sums.n,
         n_hessian=len(found.mass),
         probes=sums.probes,
-        groups={} if set(groups) == {"other"} else groups,
-        modules=_joined(contributions, module_of),
+        groups={} if groups is not None and set(groups) == {"other"} else groups,
+        modules=None if each is None else _joined(each, module_of),
         block=block,
         unit=_unit(sums),
         warnings=tuple(notes),
         moments=noise.moments,
         seed=seed,
+        derivatives=found.derivatives,
     )
 
 
 def _contributions(
     sums: Sums, found: Contractions, eye: Contractions, known: Known
-) -> dict[str, Contribution]:
-    """What each parameter adds; empty where products are known as a whole only."""
+) -> dict[str, Contribution] | None:
+    """What each parameter adds; None where products are known as a whole only."""
     x, y = point_values(found, known)
     if len(x) != len(sums.names):
-        return {}
+        return None
     a, centred = sums.sum_sq_weights, sums.centred_sq()
     q, t = eye.groups[0].sum(0), eye.weighted[0]
     s = centred + 2 * t - a * q

@@ -1,6 +1,7 @@
 """Products with the Hessian of one part's mean loss: exact, by differencing gradients, or from losses alone.
 
-exact        H v = ∇(∇L · v), on one graph of the gradient that all vectors share
+exact        H v = ∇(∇L · v), on one graph of the gradient that all vectors share; vᵀHv alone, where a
+             model allows it, comes cheaper from `gns.curvature.tangents`
 difference   [∇L(w + hv) − ∇L(w − hv)] / 2h, or [∇L(w + hv) − ∇L(w)] / h for vectors of random sign, whose
              error in h is odd in the sign and so averages out
 forward      vᵀHv = [L(w + hv) − 2L(w) + L(w − hv)] / h², or 2 [L(w + hv) − L(w) − h ∇L·v] / h² for the same
@@ -21,7 +22,7 @@ from gns.curvature.errors import CurvatureError
 from gns.curvature.parts import Point
 from gns.curvature.smooth import Smooth
 from gns.curvature.steps import Steps
-from gns.curvature.vectors import dots, norm
+from gns.curvature.vectors import inner, norm
 
 Vector = Mapping[str, Tensor]
 METHODS = ("exact", "difference", "forward")
@@ -186,6 +187,7 @@ class Forward:
         # half a unit of the loss's own grid; one that was added up wider lies on no such grid
         single = float(np.float32(self.here)) == self.here
         self.grid = abs(self.here) * 2.0 ** (-24 if single else -53)
+        self.rounding = 0.0  # in the sum of all vᵀHv that were asked for
 
     def _stands(self) -> float:
         """The loss here: the gradient's own, if that is bit by bit what a call without a graph gives.
@@ -209,10 +211,15 @@ class Forward:
     def quadratics(self, vectors: Sequence[Vector]) -> np.ndarray:
         """vᵀHv of vectors of random sign, [S, 1]."""
         known = {} if self.point.precision == "half" else self._settle(vectors)
-        return np.array([[known[k] if k in known else self._quadratic(v)] for k, v in enumerate(vectors)])
+        sizes = [norm(v) for v in vectors]
+        each = enumerate(zip(vectors, sizes, strict=True))
+        found = [[known[k] if k in known else self._quadratic(v, size)] for k, (v, size) in each]
+        # all of them have the rounding of the loss here in common
+        squares = sum(size**2 for size in sizes) / self.steps.length("loss") ** 2
+        self.rounding = 2 * max(self.steps.noise, self.grid) * squares
+        return np.array(found)
 
-    def _quadratic(self, vector: Vector) -> float:
-        size = norm(vector)
+    def _quadratic(self, vector: Vector, size: float) -> float:
         if not size > 0:
             return 0.0
         if self.point.precision == "half":  # no gradient is good enough to stand for a loss
@@ -228,7 +235,7 @@ class Forward:
             return self.point.forward_value(self.batch, wide=self._wide)
 
     def _slope(self, vector: Vector) -> float:
-        return float(dots(self.gradients.here, vector).sum())
+        return inner(self.gradients.here, vector)
 
     def _odd_even(self, vector: Vector, h: float) -> tuple[float, float]:
         """What the loss changes by beyond its slope: its part that is odd in h, and its even part."""
@@ -241,17 +248,17 @@ class Forward:
         Returns:
             number of a vector → its vᵀHv, of those for which the last trial shows it.
         """
-        tried, noise = [k for k, v in enumerate(vectors) if norm(v) > 0][:2], math.nan
+        settled = self.steps.settled("loss")
+        tried = [] if settled else [k for k, v in enumerate(vectors) if norm(v) > 0][:2]
         while tried and not self.steps.settled("loss"):
             length = self.steps.length("loss")
             h = {k: length / norm(vectors[k]) for k in tried}
             found = np.array([self._odd_even(vectors[k], h[k]) for k in tried])
-            if not math.isfinite(noise):  # else known: rounding is the same after any short step
-                noise = (
-                    math.hypot(*(self._silent(vectors[k], h[k] / SILENT) for k in tried)) / len(tried) ** 0.5
-                )
+            if not self.steps.noise > 0:  # else known: rounding is the same after any short step
+                short = [self._silent(vectors[k], h[k] / SILENT) for k in tried]
+                self.steps.noise = math.hypot(*short) / len(tried) ** 0.5
             odd, even = np.sqrt(np.mean(found**2, axis=0))
-            self.steps.judge_losses(float(odd), float(even), noise)
+            self.steps.judge_losses(float(odd), float(even))
             if self.steps.settled("loss") and self.steps.length("loss") == length:
                 return {k: 2 * float(e) / h[k] ** 2 for k, (_, e) in zip(tried, found, strict=True)}
         return {}

@@ -57,7 +57,8 @@ def _reading(record: dict[str, Any]) -> CurvatureReading:
         raise ValueError("another format")
     data = {k: _numbers(v) for k, v in record["estimate"].items() if k in _NAMES}
     for name, kind in _PARTS.items():
-        data[name] = {key: kind(**part) for key, part in data[name].items()}
+        if data[name] is not None:  # contributions that were not asked for
+            data[name] = {key: kind(**part) for key, part in data[name].items()}
     data["cost"] = None if data["cost"] is None else Cost(**data["cost"])
     data["warnings"] = tuple(data["warnings"])
     if data.get("moments") is not None:  # readings of earlier versions have none

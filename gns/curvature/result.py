@@ -98,8 +98,9 @@ class CurvatureEstimate:
         n_examples: examples for g, N.
         n_hessian: parts of the examples for H.
         probes: random sign vectors.
-        groups: LoRA factor → its contribution to the sums.
-        modules: module → its contribution.
+        groups: LoRA factor → its contribution to the sums; empty without factors, None where contributions
+            were not asked for (`b_noise(contributions=True)` gives them) or are not known (method "forward").
+        modules: module → its contribution; None as there.
         blocks: LoRA factor → the noise scale of its block of H alone, where asked for.
         block: the factor that these numbers are of, where no other has a gradient (B, at B = 0), else None.
         trace_h: tr H by one random vector, where asked for.
@@ -109,6 +110,8 @@ class CurvatureEstimate:
         warnings: sentences on what to know of it.
         moments: tr(HΣ) and GᵀHG with their spread, from which readings are joined.
         seed: of the signs.
+        derivatives: how exact products with H were made: "tangents", along a tape of the model's operations
+            (without contributions, in float32 or wider), or "double backward"; None: none were.
     """
 
     b_noise: float
@@ -130,8 +133,8 @@ class CurvatureEstimate:
     n_examples: int
     n_hessian: int
     probes: int
-    groups: dict[str, Contribution] = field(default_factory=dict)
-    modules: dict[str, Contribution] = field(default_factory=dict, repr=False)
+    groups: dict[str, Contribution] | None = None
+    modules: dict[str, Contribution] | None = field(default=None, repr=False)
     blocks: dict[str, Block] = field(default_factory=dict)
     block: str | None = None
     trace_h: float | None = None
@@ -141,6 +144,7 @@ class CurvatureEstimate:
     warnings: tuple[str, ...] = ()
     moments: Moments | None = field(default=None, repr=False)
     seed: int = 0
+    derivatives: str | None = None
 
     @property
     def ratio(self) -> float:

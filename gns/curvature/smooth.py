@@ -34,13 +34,13 @@ class _Slope(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             mean, at_label = (p * change).sum(-1), change.gather(-1, labels[:, None])[:, 0]
             of_dloss = (share * (mean - at_label)).sum()
-        curved = _through_softmax(change, p).mul_((share * dloss)[:, None])  # (diag p − ppᵀ) y
+        curved = through_softmax(change, p).mul_((share * dloss)[:, None])  # (diag p − ppᵀ) y
         return of_dloss, curved, None, None
 
 
-def _through_softmax(change: Tensor, p: Tensor) -> Tensor:
+def through_softmax(change: Tensor, p: Tensor, dim: int = -1) -> Tensor:
     """(diag p − ppᵀ) y of each row, by torch's own kernel: one pass."""
-    return torch._softmax_backward_data(change, p, -1, p.dtype)  # type: ignore[reportPrivateImportUsage]
+    return torch._softmax_backward_data(change, p, dim, p.dtype)  # type: ignore[reportPrivateImportUsage]
 
 
 def _off_label(p: Tensor, labels: Tensor) -> Tensor:
@@ -63,8 +63,14 @@ class _Entropy(torch.autograd.Function):
         return _Slope.apply(slopes[0], logits, labels, share), None, None  # type: ignore[return-value]
 
 
-def _entropy(
-    logits: Tensor,
+def _entropy(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Mean cross-entropy of rows of logits with class labels; None for any other."""
+    found = plain_entropy(*args, **kwargs)
+    return None if found is None else _Entropy.apply(*found)  # type: ignore[return-value]
+
+
+def plain_entropy(
+    input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -72,22 +78,26 @@ def _entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor | None:
-    """Mean cross-entropy of rows of logits with class labels; None for any other."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Rows of logits, their labels and their shares in the mean cross-entropy; None for any other."""
     plain = weight is None and size_average is None and reduce is None and not label_smoothing
-    if not plain or reduction != "mean" or logits.ndim != 2 or target.shape != logits.shape[:1]:
+    if not plain or reduction != "mean" or input.ndim != 2 or target.shape != input.shape[:1]:
         return None
-    if target.is_floating_point() or not target.numel() or logits.dtype not in _WIDE:
+    if target.is_floating_point() or not target.numel() or input.dtype not in _WIDE:
         return None
     live = target != ignore_index
-    share = live.to(logits.dtype)
-    return _Entropy.apply(logits, target.long().masked_fill(~live, 0), share / share.sum())  # type: ignore[return-value]
+    share = live.to(input.dtype)
+    return input, target.long().masked_fill(~live, 0), share / share.sum()
 
 
 _WIDE = (torch.float32, torch.float64)
 
 
-def _attention(
+def _attention(*args: Any, **kwargs: Any) -> Tensor | None:
+    return attended(*args, **kwargs, softmax=lambda x, dim: _Softmax.apply(x))
+
+
+def attended(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -96,6 +106,8 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    softmax: Callable[..., Any],
 ) -> Tensor | None:
     """softmax(scale q kᵀ + mask) v of four-dimensional tensors; None for what is not so simple."""
     if query.ndim != 4 or dropout_p or query.shape[:2] != key.shape[:2] or query.dtype not in _WIDE:
@@ -110,7 +122,7 @@ def _attention(
         return None
     q, k, v = (x.reshape(b * h, -1, x.shape[-1]) for x in (query, key, value))
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5 if scale is None else scale)
-    return torch.bmm(_Softmax.apply(scores), v).view(b, h, t, -1)  # type: ignore[arg-type]
+    return torch.bmm(softmax(scores, dim=-1), v).view(b, h, t, -1)
 
 
 class _SoftmaxSlope(torch.autograd.Function):
@@ -146,7 +158,7 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> Tensor:
         (p,) = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return _through_softmax(slopes[0], p)
+            return through_softmax(slopes[0], p)
         return _SoftmaxSlope.apply(slopes[0], p)  # type: ignore[return-value]
 
 
@@ -199,9 +211,9 @@ class _Silu(torch.autograd.Function):
         return _SiluSlope.apply(slopes[0], x, first, second)  # type: ignore[return-value]
 
 
-def _silu(x: Tensor, inplace: bool = False) -> Tensor | None:
-    """silu(x), out of place; None for low precisions."""
-    return None if inplace or x.dtype not in _WIDE else _Silu.apply(x)  # type: ignore[return-value]
+def _silu(input: Tensor, inplace: bool = False) -> Tensor | None:
+    """silu(input), out of place; None for low precisions."""
+    return None if inplace or input.dtype not in _WIDE else _Silu.apply(input)  # type: ignore[return-value]
 
 
 _INSTEAD: Mapping[Callable[..., Any], Callable[..., Tensor | None]] = {
@@ -219,14 +231,14 @@ class Smooth(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         instead = _INSTEAD.get(func)
-        if instead is not None and not _elsewhere(*args, *kwargs.values()):
+        if instead is not None and not elsewhere(*args, *kwargs.values()):
             found = instead(*args, **kwargs)
             if found is not None:
                 return found
         return func(*args, **kwargs)
 
 
-def _elsewhere(*given: Any) -> bool:
+def elsewhere(*given: Any) -> bool:
     """Whether a compiler, a transform of torch.func or autocast has a say in a call."""
     transformed = torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
     if transformed or torch.compiler.is_compiling():

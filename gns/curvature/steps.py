@@ -17,7 +17,10 @@ LOSS_CHANGE = 0.3  # the same for 16 bits; wider ones are judged by the losses
 # First trials: shifts of these shares of the weights' norm. On the shipped base model a small shift changes
 # the gradient by about 10 times its share, so the first one for gradients will do.
 START = {"double": 1e-6, "single": 3e-5, "half": 1e-3}
-START_LOSS = 1e-3
+START_LOSS = 5e-3
+# Steps of second differences of losses are not longer than this share of the weights' norm: there a fourth
+# derivative puts them off by 2.5 % (base), and what is beyond is no property of the point.
+LONGEST = 0.1
 # Of second differences of losses where one side stands for both: the odd part that is aimed at, relative to
 # the even one, and rounding that is put up with. The odd part averages out over signs; so does rounding, but
 # for that of the loss where it stands, which all vectors share: so it is kept small.
@@ -41,6 +44,10 @@ class _Search:
     trials: int = 0
     settled: bool = False
 
+    def within(self, factor: float) -> float:
+        """What of a factor on the length is allowed at once."""
+        return min(30.0, max(1 / 30, factor), self.largest / 3 / self.length)
+
 
 class Steps:
     """How far to shift the weights, found on the first vector of each kind and kept: ‖hv‖ = length.
@@ -58,13 +65,15 @@ class Steps:
         self._found: dict[str, _Search] = {}
         self.one_sided = False  # second differences of losses
         self.same_loss: bool | None = None  # with a graph as without one, bit by bit; None: not yet known
-        self.error = 0.0  # of them, relative, by rounding and by the length that it asks for
+        self.noise = 0.0  # what rounding alone changes a loss by
+        self.error = 0.0  # of second differences, relative, by the length that rounding asks for
 
     def length(self, kind: str) -> float:
         """Give the length to take, or to try next, for vectors of a kind."""
         if kind not in self._found:
             share = START_LOSS if kind == "loss" else START[self._point.precision]
-            self._found[kind] = _Search(share * self._weights)
+            largest = 3 * LONGEST * self._weights if kind == "loss" else math.inf
+            self._found[kind] = _Search(share * self._weights, largest)
         return self._found[kind].length
 
     def settled(self, kind: str) -> bool:
@@ -91,7 +100,7 @@ class Steps:
             return True
         else:
             factor = target / seen if seen > 0 else 30.0
-            search.length = min(search.length * min(30.0, max(1 / 30, factor)), search.largest / 3)
+            search.length *= search.within(factor)
             # close enough to trust the power law
             search.settled = seen >= target / 300 and 1 / 30 < factor < 30
         if search.trials >= TRIALS and not search.settled:
@@ -101,7 +110,7 @@ class Steps:
             )
         return False
 
-    def judge_losses(self, odd: float, even: float, noise: float) -> None:
+    def judge_losses(self, odd: float, even: float) -> None:
         """Choose the length and the sides of second differences of losses by what a trial showed.
 
         With a step f times as long odd / even is f times as large, noise / even 1 / f² times.
@@ -109,9 +118,8 @@ class Steps:
         Args:
             odd: what the loss changes by beyond its slope, the part that is odd in the step.
             even: the even part, half a second difference.
-            noise: what rounding alone changes.
         """
-        search, limit = self._found["loss"], ODD[self._point.precision]
+        search, limit, noise = self._found["loss"], ODD[self._point.precision], self.noise
         search.trials += 1
         if not math.isfinite(odd + even):
             search.largest, search.length = search.length, search.length / 30
@@ -119,11 +127,13 @@ class Steps:
             return
         odd = math.sqrt(max(odd**2 - 4 * noise**2, 0.0))  # what rounding alone shows is no third derivative
         odd, noise = (max(v / even if even > 0 else math.inf, TINY) for v in (odd, noise))
-        factor = 1.0 if odd <= 1.5 * limit and noise <= NOISE else limit / odd
-        self.one_sided = noise / factor**2 <= NOISE if factor > 0 else False
+        enough = max(1.0, 2 * math.sqrt(noise / NOISE))  # longer ones: no less rounding, unseen derivatives
+        factor = 1.0 if odd <= 1.5 * limit and noise <= NOISE else min(limit / odd, enough)
+        factor = search.within(factor)
+        self.one_sided = noise / factor**2 <= NOISE
         if not self.one_sided:
-            factor = (noise / (FOURTH * odd**2)) ** 0.25 if math.isfinite(odd) else 30.0
-        factor = min(30.0, max(1 / 30, factor))
-        search.length = min(search.length * factor, search.largest / 3)
+            even_out = (noise / (FOURTH * odd**2)) ** 0.25 if math.isfinite(odd) else math.inf
+            factor = search.within(min(even_out, enough))
+        search.length *= factor
         search.settled = 1 / 5 <= factor <= 5 or search.trials >= TRIALS
-        self.error = noise / factor**2 + (0 if self.one_sided else FOURTH * (odd * factor) ** 2)
+        self.error = 0.0 if self.one_sided else FOURTH * (odd * factor) ** 2

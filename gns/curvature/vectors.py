@@ -16,11 +16,12 @@ def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
     return along({name: x[None] for name, x in a.items()}, b)[0]
 
 
-def along(stacked: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> np.ndarray:
-    """The same of S vectors, kept as parameter → [S, *shape], with one, [S, P]."""
+def along(stacked: Mapping[str, Tensor], vector: Mapping[str, Tensor], *, whole: bool = False) -> np.ndarray:
+    """The same of S vectors, kept as parameter → [S, *shape], with one, [S, P]; the whole alone: [S, 1]."""
     found = []
     for names in _neighbours(vector, list(stacked)):
         sizes = [vector[name].numel() for name in names]
+        sizes = [sum(sizes)] if whole else sizes
         v = _flat([vector[name] for name in names]).split(sizes)
         for s in range(len(stacked[names[0]])):  # one at a time: in float64 all S would not fit
             u = _flat([stacked[name][s] for name in names]).split(sizes)
@@ -30,7 +31,8 @@ def along(stacked: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> np.nda
     rows = len(next(iter(stacked.values())))
     host = [f.to(found[0].device) for f in found]
     wide = [torch.stack(host[i : i + rows]) for i in range(0, len(host), rows)]
-    return torch.cat(wide, 1).cpu().numpy()  # one transfer
+    parts = torch.cat(wide, 1)
+    return (parts.sum(1, keepdim=True) if whole else parts).cpu().numpy()  # one transfer
 
 
 def _neighbours(vector: Mapping[str, Tensor], names: Sequence[str]) -> list[list[str]]:
@@ -53,6 +55,15 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return (torch.cat(flat) if len(flat) > 1 else flat[0]).double()
 
 
+def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Inner product of two vectors over all their parameters, summed in float64."""
+    found = []
+    for names in _neighbours(b, list(a)):
+        v = _flat([b[name] for name in names])
+        found.append(torch.dot(v if a is b else _flat([a[name] for name in names]), v))
+    return float(torch.stack([f.to(found[0].device) for f in found]).sum()) if found else 0.0
+
+
 def norm(vector: Mapping[str, Tensor]) -> float:
     """Euclidean norm of a vector over all its parameters."""
-    return float(dots(vector, vector).sum()) ** 0.5
+    return inner(vector, vector) ** 0.5

@@ -56,6 +56,7 @@ class CurvatureWatch:
         model: whose calls are kept.
         every: optimizer steps from one reading to the next.
         spectrum: products of each reading to spend on λ_max and tr H.
+        contributions: say in each what factors and modules add, which costs about a third more.
         weights: of the examples in the loss, see `GNSMonitor`.
         segments: which rows or positions are which example, see there.
         on_reading: receives each reading.
@@ -72,9 +73,10 @@ class CurvatureWatch:
         on_reading: Callable[[CurvatureReading], None],
         on_notice: Callable[[str], None],
         spectrum: int = 0,
+        contributions: bool = False,
     ):
         self.model, self.every, self.weights, self.segments = model, every, weights, segments
-        self.spectrum = spectrum
+        self.spectrum, self.contributions = spectrum, contributions
         self.on_reading, self.on_notice = on_reading, on_notice
         self._before: list[_Call] = []  # calls of the step before
         self._now: list[_Call] = []
@@ -143,7 +145,7 @@ class CurvatureWatch:
                 return value_of(model, batch, None)
 
         how = {"weights": self.weights, "segments": self.segments, "spectrum": self.spectrum}
-        asked = Asked(probes=probes, seed=step, **how)
+        asked = Asked(probes=probes, seed=step, contributions=self.contributions, **how)
         for_g, for_h = ([(call.args, call.kwargs) for call in calls] for calls in (now, before))
         return measured(self.model, for_g, for_h, asked, loss if now[0].autocast[2] else None, ranks)
 

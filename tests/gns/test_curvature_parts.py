@@ -9,7 +9,7 @@ from gns.curvature import vectors
 from gns.curvature.parts import Point
 from gns.curvature.products import Forward
 from gns.curvature.steps import Steps
-from gns.curvature.vectors import along
+from gns.curvature.vectors import along, inner, norm
 from gns.hessian import b_noise
 from tests.gns.small_models import lora, tokens
 
@@ -26,6 +26,11 @@ def test_inner_products_are_those_of_each_parameter(together, monkeypatch):
         [float((stacked[n][s].double() * vector[n].double()).sum()) for n in shapes] for s in range(3)
     ]
     np.testing.assert_allclose(along(stacked, vector), expected, rtol=1e-13)
+    whole = np.sum(expected, 1)
+    np.testing.assert_allclose(along(stacked, vector, whole=True), whole[:, None], rtol=1e-12)
+    first = {n: x[0] for n, x in stacked.items()}
+    assert inner(first, vector) == pytest.approx(whole[0], rel=1e-12)
+    assert norm(vector) ** 2 == pytest.approx(inner(vector, dict(vector)), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

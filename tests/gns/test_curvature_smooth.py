@@ -1,11 +1,14 @@
 """Attention, cross-entropy and silu of few operations: the values and derivatives of torch's own."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gns.curvature.smooth import Smooth
+from gns.curvature.smooth import _INSTEAD, Smooth, _silu, attended, plain_entropy
 from tests.reference.tolerances import close
 
 WIDE = torch.float64
@@ -89,3 +92,48 @@ def test_a_row_that_is_ignored_may_forbid_the_first_class():
     with Smooth():
         found = torch.nn.functional.cross_entropy(logits, labels)
     assert found == torch.nn.functional.cross_entropy(logits, labels)
+
+
+TAKES = {
+    functional.cross_entropy: plain_entropy,
+    functional.scaled_dot_product_attention: attended,
+    functional.silu: _silu,
+}
+
+
+@pytest.mark.parametrize("function", _INSTEAD, ids=lambda f: f.__name__)
+def test_a_replacement_takes_what_torchs_function_takes_by_the_same_names(function):
+    try:
+        theirs = inspect.signature(function)
+    except ValueError:  # compiled: its documentation begins with the call
+        call = re.search(r"\((.*?)\) -> Tensor:", function.__doc__, re.DOTALL)[1]
+        theirs = inspect.signature(eval(f"(lambda {call}: None)"))
+    ours = inspect.signature(TAKES[function]).parameters.values()
+    assert [(p.name, p.default) for p in ours if p.kind is not p.KEYWORD_ONLY] == [
+        (p.name, p.default) for p in theirs.parameters.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (lambda x: functional.cross_entropy(input=x, target=LABELS, ignore_index=-100) ** 2, [(6, 7)]),
+        (lambda x: functional.silu(input=x, inplace=False).square().sum(), [(6, 7)]),
+        (
+            lambda q, k, v: (
+                functional.scaled_dot_product_attention(
+                    value=v, key=k, query=q, attn_mask=MASK, dropout_p=0.0, is_causal=False, scale=None
+                )
+                .square()
+                .sum()
+            ),
+            [(2, 3, 5, 4)] * 3,
+        ),
+    ],
+)
+def test_calls_by_keyword_are_replaced_too(function, shapes):
+    inputs = [draw(*shape, seed=k) for k, shape in enumerate(shapes)]
+    for found, expected in zip(
+        derivatives(function, inputs, ours=True), derivatives(function, inputs, ours=False), strict=True
+    ):
+        close(found, expected, rtol=1e-10)

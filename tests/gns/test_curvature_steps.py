@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gns.curvature.parts import Point
-from gns.curvature.steps import NoStep, Steps
+from gns.curvature.steps import LONGEST, NoStep, Steps
 
 
 def steps():
@@ -18,9 +18,10 @@ def steps():
 def losses(found, *, third, rounding, curvature=1.0):
     """Go through trials of a loss curvature h²/2 + third h³/6, known up to some rounding."""
     trials = 0
+    found.noise = rounding
     while not found.settled("loss"):
         h = found.length("loss")
-        found.judge_losses(abs(third) * h**3 / 6, curvature * h**2 / 2, rounding)
+        found.judge_losses(abs(third) * h**3 / 6, curvature * h**2 / 2)
         trials += 1
     h = found.length("loss")
     return h, abs(third) * h / (3 * curvature), 2 * rounding / (curvature * h**2), trials
@@ -45,8 +46,24 @@ def test_one_side_stands_for_both_only_where_neither_third_derivative_nor_roundi
 def test_a_loss_that_breaks_is_tried_nearer():
     found = steps()
     far = found.length("loss")
-    found.judge_losses(math.nan, math.inf, 0.0)
+    found.judge_losses(math.nan, math.inf)
     assert not found.settled("loss") and found.length("loss") < far / 20
+
+
+@pytest.mark.parametrize("rounding", [1e-3, 1e3])
+@pytest.mark.parametrize("third", [0.0, 1e-3, 10.0])
+def test_no_step_is_a_large_share_of_the_weights(third, rounding):
+    found = steps()
+    weights = sum(float(p.detach().square().sum()) for p in found._point.parameters.values()) ** 0.5
+    h, *_ = losses(found, third=third, rounding=rounding)
+    assert h <= LONGEST * weights * (1 + 1e-6)
+
+
+def test_no_step_is_longer_than_rounding_asks_for():
+    found = steps()
+    h, _, noise, _ = losses(found, third=0.0, rounding=1e-6)
+    assert found.one_sided and 1e-3 < noise < 0.01  # no third derivative shows; a fourth may be there
+    assert h < LONGEST
 
 
 def test_the_first_gradient_will_do_where_it_changes_as_wanted():

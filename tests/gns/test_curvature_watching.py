@@ -49,6 +49,7 @@ def test_a_reading_is_that_of_b_noise_on_the_last_two_steps_batches():
                             [tokens(8, seed=step)],
                             hessian_batches=[tokens(8, seed=step - 1)],
                             seed=step,
+                            contributions=False,
                         )
                     )
                 assert monitor_off == [dict(m._forward_hooks) for m in model.modules()]
@@ -214,9 +215,11 @@ def test_what_goes_wrong_is_told_once_and_training_goes_on():
     assert not monitor.curvature and len([s for s in monitor.history if s.usable]) == 8
 
 
-def test_readings_are_written_and_read_back(tmp_path, undrawn):
-    model = lora("llama").train()
-    with GNSMonitor(model, curvature_every=2, sink=tmp_path / "run" / "steps.jsonl") as monitor:
+@pytest.mark.parametrize("contributions", [False, True])
+def test_readings_are_written_and_read_back(tmp_path, contributions, undrawn):
+    model, sink = lora("llama").train(), tmp_path / "run" / "steps.jsonl"
+    how = {"curvature_every": 2, "curvature_contributions": contributions}
+    with GNSMonitor(model, sink=sink, **how) as monitor:
         list(loop(model, 6))
         monitor.report(tmp_path / "run")
         monitor.report(tmp_path / "other")
@@ -226,6 +229,8 @@ def test_readings_are_written_and_read_back(tmp_path, undrawn):
         for read, there in zip(found, monitor.curvature, strict=True):
             a, b = (dataclasses.asdict(r.estimate) for r in (read, there))
             assert repr(a) == repr(b)  # NaN and infinities too
+            groups, modules = read.estimate.groups, read.estimate.modules
+            assert set(groups) == {"A", "B"} and modules if contributions else groups is modules is None
     cut_readings(tmp_path / "run", 3)
     assert [r.step for r in read_readings(tmp_path / "run")] == [1, 3]
     path = tmp_path / "run" / CURVATURE

@@ -235,6 +235,7 @@ def test_a_model_with_nothing_to_measure_is_refused(model, message):
         ({"max_bytes": 0}, "max_bytes is 0; a whole number of bytes"),
         ({"curvature_every": 0}, "curvature_every is 0"),
         ({"curvature_spectrum": 3}, "curvature_spectrum is 3 and curvature_every None"),
+        ({"curvature_contributions": True}, "curvature_contributions is True and curvature_every None"),
         ({"curvature_spectrum": -1}, "curvature_spectrum is -1; a whole number of products"),
     ],
 )
