@@ -45,10 +45,10 @@ def value_of(model: nn.Module, batch: Any, loss: Loss | None) -> Any:
     Raises:
         ProbeError: there is none.
     """
-    return loss(model, batch) if loss is not None else _own_loss(_call(model, batch))
+    return loss(model, batch) if loss is not None else _own_loss(call(model, batch))
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any) -> Any:
     """Call the model with a batch.
 
     Raises:

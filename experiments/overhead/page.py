@@ -97,6 +97,8 @@ def counted(rows: Rows) -> list[str]:
     there = {row["what"]: row for row in rows if "what" in row}
     done = {what: row for what, row in there.items() if row["status"] == "ok"}
     said = [_idle(done["idle"])] if "idle" in done else []
+    if "left out" in done:
+        said.append(f"**Left out, as there was no time for it**: {', '.join(done['left out']['parts'])}.")
     if "ranks" in done:
         said.append(_ranks(done["ranks"], done.get("alone")))
     failed = (what for what, row in there.items() if what != "rss" and row["status"] != "ok")

@@ -75,7 +75,7 @@ def rounds(
         data: batches.
         pairs: rounds.
         least: so many of them, however long they take.
-        seconds: after which no further round starts.
+        seconds: no further round starts of which less than a half would lie within them.
         slots: place of an arm → times that it comes in a round, if not once.
 
     Returns:
@@ -86,6 +86,7 @@ def rounds(
     until = time.monotonic() + seconds
     with _collector_off():
         before = _untouched(base, data[0], found)
+        start = time.monotonic()
         for i in range(pairs):
             ids = data[i % len(data)]
             for place in drawn.sample(places, len(places)):
@@ -103,7 +104,8 @@ def rounds(
                 times.peak = max(times.peak, peak)
                 before = after
             gc.collect()
-            if i + 1 >= least and time.monotonic() > until:
+            now = time.monotonic()
+            if i + 1 >= least and now + (now - start) / (i + 1) / 2 > until:
                 break
     return found
 

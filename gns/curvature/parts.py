@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gns.arguments import tensors_in
-from gns.calling import Loss, loss_of, value_of
+from gns.calling import Loss, call, loss_of, value_of
 from gns.curvature.errors import CurvatureError
 from gns.examples import IGNORED, row_map, shifts_labels
 from gns.segments import SegmentsOf
@@ -144,6 +144,25 @@ class Point:
             handle.remove()
         return self.last_value(wide=wide)
 
+    def bare_value(self, batch: Any) -> float | None:
+        """The same, added up in float64 from logits of a call without labels: it spares the model's own loss.
+
+        None where the batch does not show its labels, or no token mean comes of the logits. Whether the call
+        without them is the same call, the caller has to try: a model may make its inputs of the labels.
+        """
+        rest, labels = _without_labels(batch)
+        if self.loss is not None or labels is None:
+            return None
+        self._called, self._loss = None, None
+        handle = self.model.register_forward_hook(self._see, with_kwargs=True)
+        try:
+            with torch.no_grad(), seeded(mixed(self.seed)):
+                call(self.model, rest)
+        finally:
+            handle.remove()
+        called = self._last()
+        return None if called is None else self._token_mean({**called[1], "labels": labels}, called[2])
+
     def last_value(self, *, wide: bool) -> float:
         """The loss of the last call, of `value` or `forward_value`, added up in the same way."""
         found = self._mean_of_tokens() if wide else None
@@ -232,6 +251,16 @@ class Point:
             with uninterrupted():
                 torch._foreach_copy_(at, kept)  # type: ignore[reportPrivateImportUsage]
                 torch.clear_autocast_cache()
+
+
+def _without_labels(batch: Any) -> tuple[Any, Any]:
+    """A batch without its labels, and these; None where they do not show."""
+    if isinstance(batch, Mapping) and batch.get("labels") is not None:
+        return {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], Mapping):
+        rest, labels = _without_labels(batch[1])
+        return (batch[0], rest), labels
+    return batch, None
 
 
 def pieces(

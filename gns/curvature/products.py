@@ -194,13 +194,33 @@ class Forward:
 
         It is asked on the first part. Other kernels round otherwise, which all differences would show.
         """
-        seen = self.point.last_value(wide=self._wide)
-        if self.steps.same_loss:
+        seen, steps = self.point.last_value(wide=self._wide), self.steps
+        if steps.same_loss:
             return seen
-        alone = self.point.forward_value(self.batch, wide=self._wide)
-        if self.steps.same_loss is None:
-            self.steps.same_loss = seen == alone
+        bare = None
+        if steps.bare is None:
+            bare = self._bare() if self._wide else None
+            steps.bare = bare is not None and bare == seen
+        alone = bare if steps.bare and bare is not None else self._value()
+        if not steps.bare and bare is not None:
+            steps.bare = bare == alone  # other kernels with a graph, but the same call
+        if steps.same_loss is None:
+            steps.same_loss = seen == alone
         return alone
+
+    def _bare(self) -> float | None:
+        """The loss of a call without labels; None also where the model does not do without."""
+        try:
+            return self.point.bare_value(self.batch)
+        except Exception as error:
+            if "out of memory" in str(error):
+                raise
+            return None
+
+    def _value(self) -> float:
+        """The loss where the weights are now."""
+        found = self.point.bare_value(self.batch) if self._wide and self.steps.bare else None
+        return self.point.forward_value(self.batch, wide=self._wide) if found is None else found
 
     def product(self, vector: Vector, *, signed: bool = False) -> dict[str, Tensor]:
         """H v; one gradient beside the one here will do, where it is not rounded much."""
@@ -232,7 +252,7 @@ class Forward:
 
     def _loss(self, vector: Vector, h: float) -> float:
         with self.point.shifted(vector, h):
-            return self.point.forward_value(self.batch, wide=self._wide)
+            return self._value()
 
     def _slope(self, vector: Vector) -> float:
         return inner(self.gradients.here, vector)

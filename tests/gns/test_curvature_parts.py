@@ -57,7 +57,24 @@ class Off(nn.Module):
     def forward(self, **batch):
         self.calls += 1
         out = self.inner(**batch)
-        out.loss = out.loss * self.factor
+        out.loss = out.loss * self.factor  # fails without labels
+        return out
+
+
+class OfLabels(nn.Module):
+    """One whose input, or logits, are other ones with labels; "same": it is a plain language model."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how, self.labelled = lora("gpt2", torch.float64), how, 0
+
+    def forward(self, input_ids, labels=None, **rest):
+        self.labelled += labels is not None
+        if self.how == "input" and labels is not None:
+            input_ids = input_ids.roll(1, 1)
+        out = self.inner(input_ids=input_ids, labels=labels, **rest)
+        if self.how == "logits" and labels is None:
+            out.logits = None
         return out
 
 
@@ -83,7 +100,38 @@ def test_the_loss_of_the_gradient_stands_for_one_without_a_graph():
         part = Forward(point, batch, steps)
         seen.append(model.calls - before)
         assert part.here == point.forward_value(batch, wide=True)
-    assert steps.same_loss and seen == [2, 1, 1]
+    assert steps.same_loss and seen == [3, 1, 1]  # once in vain, without labels
+
+
+@pytest.mark.parametrize(("how", "spared"), [("same", True), ("input", False), ("logits", False)])
+@pytest.mark.parametrize("as_call", [False, True])
+def test_labels_are_left_out_only_where_the_call_is_the_same_without(how, spared, as_call):
+    """The model's own loss need not be made again: its logits are added up in float64 anyway."""
+    model, batch = OfLabels(how).eval(), dict(tokens(4, t=11))
+    given = ((batch.pop("input_ids"),), batch) if as_call else batch
+    point = Point(model, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    generator = torch.Generator().manual_seed(0)
+    vectors = [
+        {n: torch.randn(p.shape, generator=generator).to(p) for n, p in point.parameters.items()}
+        for _ in range(3)
+    ]
+    steps, plain = Steps(point), Steps(point)
+    plain.bare = False
+    part, known = Forward(point, given, steps), Forward(point, given, plain)
+    assert steps.bare is spared and part.here == known.here
+    expected = known.quadratics(vectors)
+    model.labelled = 0
+    np.testing.assert_array_equal(part.quadratics(vectors), expected)  # bit by bit
+    assert (model.labelled == 0) is spared
+
+
+def test_a_loss_of_the_users_own_keeps_its_labels():
+    model, batch = OfLabels("same").eval(), dict(tokens(4, t=11))
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    point = Point(model, parameters, loss=lambda model, batch: model(**batch).loss)
+    assert point.bare_value(batch) is None and model.labelled == 0
+    rest = {k: v for k, v in batch.items() if k != "labels"}
+    assert Point(model, parameters).bare_value(rest) is None
 
 
 def test_a_loss_that_is_another_with_a_graph_does_not_stand():

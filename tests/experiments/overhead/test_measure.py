@@ -1,6 +1,7 @@
 """Arms take turns, each step between two untouched ones; what cannot run is a row with its error."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 
@@ -135,3 +136,25 @@ def test_the_order_of_arms_changes_and_the_collector_is_off(clock):
     orders = {names[i : i + 6] for i in range(1, 73, 6)}
     assert len(orders) > 3 and all(sorted(order.replace("U", "")) == ["a", "b", "c"] for order in orders)
     assert [len(times.arm) for times in found.arms] == [12] * 3
+
+
+@pytest.mark.parametrize(("seconds", "made"), [(0, 2), (24, 2), (26, 3), (34, 3), (36, 4), (900, 9)])
+def test_no_round_starts_of_which_less_than_half_fits(monkeypatch, seconds, made):
+    """Two rounds at the least, nine at the most, each of ten seconds: five a step."""
+    now = [0.0]
+
+    def timed(arm, ids):
+        now[0] += 5
+        return 5.0, 0
+
+    monkeypatch.setattr(rounds, "timed", timed)
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    found = rounds.rounds(
+        *two_arms(), [None], pairs=9, least=2, seconds=seconds + 5
+    )  # the first step is none's
+    assert len(found.arms[0].arm) == made
+
+
+def two_arms():
+    base, other = (SimpleNamespace(name=name) for name in "Ua")
+    return base, [other]

@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import markdown
 from experiments.overhead import __main__ as command
@@ -81,6 +82,17 @@ def test_one_command_writes_rows_figures_and_a_page(short, tmp_path, capsys):
     inserted = readme.read_text()
     assert inserted.startswith("before\n") and inserted.endswith("\nafter\n") and "old" not in inserted
     assert verdicts.brief(rows) in inserted and "(results/overhead.png)" in inserted
+
+
+def test_what_the_minutes_do_not_hold_is_left_out_and_named(short, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "OVER", -1.0)
+    monkeypatch.setattr(table, "figure", lambda *_: Figure())
+    bench.bench(tmp_path, rounds=5, pairs=5, minutes=0.05)
+    assert "5 of 5, sweep: tokens 8: left out, there is no time for it" in capsys.readouterr().out
+    text = (tmp_path / "README.md").read_text()
+    said = "**Left out, as there was no time for it**: counts: idle, start-up, one thread, two ranks, memory"
+    assert f"{said}, sweep: tokens 4, sweep: tokens 8." in text
+    assert "| monitor |" in text and "(sweeps.png)" not in text  # the table is made whatever the time
 
 
 def test_an_interrupted_run_goes_on_and_another_commit_begins_anew(short, tmp_path, monkeypatch, capsys):
