@@ -9,6 +9,7 @@ Any operation that `torch` differentiates twice has a rule, `Other`; the rest ar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ class Call:
         return value
 
 
-class Operation:
+class Operation(ABC):
     """A call with its rule.
 
     Args:
@@ -98,9 +99,9 @@ class Operation:
     def prepare(self, slopes: Sequence[Tensor | None]) -> None:
         """Be told λ of each output; None where the loss does not depend on it."""
 
+    @abstractmethod
     def push(self, moved: Moved, bent: Bent) -> None:
         """Add the tangents of the outputs to those of the inputs, and z to the sums of it."""
-        raise NotImplementedError
 
     def bend(self, moved: Moved) -> Tensor | None:
         """Add the tangents of the outputs; give ⟨λ, f″[ẋ, ẋ]⟩, None where it is zero."""
