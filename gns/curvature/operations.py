@@ -122,13 +122,16 @@ class Linear(Operation):
         self.function = torch.Tensor.reshape if call.function is torch.Tensor.view else call.function
         self.first = len(call.live) == 1 and call.args[0] is call.live[0]
         self.rest = call.args[1:]
+        listed = [x for value in call.args if type(value) in (tuple, list) for x in value]
+        stays = [x for x in listed if isinstance(x, Tensor) and x.is_floating_point() and not call.moves(x)]
+        self.still = {id(x): x.new_zeros(()).expand_as(x) for x in stays}  # what is joined to those that move
 
     def push(self, moved: Moved, bent: Bent) -> None:
         """Call it."""
         if self.first:
             found = self.function(moved[id(self.call.live[0])], *self.rest, **self.call.kwargs)
         else:
-            found = self.call.again(moved, function=self.function)
+            found = self.call.again({**moved, **self.still}, function=self.function)
         if isinstance(found, Tensor):
             self._set(moved, found)
         else:

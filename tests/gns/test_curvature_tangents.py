@@ -118,6 +118,10 @@ KNOWN = [
     (lambda w: functional.embedding(AT, w, 1) ** 2, [(4, 5)]),
     (lambda w: functional.embedding(AT, w) * w[1], [(4, 5)]),
     (lambda x, y: torch.cat([x, -y.t()], 1).square().view(2, 6).chunk(2, 1)[1], [(3, 2), (2, 3)]),
+    (lambda x: torch.cat([draw(2, 4), x * x]) * torch.stack([draw(5, 4), draw(5, 4, seed=1)]), [(3, 4)]),
+    (lambda x, y: torch.stack([x, y.detach(), x]) ** 2, [(3, 4), (3, 4)]),
+    # no slope shows what stands still here
+    (lambda x: (torch.cat([x, draw(2, 4)]) - torch.cat([0 * draw(3, 4), draw(2, 4)])) ** 2, [(3, 4)]),
     (lambda x: torch.stack(torch.unbind(x * x, 0)[:2]).flatten().unsqueeze(0).expand(3, -1), [(3, 4)]),
     (lambda x: x.repeat_interleave(2, 1).permute(1, 0).mT[..., 1:].contiguous() ** 2, [(3, 4)]),
     (lambda x: functional.dropout(x, 0.5, training=False) ** 2, [(3, 4)]),
