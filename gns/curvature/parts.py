@@ -263,6 +263,15 @@ def _without_labels(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
+def label_kind(batch: Any) -> tuple[bool, bool] | None:
+    """Whether some labels of a batch are ignored, and all of some row: a model may make its mask of that."""
+    labels = _without_labels(batch)[1]
+    if not isinstance(labels, Tensor) or not labels.ndim or not labels.numel():
+        return None
+    ignored = (labels == IGNORED).reshape(len(labels), -1)
+    return bool(ignored.any()), bool(ignored.all(1).any())
+
+
 def pieces(
     batches: Sequence[Any], parts: int | None, *, whole: bool = False, total: int | None = None
 ) -> list[Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gns.curvature.errors import CurvatureError
-from gns.curvature.parts import Point
+from gns.curvature.parts import Point, label_kind
 from gns.curvature.smooth import Smooth
 from gns.curvature.steps import Steps
 from gns.curvature.vectors import inner, norm
@@ -193,10 +193,15 @@ class Forward:
         """The loss here: the gradient's own, if that is bit by bit what a call without a graph gives.
 
         It is asked on the first part. Other kernels round otherwise, which all differences would show.
+        Whether labels can be left out is asked again where they show what no part has shown.
         """
         seen, steps = self.point.last_value(wide=self._wide), self.steps
-        if steps.same_loss:
+        kind = label_kind(self.batch) if self._wide and steps.bare is not False else None
+        if steps.bare and self._wide and kind not in steps.kinds:
+            steps.bare = None
+        if steps.same_loss and steps.bare is not None:
             return seen
+        steps.kinds.add(kind)
         bare = None
         if steps.bare is None:
             bare = self._bare() if self._wide else None

@@ -66,6 +66,7 @@ class Steps:
         self.one_sided = False  # second differences of losses
         self.same_loss: bool | None = None  # with a graph as without one, bit by bit; None: not yet known
         self.bare: bool | None = None  # without labels as with them, bit by bit; None: not yet known
+        self.kinds: set[tuple[bool, bool] | None] = set()  # of labels for which that was asked
         self.noise = 0.0  # what rounding alone changes a loss by
         self.error = 0.0  # of second differences, relative, by the length that rounding asks for
 

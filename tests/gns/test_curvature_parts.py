@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gns.curvature import vectors
-from gns.curvature.parts import Point
+from gns.curvature.parts import Point, label_kind
 from gns.curvature.products import Forward
 from gns.curvature.steps import Steps
 from gns.curvature.vectors import along, inner, norm
@@ -62,7 +62,10 @@ class Off(nn.Module):
 
 
 class OfLabels(nn.Module):
-    """One whose input, or logits, are other ones with labels; "same": it is a plain language model."""
+    """One whose input, or logits, are other ones with labels; "same": it is a plain language model.
+
+    "ignored": it does not see what has no label.
+    """
 
     def __init__(self, how):
         super().__init__()
@@ -72,6 +75,8 @@ class OfLabels(nn.Module):
         self.labelled += labels is not None
         if self.how == "input" and labels is not None:
             input_ids = input_ids.roll(1, 1)
+        if self.how == "ignored" and labels is not None:
+            input_ids = input_ids.masked_fill(labels == -100, 0)
         out = self.inner(input_ids=input_ids, labels=labels, **rest)
         if self.how == "logits" and labels is None:
             out.logits = None
@@ -123,6 +128,24 @@ def test_labels_are_left_out_only_where_the_call_is_the_same_without(how, spared
     model.labelled = 0
     np.testing.assert_array_equal(part.quadratics(vectors), expected)  # bit by bit
     assert (model.labelled == 0) is spared
+
+
+def test_labels_that_show_something_new_are_not_left_out_untried():
+    model = OfLabels("ignored").eval()
+    ids = tokens(4, t=11)["input_ids"]
+    prompts, row = ids.clone(), ids.clone()
+    prompts[:, :4], row[1] = -100, -100
+    point = Point(model, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    steps, asked = Steps(point), []
+    for labels in (ids, ids, prompts):
+        part = Forward(point, {"input_ids": ids, "labels": labels}, steps)
+        asked.append(steps.bare)
+        model.labelled = 0
+        part.quadratics([{n: torch.ones_like(p) for n, p in point.parameters.items()}])
+        assert (model.labelled == 0) is steps.bare
+    assert asked == [True, True, False]
+    assert len({label_kind({"labels": labels}) for labels in (ids, prompts, row)}) == 3
+    assert label_kind(([ids], {})) is None
 
 
 def test_a_loss_of_the_users_own_keeps_its_labels():
