@@ -107,7 +107,7 @@ class Operation(ABC):
         """Add the tangents of the outputs; give ⟨λ, f″[ẋ, ẋ]⟩, None where it is zero."""
         bent = Bent()
         self.push(moved, bent)
-        found = [inner(z, moved[key]) for key, z in bent.sums.items()]
+        found = [inner(z, moved[key]) for key, z in bent.sums.items() if key in moved]
         return sum(found[1:], found[0]) if found else None
 
     def _set(self, moved: Moved, tangent: Tensor) -> None:
@@ -123,7 +123,7 @@ class Linear(Operation):
         self.first = len(call.live) == 1 and call.args[0] is call.live[0]
         self.rest = call.args[1:]
         listed = [x for value in call.args if type(value) in (tuple, list) for x in value]
-        stays = [x for x in listed if isinstance(x, Tensor) and x.is_floating_point() and not call.moves(x)]
+        stays = [x for x in listed if isinstance(x, Tensor) and not call.moves(x)]
         self.still = {id(x): x.new_zeros(()).expand_as(x) for x in stays}  # what is joined to those that move
 
     def push(self, moved: Moved, bent: Bent) -> None:

@@ -16,14 +16,14 @@ Slow twin: `gns.curvature.products.Exact`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gns.curvature.operations import Bent, Moved, Operation
+from gns.curvature.operations import Bent, Call, Moved, Operation
 from gns.curvature.parts import Point
 from gns.curvature.rulebook import operation
 from gns.curvature.tape import NoTape, Tape
@@ -64,7 +64,7 @@ class Tangents:
         if not self.mass > 0:
             return  # there is nothing to multiply with
         try:
-            self.operations = [operation(call) for call in tape.calls]
+            self.operations = [operation(call) for call in _needed(tape.calls, self.loss)]
             self.gradient = self._prepare()
         except _FAILS as error:
             raise _no_tape(error) from error
@@ -171,6 +171,16 @@ class Tangents:
     def here(self) -> dict[str, Tensor]:
         """The gradient; zero where none arrives."""
         return dict(self.gradient)
+
+
+def _needed(calls: Sequence[Call], loss: Tensor) -> list[Call]:
+    """The calls that the loss depends on: what a model only reports may have no second derivative."""
+    wanted, found = {id(loss)}, []
+    for call in reversed(calls):
+        if any(id(y) in wanted for y in call.outs):
+            found.append(call)
+            wanted |= {id(x) for x in call.live}
+    return found[::-1]
 
 
 def _no_tape(error: Exception) -> NoTape:

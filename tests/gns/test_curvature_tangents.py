@@ -122,6 +122,10 @@ KNOWN = [
     (lambda x, y: torch.stack([x, y.detach(), x]) ** 2, [(3, 4), (3, 4)]),
     # no slope shows what stands still here
     (lambda x: (torch.cat([x, draw(2, 4)]) - torch.cat([0 * draw(3, 4), draw(2, 4)])) ** 2, [(3, 4)]),
+    (
+        lambda x: (torch.cat([x, AT[:, :1].expand(2, 4)]) - torch.cat([0 * x, AT[:, :1] + 0 * x[:2]])) ** 2,
+        [(3, 4)],
+    ),
     (lambda x: torch.stack(torch.unbind(x * x, 0)[:2]).flatten().unsqueeze(0).expand(3, -1), [(3, 4)]),
     (lambda x: x.repeat_interleave(2, 1).permute(1, 0).mT[..., 1:].contiguous() ** 2, [(3, 4)]),
     (lambda x: functional.dropout(x, 0.5, training=False) ** 2, [(3, 4)]),
@@ -168,6 +172,22 @@ def test_cross_entropy_of_ignored_and_forbidden_classes():
     labels, far = torch.tensor([1, -100, 3]), torch.tensor([0.0, 0.0, -torch.inf, 0.0], dtype=WIDE)
     found = product_of(lambda x: functional.cross_entropy(x * x + far, labels), (3, 4))
     assert any(type(o) is operations.Entropy for o in found.operations)
+
+
+def reported(x, y):
+    """What is no part of the loss has no second derivative, or no finite one, or is another each time."""
+    (x - x.detach()).norm(dim=1)
+    torch.cdist(x, x)
+    functional.dropout(x * x, 0.5)
+    return x * y * y
+
+
+def test_what_a_model_only_reports_is_not_followed():
+    product_of(reported, (3, 4), (3, 4))
+
+
+def test_what_has_no_tangent_does_not_bend():
+    product_of(lambda x, y: torch.hypot(x.sign(), y) + torch.atan2(x.floor(), x), (3, 4), (3, 4))
 
 
 # what cannot be followed
