@@ -27,6 +27,9 @@ from gns.curvature.vectors import inner, norm
 Vector = Mapping[str, Tensor]
 METHODS = ("exact", "difference", "forward")
 SILENT = 1e3  # steps shorter by this factor show nothing but rounding and the slope
+# Between what a step changes a model's own loss and our token mean by: more is another loss. Own ones of
+# models in float64 are in float32 too.
+MOVES_RTOL, OWN_ROUNDING = 0.01, 2.0**-20
 
 
 class NoSecondDerivative(CurvatureError):
@@ -182,12 +185,16 @@ class Forward:
         self.point, self.batch, self.steps = point, batch, steps
         self.gradients = Difference(point, batch, steps)
         self.mass = self.gradients.mass
-        self._wide = point.adds_up()
-        self.here = self._stands()
-        # half a unit of the loss's own grid; one that was added up wider lies on no such grid
-        single = float(np.float32(self.here)) == self.here
-        self.grid = abs(self.here) * 2.0 ** (-24 if single else -53)
+        self._own = point.last_value(wide=False)
+        self._wide = steps.wide and point.adds_up()
+        self._stand(self._stands())
         self.rounding = 0.0  # in the sum of all vᵀHv that were asked for
+
+    def _stand(self, here: float) -> None:
+        self.here = here
+        # half a unit of the loss's own grid; one that was added up wider lies on no such grid
+        single = float(np.float32(here)) == here
+        self.grid = abs(here) * 2.0 ** (-24 if single else -53)
 
     def _stands(self) -> float:
         """The loss here: the gradient's own, if that is bit by bit what a call without a graph gives.
@@ -275,6 +282,8 @@ class Forward:
         """
         settled = self.steps.settled("loss")
         tried = [] if settled else [k for k, v in enumerate(vectors) if norm(v) > 0][:2]
+        if tried and self._wide:
+            self._confirm(vectors[tried[0]])
         while tried and not self.steps.settled("loss"):
             length = self.steps.length("loss")
             h = {k: length / norm(vectors[k]) for k in tried}
@@ -287,6 +296,20 @@ class Forward:
             if self.steps.settled("loss") and self.steps.length("loss") == length:
                 return {k: 2 * float(e) / h[k] ** 2 for k, (_, e) in zip(tried, found, strict=True)}
         return {}
+
+    def _confirm(self, vector: Vector) -> None:
+        """Give the mean over tokens up where it moves otherwise than the model's own loss, which is another.
+
+        With label smoothing, say, both are about the same where all classes are about as likely.
+        """
+        with self.point.shifted(vector, self.steps.length("loss") / norm(vector)):
+            wide = self.point.forward_value(self.batch, wide=True)
+        own = self.point.last_value(wide=False)
+        moved = own - self._own
+        if abs(wide - self.here - moved) > MOVES_RTOL * abs(moved) + OWN_ROUNDING * abs(own):
+            self.steps.wide = self.steps.bare = self._wide = False
+            self._stand(self._value())
+            self.steps.same_loss = self.here == self._own
 
     def _silent(self, vector: Vector, h: float) -> float:
         """What the loss changes by beyond its slope after a step so short that it is rounding.

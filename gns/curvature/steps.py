@@ -65,6 +65,7 @@ class Steps:
         self._found: dict[str, _Search] = {}
         self.one_sided = False  # second differences of losses
         self.same_loss: bool | None = None  # with a graph as without one, bit by bit; None: not yet known
+        self.wide = True  # token means are added up in float64; False: the model's own loss is another
         self.bare: bool | None = None  # without labels as with them, bit by bit; None: not yet known
         self.kinds: set[tuple[bool, bool] | None] = set()  # of labels for which that was asked
         self.noise = 0.0  # what rounding alone changes a loss by

@@ -7,9 +7,9 @@ from torch import nn
 
 from gns.curvature import vectors
 from gns.curvature.parts import Point, label_kind
-from gns.curvature.products import Forward
+from gns.curvature.products import Exact, Forward
 from gns.curvature.steps import Steps
-from gns.curvature.vectors import along, inner, norm
+from gns.curvature.vectors import along, dots, inner, norm
 from gns.hessian import b_noise
 from tests.gns.small_models import lora, tokens
 
@@ -127,6 +127,9 @@ def test_labels_are_left_out_only_where_the_call_is_the_same_without(how, spared
     expected = known.quadratics(vectors)
     model.labelled = 0
     np.testing.assert_array_equal(part.quadratics(vectors), expected)  # bit by bit
+    assert (model.labelled == 1) is spared  # its own loss is looked at once after a step
+    model.labelled = 0
+    part.quadratics(vectors)
     assert (model.labelled == 0) is spared
 
 
@@ -136,16 +139,53 @@ def test_labels_that_show_something_new_are_not_left_out_untried():
     prompts, row = ids.clone(), ids.clone()
     prompts[:, :4], row[1] = -100, -100
     point = Point(model, {n: p for n, p in model.named_parameters() if p.requires_grad})
-    steps, asked = Steps(point), []
+    steps, asked, labelled = Steps(point), [], []
     for labels in (ids, ids, prompts):
         part = Forward(point, {"input_ids": ids, "labels": labels}, steps)
         asked.append(steps.bare)
         model.labelled = 0
-        part.quadratics([{n: torch.ones_like(p) for n, p in point.parameters.items()}])
-        assert (model.labelled == 0) is steps.bare
-    assert asked == [True, True, False]
+        part.quadratics([{n: torch.ones_like(p) for n, p in point.parameters.items()}] * 3)
+        labelled.append(model.labelled)
+    assert asked == [True, True, False] and labelled[:2] == [1, 0] and labelled[2] > 1
     assert len({label_kind({"labels": labels}) for labels in (ids, prompts, row)}) == 3
     assert label_kind(([ids], {})) is None
+
+
+class Smoothed(nn.Module):
+    """One with label smoothing, to which all classes are about as likely."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.inner, self.smoothing = lora("gpt2", dtype), 0.3
+
+    def forward(self, labels=None, **rest):
+        out = self.inner(**rest)
+        out.logits = 0.03 * out.logits
+        if labels is not None:
+            rows = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            out.loss = nn.functional.cross_entropy(*rows, label_smoothing=self.smoothing)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_a_loss_that_moves_otherwise_is_not_the_token_mean(dtype, smoothing):
+    model, batch = Smoothed(dtype).eval(), tokens(4, t=11)
+    model.smoothing = smoothing
+    point = Point(model, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    generator = torch.Generator().manual_seed(0)
+    signs = {
+        n: torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+        for n, p in point.parameters.items()
+    }
+    exact, steps = Exact(point, batch), Steps(point)
+    assert point.adds_up()  # here they are about the same
+    part = Forward(point, batch, steps)
+    part.quadratics([signs])
+    assert steps.wide is (smoothing == 0) and part.here == point.forward_value(batch, wide=steps.wide)
+    if smoothing and dtype is torch.float64:  # others are rounded, see `steps.error`
+        expected = float(dots(signs, exact.product(signs)).sum())
+        assert part.quadratics([signs])[0, 0] == pytest.approx(expected, rel=0.1)
 
 
 def test_a_loss_of_the_users_own_keeps_its_labels():
