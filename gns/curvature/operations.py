@@ -96,7 +96,7 @@ class Operation(ABC):
     def __init__(self, call: Call):
         self.call = call
 
-    def prepare(self, slopes: Sequence[Tensor | None]) -> None:
+    def prepare(self, slopes: Sequence[Tensor | None]) -> None:  # noqa: B027 - most rules need no λ
         """Be told λ of each output; None where the loss does not depend on it."""
 
     @abstractmethod
