@@ -70,7 +70,7 @@ class Contractions:
 
 def identity(sums: Sums) -> Contractions:
     """The contractions with the identity, by parameter: those of B_simple."""
-    probes, groups = sums.probe_sq_norms(), along(sums.parts, sums.mean)
+    probes, groups = sums.probe_sq_norms, along(sums.parts, sums.mean)
     weighted = dots(sums.weighted, sums.mean)
     return Contractions(probes[None], groups[None], weighted[None], np.ones(1), "identity", 0)
 
@@ -250,7 +250,7 @@ def _of_part(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     vectors = (sums.probe(s) for s in range(sums.probes))
     if isinstance(part, Forward):
-        probes = part.quadratics(list(vectors))
+        probes = part.quadratics(list(vectors), np.sqrt(sums.probe_sq_norms.sum(1)).tolist())
     elif isinstance(part, Tangents):
         probes = np.array([[part.quadratic(v)] for v in vectors])
     else:

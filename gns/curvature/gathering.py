@@ -102,6 +102,7 @@ class Sums:
         )
         return dict(zip(self.signed, centred, strict=True))
 
+    @cached_property
     def probe_sq_norms(self) -> np.ndarray:
         """‖uₛ‖² by parameter, [S, P], in float64."""
         found = []

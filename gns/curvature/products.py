@@ -240,10 +240,15 @@ class Forward:
             return self.gradients.product(vector, signed=signed)
         return self.gradients.ahead(vector)
 
-    def quadratics(self, vectors: Sequence[Vector]) -> np.ndarray:
-        """vᵀHv of vectors of random sign, [S, 1]."""
-        known = {} if self.point.precision == "half" else self._settle(vectors)
-        sizes = [norm(v) for v in vectors]
+    def quadratics(self, vectors: Sequence[Vector], sizes: Sequence[float] | None = None) -> np.ndarray:
+        """vᵀHv of vectors of random sign, [S, 1].
+
+        Args:
+            vectors: S of them.
+            sizes: their norms, where they are known.
+        """
+        sizes = [norm(v) for v in vectors] if sizes is None else sizes
+        known = {} if self.point.precision == "half" else self._settle(vectors, sizes)
         each = enumerate(zip(vectors, sizes, strict=True))
         found = [[known[k] if k in known else self._quadratic(v, size)] for k, (v, size) in each]
         # all of them have the rounding of the loss here in common
@@ -269,25 +274,26 @@ class Forward:
     def _slope(self, vector: Vector) -> float:
         return inner(self.gradients.here, vector)
 
-    def _odd_even(self, vector: Vector, h: float) -> tuple[float, float]:
+    def _odd_even(self, vector: Vector, h: float, ahead: float | None = None) -> tuple[float, float]:
         """What the loss changes by beyond its slope: its part that is odd in h, and its even part."""
-        ahead, behind = self._loss(vector, h), self._loss(vector, -h)
+        ahead, behind = self._loss(vector, h) if ahead is None else ahead, self._loss(vector, -h)
         return (ahead - behind) / 2 - h * self._slope(vector), (ahead - 2 * self.here + behind) / 2
 
-    def _settle(self, vectors: Sequence[Vector]) -> dict[int, float]:
+    def _settle(self, vectors: Sequence[Vector], sizes: Sequence[float]) -> dict[int, float]:
         """Find the length of the step, unless it is known, from losses along two vectors.
 
         Returns:
             number of a vector → its vᵀHv, of those for which the last trial shows it.
         """
         settled = self.steps.settled("loss")
-        tried = [] if settled else [k for k, v in enumerate(vectors) if norm(v) > 0][:2]
+        tried = [] if settled else [k for k, size in enumerate(sizes) if size > 0][:2]
+        ahead: dict[int, float | None] = {}
         if tried and self._wide:
-            self._confirm(vectors[tried[0]])
+            ahead[tried[0]] = self._confirm(vectors[tried[0]], sizes[tried[0]])
         while tried and not self.steps.settled("loss"):
             length = self.steps.length("loss")
-            h = {k: length / norm(vectors[k]) for k in tried}
-            found = np.array([self._odd_even(vectors[k], h[k]) for k in tried])
+            h = {k: length / sizes[k] for k in tried}
+            found = np.array([self._odd_even(vectors[k], h[k], ahead.pop(k, None)) for k in tried])
             if not self.steps.noise > 0:  # else known: rounding is the same after any short step
                 short = [self._silent(vectors[k], h[k] / SILENT) for k in tried]
                 self.steps.noise = math.hypot(*short) / len(tried) ** 0.5
@@ -297,12 +303,15 @@ class Forward:
                 return {k: 2 * float(e) / h[k] ** 2 for k, (_, e) in zip(tried, found, strict=True)}
         return {}
 
-    def _confirm(self, vector: Vector) -> None:
+    def _confirm(self, vector: Vector, size: float) -> float | None:
         """Give the mean over tokens up where it moves otherwise than the model's own loss, which is another.
 
         With label smoothing, say, both are about the same where all classes are about as likely.
+
+        Returns:
+            The loss after the first step to be tried; None where it was given up.
         """
-        with self.point.shifted(vector, self.steps.length("loss") / norm(vector)):
+        with self.point.shifted(vector, self.steps.length("loss") / size):
             wide = self.point.forward_value(self.batch, wide=True)
         own = self.point.last_value(wide=False)
         moved = own - self._own
@@ -310,6 +319,8 @@ class Forward:
             self.steps.wide = self.steps.bare = self._wide = False
             self._stand(self._value())
             self.steps.same_loss = self.here == self._own
+            return None
+        return wide
 
     def _silent(self, vector: Vector, h: float) -> float:
         """What the loss changes by beyond its slope after a step so short that it is rounding.
