@@ -23,7 +23,7 @@ experiments: $(STAMP)
 
 # every published figure and page again, from committed rows only, with what the README and a notebook show of them
 figures: $(STAMP)
-	$(BIN)/python -m experiments.redraw
+	$(BIN)/python -m experiments.redraw coverage frozen_rank gpu line_search live packed
 	$(BIN)/python -m experiments.overhead.page experiments/results/overhead --readme README.md
 	$(BIN)/python -m experiments.evidence --pages README.md experiments/README.md --notebook notebooks/optimal_batch.ipynb
 

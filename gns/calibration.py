@@ -30,7 +30,7 @@ class Calibration:
         share_low: lower end of its 95 % interval.
         share_high: upper end.
         configurations: with both numbers.
-        planned: configurations of the study.
+        planned: configurations of the study; None where their number was not fixed beforehand.
         parameters: of the smallest and the largest model.
         verdict: "predicts", "does not" or "undecided", by the rule that was fixed before the runs.
     """
@@ -43,7 +43,7 @@ class Calibration:
     share_low: float
     share_high: float
     configurations: int
-    planned: int
+    planned: int | None
     parameters: tuple[int, int]
     verdict: str
 
@@ -63,10 +63,11 @@ class Calibration:
     def sentence(self, ends: tuple[float, float]) -> str:
         """Say what was found, and what follows for a reading."""
         models = " to ".join(f"{n / 1e6:.2g} M" for n in sorted(set(self.parameters)))
+        of = "" if self.planned is None else f" of {self.planned} planned"
         found = (
-            f"{self.says} was {_three(self.constant)} ({_three(self.low)} … {_three(self.high)}) times "
-            f"B_simple in {self.configurations} of {self.planned} planned LoRA configurations of models with "
-            f"{models} parameters; {100 * self.share:.0f} % ({100 * self.share_low:.0f} … "
+            f"{self.says[0].upper()}{self.says[1:]} was {_three(self.constant)} ({_three(self.low)} … "
+            f"{_three(self.high)}) times B_simple of factor B in {self.configurations}{of} configurations, "
+            f"of models with {models} parameters; {100 * self.share:.0f} % ({100 * self.share_low:.0f} … "
             f"{100 * self.share_high:.0f} %) lay within a factor of two of that"
         )
         spoken_for = self.applied(ends)

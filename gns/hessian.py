@@ -112,7 +112,7 @@ def b_noise(
         blocks: measure each LoRA factor's own block of H too, at the price of as many more readings.
         spectrum: products to spend on λ_max and tr H; 0: none.
         contributions: say what each LoRA factor and each module adds (`groups` and `modules`). False: exact
-            products give vᵀHv alone, which is the same B_noise for about a quarter less.
+            products give vᵀHv alone, which is the same B_noise for about a third less.
 
     Returns:
         The estimate.

@@ -61,7 +61,7 @@ class GNSMonitor(Summaries):
         curvature_spectrum: products to spend in each such reading on λ_max and tr H; 0: none. Ten about
             double the reading's cost.
         curvature_contributions: say in each such reading what factors and modules add (`groups`, `modules`),
-            which makes it cost about a third more; else they are None.
+            which makes it cost about half as much again; else they are None.
         sink: receives each `StepSums` as it is measured: a callable, or a path that records are appended to.
         on_error: what becomes of an exception inside the monitor: "warn" (once, then it stands down) or
             "raise".

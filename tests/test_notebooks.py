@@ -1,13 +1,12 @@
 """Notebooks run from their own folder, are committed with outputs, and say what the rows say."""
 
 import re
-import warnings
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from experiments.evidence.story import rerun
+from experiments.evidence.story import ran, rerun
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -25,22 +24,8 @@ def optimal() -> nbformat.NotebookNode:
 
 
 @pytest.fixture(scope="module")
-def executed(committed) -> nbformat.NotebookNode:
-    return run(committed)
-
-
-def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Run it as a user would open it, on one thread, with the package of this checkout."""
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter("ignore")  # the kernel client's own event-loop and transport warnings
-        from nbclient import NotebookClient
-
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        fresh = nbformat.from_dict(nbformat.v4.upgrade(notebook))
-        where = {"metadata": {"path": str(FOLDER)}}
-        NotebookClient(fresh, timeout=600, kernel_name="python3", resources=where).execute()
-    return fresh
+def executed() -> nbformat.NotebookNode:
+    return ran(FOLDER / "first_measurement.ipynb")
 
 
 def code_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -112,7 +97,7 @@ def test_a_notebook_is_run_again_in_place_and_a_broken_one_left(tmp_path):
 
 @pytest.mark.slow
 def test_the_story_of_the_evidence_runs(optimal):
-    fresh = code_of(run(optimal))
+    fresh = code_of(ran(FOLDER / "optimal_batch.ipynb"))
     assert [said(c) for c in fresh[:-1]] == [said(c) for c in code_of(optimal)[:-1]]  # the last one trains
     assert re.search(r"B_simple of factor B, 95 %: [\d.]+ … ", said(fresh[-1]))
 

@@ -30,10 +30,10 @@ def calibrations(found: Readout) -> list[Calibration]:
     made = []
     if (critical := found.judged.get(PRIMARY)) is not None:
         bases = {each.cell.fields["base"] for each in found.compared.values()}
-        made += _calibration(CRITICAL, critical, bases)
+        made += _calibration(CRITICAL, critical, bases, len(CONFIGURATIONS))
     _, curves = found.priced.get(SCHEDULE, ((), ()))
     if curves:
-        made += _calibration(HARMLESS, harmless(curves), {each.cell.fields["base"] for each in curves})
+        made += _calibration(HARMLESS, harmless(curves), {each.cell.fields["base"] for each in curves}, None)
     return made
 
 
@@ -51,7 +51,7 @@ def write(found: Readout, path: Path) -> Path:
     return path
 
 
-def _calibration(says: str, of: Judged, bases: set[str]) -> list[Calibration]:
+def _calibration(says: str, of: Judged, bases: set[str], planned: int | None) -> list[Calibration]:
     """Put a judged predictor into the package's form; nothing without a finite interval."""
     ends = (of.constant.value, of.constant.low, of.constant.high)
     if not all(math.isfinite(end) and end > 0 for end in ends):
@@ -63,7 +63,7 @@ def _calibration(says: str, of: Judged, bases: set[str]) -> list[Calibration]:
             says,
             *(float(f"{x:.3g}") for x in (*ends, *share)),
             of.pairs,
-            len(CONFIGURATIONS),
+            planned,
             (min(sizes), max(sizes)),
             of.verdict,
         )

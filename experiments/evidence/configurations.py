@@ -10,16 +10,19 @@ from experiments.analysis.cells import Row, fields_of
 RANK = 16  # of the reference
 SIZES = (512, 1_024, 2_048)
 SIZE = 1_024  # at which configurations are compared: runs on twice as much see E grow fourfold
-_REFERENCE: dict[str, Any] = {
+DIALS = {"dials.label_noise": 0.0, "dials.merged": 1, "dials.copies": 1}  # of a task that names none
+REFERENCE: dict[str, Any] = DIALS | {
     "base": "math-200k",
+    "task": "wordmath",
     "adapter": "lora",
     "rank": RANK,
     "optimizer": "adamw",
-    "dials.label_noise": 0.0,
-    "dials.merged": 1,
-    "dials.copies": 1,
+    "warmup": 0.0,
+    "beta2": 0.999,
+    "beta2_batch": None,
+    "protocol": "epochs",
+    "epochs": 1,
 }
-_DEFAULTS = {"dials.label_noise": 0.0, "dials.merged": 1, "dials.copies": 1}
 # name → what differs from the first, in the order of PREREGISTRATION.md
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "reference": {},
@@ -48,12 +51,8 @@ def named(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """
     found: dict[str, list[Row]] = {name: [] for name in CONFIGURATIONS}
     for row in rows:
-        fields = _DEFAULTS | fields_of(row)
-        if (fields["schedule"], fields["protocol"], fields["epochs"]) != ("constant", "epochs", 1):
-            continue
-        if fields["warmup"] or fields["beta2_batch"] is not None or fields["task"] != "wordmath":
-            continue
-        for name in CONFIGURATIONS:
+        fields = fields_of(row)
+        for name in CONFIGURATIONS if fields["schedule"] == "constant" else ():
             if not differing(fields, name):
                 found[name].append(row)
     return {name: part for name, part in found.items() if part}
@@ -61,18 +60,22 @@ def named(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def per_row(rows: Iterable[Row]) -> int:
     """Give the examples that a row of the training data holds."""
-    (merged,) = {(_DEFAULTS | fields_of(row))["dials.merged"] for row in rows}
+    (merged,) = {(DIALS | fields_of(row))["dials.merged"] for row in rows}
     return merged
 
 
 def differing(fields: Mapping[str, Any], name: str) -> list[str]:
-    """Name the fields in which a run is not of a configuration; full fine-tuning has no rank.
+    """Name the fields in which a run is not of a configuration, whatever its schedule and amount of data.
 
     Args:
         fields: of the run, as from `fields_of`; dials that its task does not name have their defaults.
         name: of the configuration.
     """
-    wanted = _REFERENCE | CONFIGURATIONS[name]
+    return unlike(fields, REFERENCE | CONFIGURATIONS[name])
+
+
+def unlike(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name the fields of a run that are not as wanted; full fine-tuning has no rank."""
+    there = DIALS | dict(fields)
     skipped = {"rank"} if wanted["adapter"] == "full" else set()
-    there = _DEFAULTS | dict(fields)
     return [key for key, value in wanted.items() if key not in skipped and there.get(key) != value]

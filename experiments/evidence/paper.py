@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from experiments import grids
-from experiments.analysis.cells import Cell, Row, cells, fields_of
+from experiments.analysis.cells import Cell, Row, cells
 from experiments.analysis.curves import Curve, Estimated, curve
 from experiments.evidence.configurations import CONFIGURATIONS, differing, per_row
 from experiments.evidence.measured import Measured
@@ -67,11 +66,8 @@ def critical(cell: Cell, found: Mapping[str, Mapping[int, Measured]]) -> Estimat
 
     Critical batch sizes are of constant learning rates; they are marked beside the curves of every schedule.
     """
-    if cell.fields["protocol"] != "epochs" or not cell.rows:
-        return None
-    fields: dict[str, Any] = fields_of(cell.rows[0])
     for name in CONFIGURATIONS:
-        if not differing(fields, name):
+        if not differing(cell.fields, name):
             reading = found.get(name, {}).get(cell.fields["n_train"] * per_row(cell.rows))
             return None if reading is None else reading.doubled
     return None

@@ -225,9 +225,8 @@ def predictions(
         add("P2", f"slope of log B_simple on log N, {base}", lambda b=base: size_slope(frozen, b), -0.1, 0.1)
         add("P2", f"plug-in × (1/B + 1/N), {base}", lambda b=base: plug_in_excess(frozen, b), 0.9, 1.1)
     add("P3", "exponent of B_max in N, fixed target", lambda: growth(found["reference"][n]), 0.85, 1.15)
-    by_size = lambda: {size: pick(curves, n_train=size) for size in WHOLE}  # noqa: E731
-    add("P3", "the same, within 0.01 nat of the best", lambda: growth_within(by_size()), 0.4, 0.9)
-    add("P3", "the same, within 5 % of its own best", lambda: growth_within(by_size(), True), 0.15, 0.6)
+    add("P3", "the same, within 0.01 nat of the best", lambda: growth_within(by_size(curves)), 0.4, 0.9)
+    add("P3", "the same, within 5 % of its own best", lambda: growth_within(by_size(curves), True), 0.15, 0.6)
     add(
         "P4",
         "β₂ rescaled: test loss at the smallest batch above the best, nats",
@@ -263,6 +262,11 @@ def _claims(curves: Sequence[Curve]) -> list[Prediction]:
             number = MISSING
         made.append(Prediction("P9", f"octaves between best batches, {says}", number, zero=inside))
     return made
+
+
+def by_size(curves: Sequence[Curve]) -> dict[int, Curve]:
+    """Give the reference's curves by data size; KeyError where one is missing."""
+    return {size: pick(curves, n_train=size) for size in WHOLE}
 
 
 def growth(found: Measured, sizes: Sequence[int] = FIXED_TARGET) -> Estimated:

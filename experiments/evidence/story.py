@@ -5,35 +5,42 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
+
+ROOT = str(Path(__file__).resolve().parents[2])
 
 
-def rerun(path: Path, timeout: float = 600) -> Path:
-    """Run a notebook from its own folder, on one thread, and write it with its outputs.
+def ran(path: Path, timeout: float = 600) -> Any:
+    """Run a notebook from its own folder, on one thread, with the packages of this checkout.
 
     Args:
-        path: of the notebook.
+        path: of the notebook, which is left as it is.
         timeout: of one cell, seconds.
+
+    Returns:
+        The notebook with its outputs.
 
     Raises:
         ImportError: nbclient or nbformat is missing.
-        nbclient.exceptions.CellExecutionError: a cell fails; the file is then left as it was.
+        nbclient.exceptions.CellExecutionError: a cell fails.
     """
     import nbformat
 
-    root = str(Path(__file__).resolve().parents[2])
-    kept = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the kernel client's own event-loop and transport warnings
         from nbclient import NotebookClient
 
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.v4.upgrade(nbformat.read(path, as_version=4))
         where = {"metadata": {"path": str(path.parent)}}
-        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-        try:
-            NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where).execute()
-        finally:
-            for name, value in kept.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where)
+        return client.execute(env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
+
+
+def rerun(path: Path) -> Path:
+    """Run a notebook and write it with its outputs; one that fails is left as it was."""
+    import nbformat
+
+    notebook = ran(path)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when each cell ran: another file at every run
     nbformat.write(notebook, path)

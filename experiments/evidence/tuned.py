@@ -9,32 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis.cells import Cell, Floats, Row, cells
+from experiments.analysis.cells import Floats, Row, cells
 from experiments.analysis.curves import Curve, Estimated, curve, largest_within, optimum
 from experiments.analysis.fits import exponent
 from experiments.analysis.resampling import interval
-from experiments.evidence.configurations import RANK
+from experiments.evidence.configurations import REFERENCE, unlike
 
 LEAST_BATCHES = 4  # sizes of a curve
 RELATIVE = 0.05  # of a curve's own best loss, in P3
-_REFERENCE: dict[str, Any] = {
-    "base": "math-200k",
-    "task": "wordmath",
-    "n_train": 1_024,
-    "adapter": "lora",
-    "rank": RANK,
-    "optimizer": "adamw",
-    "schedule": "cosine",
-    "warmup": 0.0,
-    "beta2": 0.999,
-    "beta2_batch": None,
-    "protocol": "epochs",
-    "epochs": 1,
-    "dials.label_noise": 0.0,
-    "dials.merged": 1,
-    "dials.copies": 1,
-}
-_DEFAULTS = {name: value for name, value in _REFERENCE.items() if name.startswith("dials.")}
+_REFERENCE = REFERENCE | {"n_train": 1_024, "schedule": "cosine"}
 
 
 def tuned(rows: Iterable[Row]) -> list[Curve]:
@@ -57,17 +40,10 @@ def pick(found: Iterable[Curve], **differs: Any) -> Curve:
         KeyError: there is none, or the runs of several differ in fields that are not named here.
     """
     wanted = _REFERENCE | {name.replace("dials_", "dials."): value for name, value in differs.items()}
-    if wanted["adapter"] == "full":
-        del wanted["rank"]
-    chosen = [each for each in found if _matches(each.cell, wanted)]
+    chosen = [each for each in found if not unlike(each.cell.fields, wanted)]
     if len(chosen) != 1:
         raise KeyError(f"{len(chosen)} curves of {differs or 'the reference'}")
     return chosen[0]
-
-
-def _matches(cell: Cell, wanted: Mapping[str, Any]) -> bool:
-    fields = _DEFAULTS | dict(cell.fields)
-    return all(fields.get(name) == value for name, value in wanted.items())
 
 
 def above_best(found: Curve) -> Estimated:

@@ -42,9 +42,8 @@ ALL = (NARROW,)  # settings in which every arm of ours is timed; elsewhere those
 # beside itself 10, of a peer 5
 JUDGED: dict[type[Arm], int] = {Monitored: 4, **dict.fromkeys(SHARED, 4), Arm: 2}
 SLOTS = {name: JUDGED for name in WANTED}
-FEWER: dict[
-    str, tuple[type[Arm], ...]
-] = {  # elsewhere all; who is left out was slower, or level with one that stays
+# peers of a setting, if not all: who is left out was slower, or level with one that stays
+FEWER: dict[str, tuple[type[Arm], ...]] = {
     MIDDLE: (Vmap, Backpack),
     WIDE: (Vmap, Backpack),
     LONG: (Vmap, PerExample),

@@ -56,7 +56,7 @@ class CurvatureWatch:
         model: whose calls are kept.
         every: optimizer steps from one reading to the next.
         spectrum: products of each reading to spend on λ_max and tr H.
-        contributions: say in each what factors and modules add, which costs about a third more.
+        contributions: say in each what factors and modules add, which costs about half as much again.
         weights: of the examples in the loss, see `GNSMonitor`.
         segments: which rows or positions are which example, see there.
         on_reading: receives each reading.

@@ -69,6 +69,7 @@ def test_a_sweep_of_one_curve_is_not_drawn_and_half_of_one_says_so():
         ({"rank": 64}, None),
         ({"rank": 5}, None),
         ({"protocol": "steps", "epochs": None}, None),
+        ({"beta2_batch": 16}, None),  # another optimizer's memory was not measured at a constant rate
     ],
 )
 def test_a_critical_batch_is_that_of_the_same_configuration_and_data(fields, wanted):
