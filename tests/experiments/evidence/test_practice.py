@@ -61,7 +61,7 @@ def test_a_rule_without_an_answer_is_priced_where_it_has_one():
 
 
 def test_the_constant_is_fitted_without_the_configuration_that_is_priced():
-    """B_max/B_simple is 4, 4 and 16: the first two are given 8 · 4 = 32, the third 4 · 1 = 4; the best is 8."""
+    """B_max/B_simple is 4, 4 and 16: the first two get 8 · 4 = 32, the third 4 · 1 = 4; the best is 8."""
     found = priced(rows(8.0, noise=4.0) + rows(8.0, noise=4.0, rank=4) + rows(8.0, noise=1.0, rank=64))
     assert found[BY_FITTED].regret.value == pytest.approx(0.01 * (4 + 4 + 1) / 3, abs=2e-4)
 
