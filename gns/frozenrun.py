@@ -20,8 +20,9 @@ from gns.metrics import METRICS
 from gns.monitor import GNSMonitor
 from gns.notices import Notices
 from gns.pairs import Batches, pooled
+from gns.randomness import RandomState, mixed, seeded
 from gns.signs import from_signs
-from gns.still import RandomState, mixed, seeded, uninterrupted
+from gns.still import uninterrupted
 from gns.sums import StepSums
 
 RANDOM = (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gns.still import mixed
+from gns.randomness import mixed
 
 SIZE = 2**18  # numbers kept of a batch in a sketch: 1 MiB in float32
 MAX_BYTES = 2**30  # of whole gradients

@@ -6,17 +6,16 @@ random generators are put back, also after an exception or Ctrl-C.
 
 from __future__ import annotations
 
-import random
 import signal
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from gns.randomness import RandomState
 
 MAX_BUFFER = 64 * 2**20  # bytes of a buffer that is copied; a larger one (packed weights) is only watched
 
@@ -58,55 +57,6 @@ def gradient_hook(model: nn.Module) -> str | None:
                 " and would act on the gradients measured here; remove it first"
             )
     return None
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """States of the random generators that a forward pass may draw from."""
-
-    torch: Tensor
-    cuda: tuple[Tensor, ...]
-    numpy: Any
-    python: Any
-
-    @classmethod
-    def now(cls) -> RandomState:
-        """Read them; a CUDA that was not used is left unused."""
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())
-
-    def restore(self) -> None:
-        """Put them back."""
-        torch.set_rng_state(self.torch)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(list(self.cuda))
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-
-    def same(self, other: RandomState) -> bool:
-        """Whether no random number was drawn in between."""
-        pairs = zip((self.torch, *self.cuda), (other.torch, *other.cuda), strict=False)
-        keys, others = (np.append(r.numpy[1], r.numpy[2:]) for r in (self, other))
-        drawn = not np.array_equal(keys, others) or self.python != other.python
-        return not drawn and all(torch.equal(a, b) for a, b in pairs)
-
-
-def mixed(*parts: int) -> int:
-    """Make one seed of several numbers. It has 32 bits: torch's generator on the host heeds no more."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-@contextmanager
-def seeded(seed: int) -> Generator[RandomState]:
-    """Run with all generators seeded, and put them back; gives the state that the seed makes."""
-    before = RandomState.now()
-    try:
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        yield RandomState.now()
-    finally:
-        before.restore()
 
 
 class _Kept:

@@ -20,8 +20,8 @@ from gns.curvature.together import Alone, Places
 from gns.gather import sum_dtype
 from gns.openstep import OpenStep
 from gns.plan import Plan, plan
+from gns.randomness import mixed, seeded
 from gns.segments import SegmentsOf
-from gns.still import mixed, seeded
 from gns.sums import Layout, StepSums
 from gns.taps import hooked
 

@@ -17,8 +17,9 @@ from gns.arguments import tensors_in
 from gns.calling import Loss, call, loss_of, value_of
 from gns.curvature.errors import CurvatureError
 from gns.examples import IGNORED, row_map, shifts_labels
+from gns.randomness import mixed, seeded
 from gns.segments import SegmentsOf
-from gns.still import mixed, seeded, uninterrupted
+from gns.still import uninterrupted
 
 HALF = (torch.bfloat16, torch.float16)
 OWN_RTOL = 1e-4  # between a model's own loss and our token mean: more is another loss

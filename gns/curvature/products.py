@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from gns.curvature.errors import CurvatureError
 from gns.curvature.parts import Point, label_kind
 from gns.curvature.smooth import Smooth
 from gns.curvature.steps import Steps
-from gns.curvature.vectors import inner, norm
+from gns.curvature.vectors import along, norm
 
 Vector = Mapping[str, Tensor]
 METHODS = ("exact", "difference", "forward")
@@ -174,6 +175,15 @@ def _slope(ahead: Vector, behind: Vector, width: float) -> dict[str, Tensor]:
     return out
 
 
+@dataclass(frozen=True)
+class _Ray:
+    """A vector of random sign, its norm, and the slope ∇L·v of the loss along it."""
+
+    vector: Vector
+    size: float
+    slope: float
+
+
 class Forward:
     """vᵀHv from losses; H v, which they do not give, by differencing.
 
@@ -247,55 +257,57 @@ class Forward:
             vectors: S of them.
             sizes: their norms, where they are known.
         """
-        sizes = [norm(v) for v in vectors] if sizes is None else sizes
-        known = {} if self.point.precision == "half" else self._settle(vectors, sizes)
-        each = enumerate(zip(vectors, sizes, strict=True))
-        found = [[known[k] if k in known else self._quadratic(v, size)] for k, (v, size) in each]
+        rays = self._rays(vectors, [norm(v) for v in vectors] if sizes is None else sizes)
+        known = {} if self.point.precision == "half" else self._settle(rays)
+        found = [[known[k] if k in known else self._quadratic(ray)] for k, ray in enumerate(rays)]
         # all of them have the rounding of the loss here in common
-        squares = sum(size**2 for size in sizes) / self.steps.length("loss") ** 2
+        squares = sum(ray.size**2 for ray in rays) / self.steps.length("loss") ** 2
         self.rounding = 2 * max(self.steps.noise, self.grid) * squares
         return np.array(found)
 
-    def _quadratic(self, vector: Vector, size: float) -> float:
-        if not size > 0:
+    def _rays(self, vectors: Sequence[Vector], sizes: Sequence[float]) -> list[_Ray]:
+        here = self.gradients.here
+        slopes = along({name: [v[name] for v in vectors] for name in here}, here, whole=True)[:, 0]
+        return [_Ray(v, *of) for v, *of in zip(vectors, sizes, slopes.tolist(), strict=True)]
+
+    def _quadratic(self, ray: _Ray) -> float:
+        if not ray.size > 0:
             return 0.0
         if self.point.precision == "half":  # no gradient is good enough to stand for a loss
-            h = self.gradients.settle("loss", vector)
+            h = self.gradients.settle("loss", ray.vector)
         else:
-            h = self.steps.length("loss") / size
+            h = self.steps.length("loss") / ray.size
         if not self.steps.one_sided:
-            return 2 * self._odd_even(vector, h)[1] / h**2
-        return 2 * (self._loss(vector, h) - self.here - h * self._slope(vector)) / h**2
+            return 2 * self._odd_even(ray, h)[1] / h**2
+        return 2 * (self._loss(ray.vector, h) - self.here - h * ray.slope) / h**2
 
     def _loss(self, vector: Vector, h: float) -> float:
         with self.point.shifted(vector, h):
             return self._value()
 
-    def _slope(self, vector: Vector) -> float:
-        return inner(self.gradients.here, vector)
-
-    def _odd_even(self, vector: Vector, h: float, ahead: float | None = None) -> tuple[float, float]:
+    def _odd_even(self, ray: _Ray, h: float, ahead: float | None = None) -> tuple[float, float]:
         """What the loss changes by beyond its slope: its part that is odd in h, and its even part."""
-        ahead, behind = self._loss(vector, h) if ahead is None else ahead, self._loss(vector, -h)
-        return (ahead - behind) / 2 - h * self._slope(vector), (ahead - 2 * self.here + behind) / 2
+        ahead = self._loss(ray.vector, h) if ahead is None else ahead
+        behind = self._loss(ray.vector, -h)
+        return (ahead - behind) / 2 - h * ray.slope, (ahead - 2 * self.here + behind) / 2
 
-    def _settle(self, vectors: Sequence[Vector], sizes: Sequence[float]) -> dict[int, float]:
+    def _settle(self, rays: Sequence[_Ray]) -> dict[int, float]:
         """Find the length of the step, unless it is known, from losses along two vectors.
 
         Returns:
             number of a vector → its vᵀHv, of those for which the last trial shows it.
         """
         settled = self.steps.settled("loss")
-        tried = [] if settled else [k for k, size in enumerate(sizes) if size > 0][:2]
+        tried = [] if settled else [k for k, ray in enumerate(rays) if ray.size > 0][:2]
         ahead: dict[int, float | None] = {}
         if tried and self._wide:
-            ahead[tried[0]] = self._confirm(vectors[tried[0]], sizes[tried[0]])
+            ahead[tried[0]] = self._confirm(rays[tried[0]])
         while tried and not self.steps.settled("loss"):
             length = self.steps.length("loss")
-            h = {k: length / sizes[k] for k in tried}
-            found = np.array([self._odd_even(vectors[k], h[k], ahead.pop(k, None)) for k in tried])
+            h = {k: length / rays[k].size for k in tried}
+            found = np.array([self._odd_even(rays[k], h[k], ahead.pop(k, None)) for k in tried])
             if not self.steps.noise > 0:  # else known: rounding is the same after any short step
-                short = [self._silent(vectors[k], h[k] / SILENT) for k in tried]
+                short = [self._silent(rays[k], h[k] / SILENT) for k in tried]
                 self.steps.noise = math.hypot(*short) / len(tried) ** 0.5
             odd, even = np.sqrt(np.mean(found**2, axis=0))
             self.steps.judge_losses(float(odd), float(even))
@@ -303,7 +315,7 @@ class Forward:
                 return {k: 2 * float(e) / h[k] ** 2 for k, (_, e) in zip(tried, found, strict=True)}
         return {}
 
-    def _confirm(self, vector: Vector, size: float) -> float | None:
+    def _confirm(self, ray: _Ray) -> float | None:
         """Give the mean over tokens up where it moves otherwise than the model's own loss, which is another.
 
         With label smoothing, say, both are about the same where all classes are about as likely.
@@ -311,7 +323,7 @@ class Forward:
         Returns:
             The loss after the first step to be tried; None where it was given up.
         """
-        with self.point.shifted(vector, self.steps.length("loss") / size):
+        with self.point.shifted(ray.vector, self.steps.length("loss") / ray.size):
             wide = self.point.forward_value(self.batch, wide=True)
         own = self.point.last_value(wide=False)
         moved = own - self._own
@@ -322,9 +334,9 @@ class Forward:
             return None
         return wide
 
-    def _silent(self, vector: Vector, h: float) -> float:
+    def _silent(self, ray: _Ray, h: float) -> float:
         """What the loss changes by beyond its slope after a step so short that it is rounding.
 
         Not less than the loss's own grid: a step that short may not move a loss of few digits at all.
         """
-        return max(abs(self._loss(vector, h) - self.here - h * self._slope(vector)), self.grid)
+        return max(abs(self._loss(ray.vector, h) - self.here - h * ray.slope), self.grid)

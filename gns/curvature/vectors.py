@@ -16,7 +16,9 @@ def dots(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> np.ndarray:
     return along({name: x[None] for name, x in a.items()}, b)[0]
 
 
-def along(stacked: Mapping[str, Tensor], vector: Mapping[str, Tensor], *, whole: bool = False) -> np.ndarray:
+def along(
+    stacked: Mapping[str, Tensor | Sequence[Tensor]], vector: Mapping[str, Tensor], *, whole: bool = False
+) -> np.ndarray:
     """The same of S vectors, kept as parameter → [S, *shape], with one, [S, P]; the whole alone: [S, 1]."""
     found = []
     for names in _neighbours(vector, list(stacked)):
