@@ -103,6 +103,16 @@ class Moments:
         """Standard error of Y; `inf` where one step has all the weight."""
         return math.sqrt(self.second[2] * self._correction) if self.k > 1 else math.inf
 
+    def times(self, factor: float) -> Moments:
+        """Give the moments of x and y multiplied by a factor, an `exact_unit` or a weight."""
+        return replace(
+            self,
+            x=self.x * factor,
+            y=self.y * factor,
+            second=tuple(v * factor**2 for v in self.second),  # type: ignore[arg-type]
+            third=tuple(v * factor**3 for v in self.third),  # type: ignore[arg-type]
+        )
+
     def scaled(self, times: float) -> Moments:
         """Give the moments to be expected of so many times the steps, with the same averages and spread."""
         return replace(

@@ -5,9 +5,9 @@
     python -m experiments.evidence --pages README.md experiments/README.md  # and the short form in those
     python -m experiments.evidence --notebook notebooks/optimal_batch.ipynb # and the notebook that shows them
 
-Rows are read from experiments/results/evidence, one compressed file a sweep, and frozen.jsonl.gz of
-`experiments.evidence.frozen`; figures and README.md are written beside them, and the constants that `gns
-advise` names go into the package.
+Rows are read from experiments/results/evidence, one compressed file a sweep, frozen.jsonl.gz of
+`experiments.evidence.frozen` and what `experiments.evidence.again` adds; figures and README.md are
+written beside them, and the constants that `gns advise` names go into the package.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import matplotlib
 from experiments import rows, rowsfile
 from experiments.configs import RunError
 from experiments.evidence import calibrated, figures, front, page, paper, story
+from experiments.evidence.files import CURVATURE, FOLDER, FROZEN, runs_in
 from experiments.evidence.readout import Readout, read_out
 from experiments.figures.style import LOOK, heading
 from gns.calibration import FILE
 
-FOLDER = Path("experiments/results/evidence")
-FROZEN = "frozen.jsonl.gz"
 CALIBRATION = Path("gns/assets") / FILE  # what the package says of it
 
 
@@ -52,12 +51,10 @@ def read(folder: Path) -> Readout:
     Raises:
         RunError: there are none.
     """
-    sources = sorted(p for p in folder.glob("*.jsonl.gz") if p.name != FROZEN)
-    runs = rowsfile.results(row for path in sources for row in rowsfile.read(path)).values()
-    frozen = rows.read(folder / FROZEN)
+    runs, frozen = runs_in(folder), rows.read(folder / FROZEN)
     if not runs and not frozen:
         raise RunError(f"{folder}: no rows; run a sweep, then --collect its folder")
-    return read_out(list(runs), frozen)
+    return read_out(runs, frozen, rows.read(folder / CURVATURE))
 
 
 def draw(found: Readout, folder: Path) -> list[Path]:

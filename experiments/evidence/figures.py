@@ -33,6 +33,7 @@ TITLES = {
     "joint": "joint",
     "A": "factor A",
     "plug-in": "plug-in of each step",
+    "B_noise": "B_noise, on the way",
 }
 
 

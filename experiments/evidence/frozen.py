@@ -19,6 +19,7 @@ from tqdm import tqdm
 from experiments import rows, rowsfile
 from experiments.configs import RunConfig
 from experiments.evidence.configurations import RANK
+from experiments.evidence.files import FOLDER, FROZEN
 from experiments.prepared import device_of, prepare
 from gns import probe
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.evidence.frozen", description=__doc__)
     parser.add_argument("--bases", nargs="+", default=BASES)
     parser.add_argument("--device")
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/evidence/frozen.jsonl.gz"))
+    parser.add_argument("--out", type=Path, default=FOLDER / FROZEN)
     asked = parser.parse_args(arguments)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     device = device_of(asked.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,14 +22,17 @@ from experiments.analysis.resampling import DRAWS, LEVEL
 from experiments.course import Evaluation, crossing
 from experiments.critical import Efficiency, Hyperbola, efficiency, hyperbola, overhead
 from experiments.readings import steps_of
+from gns.curvature.course import progress_weighted as over_progress
+from gns.curvature.readingsfile import reading_of
 from gns.estimate import Estimate
 from gns.sums import FACTORS, StepSums
 from gns.views import progress_weighted
 
 REFERENCE = 4  # batch size of the runs whose noise scale is read
 PRIMARY, SECOND = "B", "adam"
-EXPLORATORY = ("joint", "A", "plug-in")
-VARIANTS = (PRIMARY, SECOND, *EXPLORATORY)
+SUMS = (PRIMARY, SECOND, "joint", "A", "plug-in")  # what the sums of steps give
+CURVED = "B_noise"  # read on the way, see `experiments.evidence.again`
+VARIANTS = (*SUMS, CURVED)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def measured(rows: Iterable[Row], n: int, target: float | None = None) -> Measur
     except ValueError:
         fit = None
     noise, seen = {}, {}
-    for variant in VARIANTS:
+    for variant in SUMS:
         scale = noise_scale(rows, examples, variant, seen)
         if scale is not None:
             noise[variant] = scale
@@ -136,26 +139,58 @@ def noise_scale(
     Args:
         rows: of one configuration.
         examples: of that configuration; its choice of learning rate at the reference batch counts.
-        variant: one of `VARIANTS`.
+        variant: one of `SUMS`.
         seen: what was read of these rows for another variant; what is read now is added.
 
     Returns:
         Rows a step; NaN where a seed found no positive value. None where nothing was measured.
     """
-    metric = "adam" if variant == SECOND else "euclidean"
-    there = [row for row in rows if _reads(row, metric)]
-    if not there:
+    chosen = reference_runs(rows, examples, "adam" if variant == SECOND else "euclidean")
+    if not chosen:
         return None
-    best = examples.rates[list(examples.batches).index(REFERENCE)] if REFERENCE in examples.batches else None
-    rates = sorted({row["config"]["lr"] for row in there})
-    rate = min(rates, key=lambda r: abs(math.log(r / best))) if best else rates[len(rates) // 2]
-    chosen = [row for row in there if row["config"]["lr"] == rate]
     seen = {} if seen is None else seen
     for row in chosen:
         seen.setdefault(id(row), _Way(row, examples.target))
-    found = [_scale(seen[id(row)], variant) for row in chosen]
+    return pooled([_scale(seen[id(row)], variant) for row in chosen], chosen, examples)
+
+
+def reference_runs(rows: Sequence[Row], examples: Efficiency, metric: str = "euclidean") -> list[Row]:
+    """Give the runs whose noise scale counts: at the reference batch and the rate first at the target.
+
+    Args:
+        rows: of one configuration.
+        examples: of that configuration, whose choice of learning rate is taken; the nearest rate that was
+            measured where that one was not, the middle one where there is no choice.
+        metric: of the readings.
+    """
+    there = [row for row in rows if _reads(row, metric)]
+    rates = sorted({row["config"]["lr"] for row in there})
+    best = _best_rate(examples)
+    if not rates:
+        return []
+    rate = min(rates, key=lambda r: abs(math.log(r / best))) if best else rates[len(rates) // 2]
+    return [row for row in there if row["config"]["lr"] == rate]
+
+
+def _best_rate(examples: Efficiency) -> float | None:
+    """The learning rate that is first at the target at the reference batch; None where it was not run."""
+    there = list(examples.batches)
+    return float(examples.rates[there.index(REFERENCE)]) if REFERENCE in there else None
+
+
+def pooled(
+    found: Sequence[tuple[float, float, float]], runs: Sequence[Row], examples: Efficiency
+) -> Estimated:
+    """Pool (value, low, high) of each run, geometrically, with lognormal draws.
+
+    Args:
+        found: a noise scale of each run.
+        runs: of one learning rate.
+        examples: of their configuration.
+    """
     value, low, high = (geometric([each[i] for each in found]) for i in range(3))
-    note = f"batch {REFERENCE}, learning rate {rate:.3g}, {len(chosen)} run(s)"
+    rate, best = runs[0]["config"]["lr"], _best_rate(examples)
+    note = f"batch {REFERENCE}, learning rate {rate:.3g}, {len(runs)} run(s)"
     if best and rate != best:
         note += f"; the best was {best:.3g}"
     return Estimated(value, low, high, note, _draws(value, low, high))
@@ -214,6 +249,33 @@ def _plug_in(steps: Sequence[StepSums]) -> float:
     parts = [step.groups.get("B", step) for step in steps]
     below = sum(part.sq_norm_of_mean for part in parts)
     return sum(part.trace_sigma for part in parts) / below if below else math.nan
+
+
+def with_b_noise(found: Measured, rows: Sequence[Row], curvature: Sequence[Mapping[str, Any]]) -> Measured:
+    """Add B_noise where all the runs whose noise scale counts have readings of it.
+
+    Args:
+        found: a reading of a configuration.
+        rows: of its runs.
+        curvature: rows of `experiments.evidence.again`.
+
+    Returns:
+        The same with `CURVED` among its noise scales, progress-weighted and pooled over seeds; or as it was.
+    """
+    chosen, by_run = reference_runs(rows, found.examples), {row["of"]: row for row in curvature}
+    if not chosen or any(row["hash"] not in by_run for row in chosen):
+        return found
+    values = [_b_noise(by_run[row["hash"]]) for row in chosen]
+    return replace(found, noise={**found.noise, CURVED: pooled(values, chosen, found.examples)})
+
+
+def _b_noise(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(value, low, high) of one run."""
+    try:
+        over = over_progress([reading_of(each) for each in row["readings"]], row["config"]["batch_size"])
+    except ValueError:
+        return math.nan, 0.0, math.inf
+    return over.b_noise, over.low, over.high
 
 
 def _lowest(row: Row, examples: int) -> float:

@@ -20,6 +20,7 @@ WORDS = {
     "joint": "joint (exploratory)",
     "A": "factor A (exploratory)",
     "plug-in": "plug-in of each step (exploratory)",
+    "B_noise": "B_noise, on the way (exploratory)",
     BY_SIZE: "rival: proportional to the data",
     BY_DEFAULT: "rival: one batch size for all",
 }
@@ -124,6 +125,8 @@ def predictions_table(found: Readout) -> str:
 
 def _range(of: Prediction) -> str:
     """What was predicted, in words."""
+    if of.open:
+        return "nothing: the spread is the result"
     if of.zero is not None:
         return f"0 {'inside' if of.zero else 'outside'}"
     return f"at most {number(of.high)}" if math.isinf(of.low) else f"{number(of.low)} … {number(of.high)}"

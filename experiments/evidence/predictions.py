@@ -14,7 +14,7 @@ from experiments.analysis.curves import Curve, Estimated
 from experiments.analysis.fits import exponent, slope
 from experiments.analysis.resampling import LEVEL, interval
 from experiments.evidence.configurations import RANK
-from experiments.evidence.measured import PRIMARY, Measured
+from experiments.evidence.measured import CURVED, PRIMARY, Measured
 from experiments.evidence.tuned import above_best, growth_within, octaves_between, pick
 from experiments.monotone import first_reach
 
@@ -45,8 +45,15 @@ class Prediction:
     zero: bool | None = None
 
     @property
+    def open(self) -> bool:
+        """Whether nothing was predicted."""
+        return self.zero is None and math.isinf(self.low) and math.isinf(self.high)
+
+    @property
     def verdict(self) -> str:
-        """Say "held", "failed", "undecided" or "not measured"."""
+        """Say "held", "failed", "undecided" or "not measured"; "shown" where nothing was predicted."""
+        if self.open:
+            return "not measured" if math.isnan(self.number.value) else "shown"
         if self.zero is None:
             return verdict(self.number, self.low, self.high)
         return zero_verdict(self.number, self.zero)
@@ -244,6 +251,9 @@ def predictions(
             1 / 1.5,
             1.5,
         )
+    add("P7", "B_noise / B_crit under SGD", lambda: _curved(found["SGD"][n]), 0.3, 3)
+    spread = _spread([by[n] for name, by in found.items() if name != "SGD" and n in by])
+    made.append(Prediction("P7", "the same under AdamW, middle (smallest … largest)", spread))
     add("P8", "B_crit, rank 64 over rank 4", lambda: moved("rank 64", _critical, "rank 4"), 1 / 1.5, 1.5)
     return made + _claims(curves)
 
@@ -274,6 +284,21 @@ def growth(found: Measured, sizes: Sequence[int] = FIXED_TARGET) -> Estimated:
     if not len(found.examples.draws):
         return MISSING
     return exponent(sizes, harmless(found, sizes))
+
+
+def _curved(found: Measured) -> Estimated:
+    """P7: B_noise over the critical batch size of one configuration."""
+    return ratio(found.noise[CURVED], found.doubled)
+
+
+def _spread(found: Sequence[Measured]) -> Estimated:
+    """P7 over configurations: the middle ratio, the smallest and the largest."""
+    ratios = [_curved(each).value for each in found if CURVED in each.noise]
+    known = sorted(value for value in ratios if 0 < value < math.inf)
+    if not known:
+        return MISSING
+    note = f"{len(known)} configuration(s)"
+    return Estimated(math.exp(float(np.median(np.log(known)))), known[0], known[-1], note)
 
 
 def _noise(found: Measured) -> Estimated:

@@ -10,7 +10,7 @@ from experiments.analysis.cells import Row
 from experiments.analysis.curves import Curve, Estimated
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES, named, per_row
 from experiments.evidence.judged import Judged, judge
-from experiments.evidence.measured import PRIMARY, VARIANTS, Measured, measured
+from experiments.evidence.measured import PRIMARY, VARIANTS, Measured, measured, with_b_noise
 from experiments.evidence.practice import Price, prices
 from experiments.evidence.predictions import Prediction, predictions
 from experiments.evidence.tuned import tuned
@@ -56,8 +56,16 @@ class Readout:
         return {name: by_size[SIZE] for name, by_size in self.found.items() if SIZE in by_size}
 
 
-def read_out(rows: Sequence[Row], frozen: Sequence[Mapping[str, Any]]) -> Readout:
-    """Read everything that the rows allow; what they do not allow is named."""
+def read_out(
+    rows: Sequence[Row], frozen: Sequence[Mapping[str, Any]], curvature: Sequence[Mapping[str, Any]] = ()
+) -> Readout:
+    """Read everything that the rows allow; what they do not allow is named.
+
+    Args:
+        rows: of runs.
+        frozen: of `experiments.evidence.frozen`.
+        curvature: of `experiments.evidence.again`, readings of B_noise.
+    """
     parts = named(rows)
     found: dict[str, dict[int, Measured]] = {}
     broken: dict[str, str] = {}
@@ -69,6 +77,8 @@ def read_out(rows: Sequence[Row], frozen: Sequence[Mapping[str, Any]]) -> Readou
                 broken.setdefault(name, str(error))
             else:
                 found.setdefault(name, {})[size] = reading
+        if SIZE in found.get(name, {}):
+            found[name][SIZE] = with_b_noise(found[name][SIZE], part, curvature)
     same_loss = None
     if SIZE in found.get("reference", {}) and SIZE in found.get("merged", {}):
         rows_of = parts["merged"]

@@ -23,7 +23,7 @@ Source of both: tests/gns/test_curvature_coverage.py
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -161,7 +161,7 @@ def set_of(found: Contractions, known: Known, level: float) -> Set:
     """
     moments = moments_of(found, known)
     size = max(abs(moments.x), abs(moments.y))
-    m = _scaled(moments, 2.0 ** -math.ceil(math.log2(size or 1.0)))  # exact: cubes stay in range
+    m = moments.times(2.0 ** -math.ceil(math.log2(size or 1.0)))  # exact: cubes stay in range
     low, high, empty = honest_set(m, level)
     enough = len(known.share) >= MIN_PROBES
     if not enough:
@@ -182,9 +182,3 @@ def set_of(found: Contractions, known: Known, level: float) -> Set:
         detection_limit=detection_limit(m, level) if m.se_y() > 0 else math.inf,
         moments=moments,
     )
-
-
-def _scaled(m: Moments, unit: float) -> Moments:
-    second = tuple(v * unit**2 for v in m.second)
-    third = tuple(v * unit**3 for v in m.third)
-    return replace(m, x=m.x * unit, y=m.y * unit, second=second, third=third)  # type: ignore[arg-type]

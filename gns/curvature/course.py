@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -79,6 +79,53 @@ def over_readings(readings: Sequence[CurvatureReading], *, level: float = 0.95) 
         readings=len(readings),
         steps_each=steps_each(readings),
     )
+
+
+def progress_weighted(
+    readings: Sequence[CurvatureReading], batch_size: float, *, level: float = 0.95
+) -> OverReadings:
+    """The run's mean of B_noise, weighted by the progress of the steps around each reading.
+
+    As `gns.views.progress_weighted` for B_simple: a step at batch B makes 1/(1 + B_k/B) of the progress of
+    one without noise, so that with Q_k = GᵀHG + tr(HΣ)/B, what a step at B loses to curvature,
+
+        Σ ω_k B_k / Σ ω_k = Σ (tr(HΣ)_k / Q_k) / Σ (GᵀHG_k / Q_k).
+
+    Q_k is that of the readings before and after, so that its errors are not those of the reading it weighs;
+    the weights are taken as known in the set.
+
+    Args:
+        readings: of a training, oldest first, on examples of their own.
+        batch_size: B, examples a step.
+        level: nominal coverage of the set.
+
+    Raises:
+        ValueError: fewer than three readings, `batch_size` is not positive, or some Q_k is estimated as 0 or
+            less: GᵀHG is not resolved well enough for so large a batch.
+    """
+    if len(readings) < 3 or not batch_size > 0:
+        raise ValueError(
+            f"{len(readings)} reading(s) at batch {batch_size:g}; at least 3 and a batch above 0 are needed"
+        )
+    q = np.array([r.estimate.g_h_g + r.estimate.trace_h_sigma / batch_size for r in readings])
+    around = np.convolve(q, [1.0, 0.0, 1.0], "same") / np.convolve(np.ones(len(q)), [1.0, 0.0, 1.0], "same")
+    if not (around > 0).all():
+        worst = int(np.argmin(around))
+        raise ValueError(
+            f"around the reading at step {readings[worst].step}, GᵀHG + tr(HΣ)/{batch_size:g} is estimated "
+            f"as {around[worst]:.3g}, and above 0 is needed: read B_noise on more examples, or elsewhere"
+        )
+    weights = around.max() / around  # powers of the loss would leave the range of floats
+    weighed = [replace(r, estimate=_times(r.estimate, w)) for r, w in zip(readings, weights, strict=True)]
+    found = over_readings(weighed, level=level)
+    assert found is not None
+    return found
+
+
+def _times(estimate: CurvatureEstimate, factor: float) -> CurvatureEstimate:
+    moments = None if estimate.moments is None else estimate.moments.times(factor)
+    x, y = estimate.trace_h_sigma * factor, estimate.g_h_g * factor
+    return replace(estimate, trace_h_sigma=x, g_h_g=y, moments=moments)
 
 
 def joined(estimates: Sequence[CurvatureEstimate]) -> Moments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,21 @@ _PARTS = {"groups": Contribution, "modules": Contribution, "blocks": Block}
 _NAMES = {f.name for f in fields(CurvatureEstimate)}
 
 
+def record_of(reading: CurvatureReading) -> dict[str, Any]:
+    """Give a reading as JSON can hold it."""
+    return _named(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": reading.step,
+            "learning_rate": reading.learning_rate,
+            "estimate": asdict(reading.estimate),
+        }
+    )
+
+
 def _line(reading: CurvatureReading) -> bytes:
-    record = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": reading.step,
-        "learning_rate": reading.learning_rate,
-        "estimate": asdict(reading.estimate),
-    }
-    return json.dumps(_named(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    return json.dumps(record_of(reading), separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def _named(x: Any) -> Any:
@@ -52,7 +58,12 @@ def _tupled(x: Any) -> Any:
     return tuple(x) if isinstance(x, list) else x
 
 
-def _reading(record: dict[str, Any]) -> CurvatureReading:
+def reading_of(record: Mapping[str, Any]) -> CurvatureReading:
+    """Give back what `record_of` wrote.
+
+    Raises:
+        ValueError: another format; `KeyError`, `TypeError` or `AttributeError` where something is missing.
+    """
     if (record["format"], record["version"]) != (FORMAT, VERSION):
         raise ValueError("another format")
     data = {k: _numbers(v) for k, v in record["estimate"].items() if k in _NAMES}
@@ -92,7 +103,7 @@ def read_readings(folder: Path) -> tuple[CurvatureReading, ...]:
     lines, found = path.read_bytes().splitlines(keepends=True), []
     for at, line in enumerate(lines, 1):
         try:
-            found.append(_reading(json.loads(line)))
+            found.append(reading_of(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if at == len(lines) and not line.endswith(b"\n"):
                 break

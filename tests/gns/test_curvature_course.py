@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gns.curvature.course import in_words, joined, over_readings, so_far
+from gns.curvature.course import in_words, joined, over_readings, progress_weighted, so_far
 from gns.curvature.result import Cost, CurvatureEstimate, CurvatureReading
 from gns.moments import Moments
 from tests.reference.tolerances import close
@@ -122,3 +122,46 @@ def test_readings_without_any_spread_are_joined_without_a_division_by_zero():
     none = Moments(0.0, 0.0, (0.0,) * 3, (0.0,) * 4, 8.0)
     found = joined([SimpleNamespace(trace_h_sigma=0.0, g_h_g=0.0, moments=none)] * 3)
     assert found.second == (0.0, 0.0, 0.0) and found.df == 3 * none.df
+
+
+def test_progress_weights_are_those_of_the_steps_between_readings():
+    every = [
+        reading(k, x, y) for k, (x, y) in enumerate([(20.0, 1.0), (30.0, 1.0), (40.0, 0.5), (50.0, 0.5)])
+    ]
+    found = progress_weighted(every, 4.0)
+    q = [1 + 30 / 4, (1 + 20 / 4 + 0.5 + 40 / 4) / 2, (1 + 30 / 4 + 0.5 + 50 / 4) / 2, 0.5 + 40 / 4]
+    x, y = ([getattr(r.estimate, name) for r in every] for name in ("trace_h_sigma", "g_h_g"))
+    wanted = sum(a / b for a, b in zip(x, q, strict=True)) / sum(a / b for a, b in zip(y, q, strict=True))
+    assert found.b_noise == pytest.approx(wanted, rel=1e-12)
+
+
+def test_where_nothing_moves_weights_do_not_matter_and_where_noise_rules_steps_count_by_signal():
+    level = [reading(k, 20.0, 1.0) for k in range(6)]
+    assert progress_weighted(level, 4.0).b_noise == pytest.approx(over_readings(level).b_noise)
+    # far below B_noise a step's progress is B/B_k: the harmonic mean, but for what neighbours do not tell
+    moving = [reading(k, 100.0 * 2 ** (k / 40), 1.0) for k in range(40)]
+    b = np.array([r.estimate.trace_h_sigma for r in moving])
+    assert progress_weighted(moving, 1e-3).b_noise == pytest.approx(1 / np.mean(1 / b), rel=0.01)
+
+
+def test_the_scale_of_the_loss_does_not_matter_to_weights():
+    every = [reading(k, 20.0 + k, 1.0) for k in range(5)]
+    tiny = [reading(k, (20.0 + k) * 2.0**-300, 2.0**-300) for k in range(5)]
+    assert progress_weighted(tiny, 4.0).b_noise == pytest.approx(progress_weighted(every, 4.0).b_noise)
+
+
+@pytest.mark.parametrize(
+    ("made", "batch", "said"),
+    [
+        ([(20.0, 1.0)] * 2, 4.0, "2 reading.s. at batch 4; at least 3"),
+        ([(20.0, 1.0)] * 3, 0.0, "3 reading.s. at batch 0; at least 3 and a batch above 0"),
+        (
+            [(1.0, 1.0), (1.0, -40.0), (1.0, 1.0)],
+            4.0,
+            "reading at step 0, GᵀHG .* estimated as -39.8",
+        ),
+    ],
+)
+def test_what_cannot_be_weighed_is_said(made, batch, said):
+    with pytest.raises(ValueError, match=said):
+        progress_weighted([reading(k, *pair) for k, pair in enumerate(made)], batch)

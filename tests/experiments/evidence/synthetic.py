@@ -5,6 +5,8 @@ import math
 import numpy as np
 
 from experiments.configs import RunConfig
+from gns.curvature.readingsfile import record_of
+from tests.gns.test_curvature_course import reading
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 N = 2_048
@@ -75,3 +77,13 @@ def rows(b_crit=8.0, b_simple=8.0, *, seeds=2, noise=0.0, n=0, **fields):
                     }
                 )
     return made
+
+
+def curvature(made, b_noise, spread=0.05):
+    """Rows of readings of B_noise around a number, of all runs at the reference batch."""
+    found = []
+    for row in (row for row in made if row["config"]["batch_size"] == 4):
+        errors = spread * np.random.default_rng(row["config"]["seed"]).standard_normal(8)
+        readings = [record_of(reading(8 * k, b_noise * (1 + e), 1.0)) for k, e in enumerate(errors)]
+        found.append({"of": row["hash"], "config": row["config"], "readings": readings})
+    return found

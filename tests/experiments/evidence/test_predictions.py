@@ -17,7 +17,7 @@ from experiments.evidence.predictions import (
     zero_verdict,
 )
 from experiments.evidence.readout import read_out
-from tests.experiments.evidence.synthetic import rows
+from tests.experiments.evidence.synthetic import curvature, rows
 
 
 def number(value, low, high, note=""):
@@ -193,3 +193,17 @@ def test_a_readout_of_several_configurations():
     assert said["P1", "slope of log B_simple on log rank, math-200k"].verdict == "held"
     assert found.judged["B"].pairs == 4
     assert found.over_sizes["B"].of == 12
+
+
+def test_b_noise_is_judged_under_sgd_and_shown_under_adamw():
+    plain, noisy = rows(8.0, 8.0), rows(16.0, 16.0, dials={"label_noise": 0.2})
+    sgd = rows(8.0, 8.0, optimizer="sgd")
+    readings = curvature(plain, 80.0) + curvature(noisy, 40.0) + curvature(sgd, 16.0)
+    said = {p.says: p for p in read_out(plain + noisy + sgd, [], readings).predicted if p.name == "P7"}
+    judged = said["B_noise / B_crit under SGD"]
+    assert judged.number.value == pytest.approx(2.0, rel=0.2) and judged.verdict == "held"
+    shown = said["the same under AdamW, middle (smallest … largest)"]
+    assert shown.verdict == "shown" and shown.number.note == "2 configuration(s)"
+    assert shown.number.low == pytest.approx(2.5, rel=0.2) and shown.number.high == pytest.approx(10, rel=0.2)
+    unread = {p.says: p.verdict for p in read_out(plain, []).predicted if p.name == "P7"}
+    assert set(unread.values()) == {"not measured"} and len(unread) == 2
