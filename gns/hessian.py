@@ -98,8 +98,9 @@ def b_noise(
         probes: random sign vectors. Each has its own examples: whole batches, if there are as many.
         operator: "hessian", or "ggn": Gauss-Newton, never indefinite, for cross-entropy and squared error.
         method: of the products: "exact" (second derivatives), "difference" (of gradients; with fused kernels,
-            checkpointing and 16-bit weights), "forward" (losses alone, cheapest), or "auto": exact, and
-            differences where that fails or would be rounded away.
+            checkpointing and 16-bit weights), "forward" (losses alone, cheapest; not for models that route
+            tokens to experts, whose loss jumps where a choice flips), or "auto": exact, and differences where
+            that fails or would be rounded away.
         loss: (model, batch) → scalar, a mean over its examples or tokens; None: `model(**batch).loss`.
         level: nominal coverage of the confidence sets.
         seed: of the signs.

@@ -103,7 +103,7 @@ def _parts(save: Callable, rate: float, rounds: int, pairs: int) -> list[tuple[P
     counting = Part("counts: idle, start-up, one thread, two ranks", need, _counting(cpu[0], pairs) - need)
 
     def count(seconds: float) -> None:
-        share = (seconds * rate - counting.need) / counting.wish if counting.wish else 0.0
+        share = max(0.0, seconds * rate - counting.need) / counting.wish if counting.wish else 0.0
         counts(save, pairs=few + int((pairs - few) * share + 0.5))
 
     todo.append((counting, count))

@@ -87,6 +87,9 @@ class Budget:
     def take(self, name: str) -> float:
         """Give the seconds of the next part, which is thereby begun.
 
+        Where not all fits, that is its share of what is left: needs are estimates, and a part that takes all
+        of a need that was put too high would leave nothing to the last ones.
+
         Raises:
             ValueError: it is not the next.
         """
@@ -95,7 +98,10 @@ class Budget:
         part = self.parts.pop(0)
         later = MARGIN * sum(each.need for each in self.parts) / self.rate
         need, wish = part.need / self.rate, part.wish / self.rate
-        spare = max(0.0, self.until - self.clock() - later - need)
+        left = self.until - self.clock()
+        spare = left - later - need
+        if spare < 0:
+            return need * max(0.0, left) / (later + need)
         # of what is spare, later parts of a kind get as much as they wish for
         others = [each.wish for each in self.parts if kind(each.name) == kind(part.name)]
         wished = part.wish + sum(others)
