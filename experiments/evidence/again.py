@@ -131,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     asked = parser.parse_args(arguments)
     device = device_of(asked.device)
+    for name in (ADAM, CURVATURE):
+        rows.mended(asked.folder / name)
     try:
         chosen = list(wanted(runs_in(asked.folder), asked.configurations))
         if asked.only != "curvature":

@@ -10,7 +10,7 @@ import torch
 from experiments import rows
 from experiments.configs import RunError
 from experiments.evidence import again
-from experiments.evidence.files import ADAM, CURVATURE
+from experiments.evidence.files import ADAM, CURVATURE, runs_in
 from experiments.evidence.measured import CURVED, measured, with_b_noise
 from experiments.run import run
 from gns.curvature.readingsfile import reading_of
@@ -116,3 +116,16 @@ def test_what_has_a_row_is_not_made_again(row, short, monkeypatch, tmp_path, cap
     monkeypatch.setattr(again, "run", None)
     again.main(["--folder", str(tmp_path), "--device", "cpu"])
     assert {name: rows.read(tmp_path / name) for name in first} == first
+
+
+def test_what_a_kill_cut_off_is_made_again(row, short, monkeypatch, tmp_path):
+    monkeypatch.setattr(again, "wanted", lambda runs, names: [("reference", row, 10.0)])
+    again.main(["--folder", str(tmp_path), "--device", "cpu"])
+    for name in (ADAM, CURVATURE):
+        path = tmp_path / name
+        rows.append(path, rows.read(path)[0] | {"of": "another", "hash": "another"})
+        path.write_bytes(path.read_bytes()[:-20])
+    monkeypatch.setattr(again, "wanted", lambda runs, names: [("reference", row | {"hash": "new"}, 10.0)])
+    again.main(["--folder", str(tmp_path), "--device", "cpu", "--only", "curvature"])
+    assert [each["of"] for each in rows.read(tmp_path / CURVATURE)] == [row["hash"], "new"]
+    assert len(runs_in(tmp_path)) == 1
