@@ -49,6 +49,17 @@ def test_another_run_is_refused(row, short):
         again.curved(other, 10.0, CPU)
 
 
+def test_a_run_with_a_loss_that_is_no_number_is_another(row, short):
+    for loss in (None, float("nan")):
+        with pytest.raises(RunError, match="made again is another: .* nan % off"):
+            again.curved({**row, "train_loss": [loss, *row["train_loss"][1:]]}, 10.0, CPU)
+
+
+def test_a_run_that_is_there_at_once_is_read_where_it_starts(row, short):
+    found = again.curved(row, 0.3, CPU)
+    assert [each["step"] for each in found["readings"]] == [0, 0, 0] and found["off"] == 0
+
+
 def test_examples_are_those_that_no_run_sees_and_each_once(tiny_base, sentences, short):
     of = config(tiny_base, n_train=48)
     fresh = [tuple(row.input_ids) for batch in again._fresh(of) for row in batch]
@@ -99,6 +110,15 @@ def test_b_noise_joins_the_noise_scales_where_every_run_has_it():
     assert with_b_noise(found, every, missing) == found
 
 
+def test_readings_on_the_way_to_another_target_do_not_count():
+    every = synthetic.rows()
+    found = measured(every, 1_024)
+    then = synthetic.curvature(every, 40.0, target=found.target + 0.1)
+    assert with_b_noise(found, every, then) == found
+    told = with_b_noise(found, every, synthetic.curvature(every, 20.0) + then)
+    assert told.noise[CURVED].value == pytest.approx(20.0, rel=0.1)
+
+
 def test_readings_that_cannot_be_weighed_are_told_and_bound_nothing():
     every = synthetic.rows()
     broken = [{**row, "readings": row["readings"][:2]} for row in synthetic.curvature(every, 20.0)]
@@ -112,10 +132,17 @@ def test_what_has_a_row_is_not_made_again(row, short, monkeypatch, tmp_path, cap
     first = {name: rows.read(tmp_path / name) for name in (ADAM, CURVATURE)}
     assert [len(part) for part in first.values()] == [1, 1]
     assert first[CURVATURE][0]["of"] == row["hash"] and first[CURVATURE][0]["configuration"] == "reference"
-    monkeypatch.setattr(again, "curved", None)
     monkeypatch.setattr(again, "run", None)
-    again.main(["--folder", str(tmp_path), "--device", "cpu"])
+    with monkeypatch.context() as patch:
+        patch.setattr(again, "curved", None)
+        again.main(["--folder", str(tmp_path), "--device", "cpu"])
+        (tmp_path / ADAM).rename(tmp_path / "another-sweep.jsonl.gz")
+        again.main(["--folder", str(tmp_path), "--device", "cpu", "--only", "adam"])
+    (tmp_path / "another-sweep.jsonl.gz").rename(tmp_path / ADAM)
     assert {name: rows.read(tmp_path / name) for name in first} == first
+    monkeypatch.setattr(again, "wanted", lambda runs, names: [("reference", row, 8.0)])  # the target moved
+    again.main(["--folder", str(tmp_path), "--device", "cpu"])
+    assert [each["reached"] for each in rows.read(tmp_path / CURVATURE)] == [10.0, 8.0]
 
 
 def test_what_a_kill_cut_off_is_made_again(row, short, monkeypatch, tmp_path):
