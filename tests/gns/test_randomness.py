@@ -40,14 +40,16 @@ def test_same_seed_same_draws_and_nothing_moved_outside():
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     wanted = draws()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    with seeded(5):
-        first = draws()
-    with seeded(5):
-        second = draws()
-    with seeded(6):
-        other = draws()
-    assert first == second != other
+    found = []
+    for seed in (5, 5, 6):
+        with seeded(seed):
+            found.append(draws())
     assert draws() == wanted
+    torch.rand(1), np.random.rand(1), random.random()  # where they stand before does not matter
+    with seeded(5):
+        found.append(draws())
+    first, second, other, later = found
+    assert first == second == later and all(a != b for a, b in zip(first, other, strict=True))
 
 
 def test_put_back_after_an_exception():
