@@ -13,7 +13,9 @@ import os
 import platform
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import scipy
 from tqdm import tqdm
 
 Rows = list[dict[str, Any]]
+_CUT = (EOFError, ValueError, gzip.BadGzipFile, zlib.error)  # what reading half a row raises
 Computer = Callable[[Sequence[Any], tqdm], Iterator[dict[str, Any]]]
 
 
@@ -110,11 +113,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        try:
-            rows.extend(json.loads(line) for line in file)
-        except (EOFError, json.JSONDecodeError, gzip.BadGzipFile):
-            pass  # cut off by a kill: all that is whole has been read
+    with gzip.open(path) as file, suppress(*_CUT):  # by a kill: all that is whole has been read
+        rows.extend(json.loads(line) for line in file)
+    return rows
+
+
+def mended(path: Path) -> Rows:
+    """Read the rows of a file that others are to follow; what a kill cut off is taken out of it.
+
+    A row behind half of one is not found again.
+    """
+    rows = read(path)
+    try:
+        if path.exists():
+            gzip.decompress(path.read_bytes())
+    except _CUT:
+        write(path, rows)
     return rows
 
 

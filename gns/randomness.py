@@ -17,10 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_NEEDED = ("is_initialized", "get_rng_state_all", "set_rng_state_all", "manual_seed_all")
+
 
 def _used() -> list[ModuleType]:
     """Torch's modules of the devices that were used, those with a generator for each device of their kind."""
-    return [module for module in (torch.cuda, torch.xpu) if module.is_initialized()]
+    registered = getattr(torch, torch._C._get_privateuse1_backend_name(), None)  # a vendor's, as Ascend's
+    kinds = (torch.cuda, torch.xpu, torch.mtia, registered)
+    return [m for m in kinds if all(hasattr(m, name) for name in _NEEDED) and m.is_initialized()]
+
+
+def _apples() -> Tensor | None:
+    """State of Apple's generator; None without one, and in a child of a process that used it, as in torch."""
+    there = torch.backends.mps.is_available() and not torch.mps._is_in_bad_fork()
+    return torch.mps.get_rng_state() if there else None
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,7 @@ class RandomState:
     def now(cls) -> RandomState:
         """Read them; a device that was not used is left unused."""
         devices = tuple((module, tuple(module.get_rng_state_all())) for module in _used())
-        mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        return cls(torch.get_rng_state(), devices, mps, np.random.get_state(), random.getstate())
+        return cls(torch.get_rng_state(), devices, _apples(), np.random.get_state(), random.getstate())
 
     def restore(self) -> None:
         """Put them back."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from tqdm import tqdm
 from experiments import loop, rows, rowsfile
 from experiments.analysis.cells import Row
 from experiments.configs import RunConfig, RunError
-from experiments.course import Course, Evaluation, crossing
+from experiments.course import Course
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, named, per_row
 from experiments.evidence.files import ADAM, CURVATURE, FOLDER, runs_in
-from experiments.evidence.measured import measured, reference_runs
+from experiments.evidence.measured import measured, read_along, reference_runs, steps_to
 from experiments.prepared import data_of, device_of, prepare
 from experiments.run import run
 from experiments.schedules import lr_at
@@ -57,9 +57,7 @@ def wanted(runs: Sequence[Row], names: Sequence[str]) -> Iterator[tuple[str, Row
         except ValueError:
             continue
         for row in reference_runs(parts[name], found.examples):
-            known = [Evaluation(**e) for e in row["validation"] if e["loss"] is not None]
-            reached = crossing(known, found.target)
-            yield name, row, row["steps_done"] if reached is None else reached[0]
+            yield name, row, steps_to(row, found.target)
 
 
 def curved(row: Row, reached: float, device: torch.device) -> dict[str, Any]:
@@ -95,9 +93,9 @@ def curved(row: Row, reached: float, device: torch.device) -> dict[str, Any]:
                 contributions=False,
             )
             readings.append(CurvatureReading(course.steps, lr_at(config, course.steps), found))
-    there = np.array(row["train_loss"][: course.steps])
-    off = float(np.abs(np.array(course.train_loss) / there - 1).max())
-    if off > SAME:
+    there = np.array(row["train_loss"][: course.steps], dtype=float)
+    off = float(np.abs(np.array(course.train_loss) / there - 1).max(initial=0.0))
+    if not off <= SAME:  # nor where it is NaN
         raise RunError(f"run {row['hash']} made again is another: its losses are up to {100 * off:.0f} % off")
     return {"readings": [record_of(reading) for reading in readings], "off": off}
 
@@ -131,18 +129,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     asked = parser.parse_args(arguments)
     device = device_of(asked.device)
+    for name in (ADAM, CURVATURE):
+        rows.mended(asked.folder / name)
     try:
-        chosen = list(wanted(runs_in(asked.folder), asked.configurations))
+        runs = runs_in(asked.folder)
+        chosen = list(wanted(runs, asked.configurations))
         if asked.only != "curvature":
-            _adam([row for _, row, _ in chosen], asked.folder / ADAM, device)
+            known = {row["hash"] for row in runs if row["status"] in rowsfile.RESULTS}
+            _adam([row for _, row, _ in chosen], known, asked.folder / ADAM, device)
         if asked.only != "adam":
             _curvature(chosen, asked.folder / CURVATURE, device)
     except RunError as error:
         parser.exit(2, f"{error}\n")
 
 
-def _adam(chosen: Sequence[Row], path: Path, device: torch.device) -> None:
-    known = {row["hash"] for row in rows.read(path)}
+def _adam(chosen: Sequence[Row], known: Collection[str], path: Path, device: torch.device) -> None:
     missing = [
         row
         for row in chosen
@@ -154,8 +155,8 @@ def _adam(chosen: Sequence[Row], path: Path, device: torch.device) -> None:
 
 
 def _curvature(chosen: Sequence[tuple[str, Row, float]], path: Path, device: torch.device) -> None:
-    known = {row["of"] for row in rows.read(path)}
-    missing = [each for each in chosen if each[1]["hash"] not in known]
+    known = rows.read(path)
+    missing = [each for each in chosen if read_along(known, *each[1:]) is None]
     for name, row, reached in tqdm(missing, unit="run", desc="B_noise"):
         begun = time.monotonic()
         about = {"configuration": name, "of": row["hash"], "config": row["config"], "reached": reached}

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     device = device_of(asked.device)
-    known = {_key(row) for row in rows.read(asked.out)}
+    known = {_key(row) for row in rows.mended(asked.out)}
     for each in tqdm([w for w in wanted(asked.bases) if _key(w) not in known], unit="probe"):
         begun = time.monotonic()
         read = measure(each, device)

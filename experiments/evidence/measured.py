@@ -33,6 +33,7 @@ PRIMARY, SECOND = "B", "adam"
 SUMS = (PRIMARY, SECOND, "joint", "A", "plug-in")  # what the sums of steps give
 CURVED = "B_noise"  # read on the way, see `experiments.evidence.again`
 VARIANTS = (*SUMS, CURVED)
+MOVED = 0.1  # relative, of the steps to the target since B_noise was read along them: more is another way
 
 
 @dataclass(frozen=True)
@@ -260,13 +261,36 @@ def with_b_noise(found: Measured, rows: Sequence[Row], curvature: Sequence[Mappi
         curvature: rows of `experiments.evidence.again`.
 
     Returns:
-        The same with `CURVED` among its noise scales, progress-weighted and pooled over seeds; or as it was.
+        The same with `CURVED` among its noise scales, progress-weighted and pooled over seeds; or as it was,
+        also where the target has moved since they were read.
     """
-    chosen, by_run = reference_runs(rows, found.examples), {row["of"]: row for row in curvature}
-    if not chosen or any(row["hash"] not in by_run for row in chosen):
+    chosen = reference_runs(rows, found.examples)
+    read = [read_along(curvature, row, steps_to(row, found.target)) for row in chosen]
+    if not chosen or None in read:
         return found
-    values = [_b_noise(by_run[row["hash"]]) for row in chosen]
+    values = [_b_noise(each) for each in read if each is not None]
     return replace(found, noise={**found.noise, CURVED: pooled(values, chosen, found.examples)})
+
+
+def steps_to(row: Row, target: float) -> float:
+    """Steps until a run is at a target, interpolated; all of its steps if it never is."""
+    reached = crossing([Evaluation(**e) for e in row["validation"] if e["loss"] is not None], target)
+    return row["steps_done"] if reached is None else reached[0]
+
+
+def read_along(curvature: Sequence[Mapping[str, Any]], row: Row, steps: float) -> Mapping[str, Any] | None:
+    """Give the last readings of B_noise along a run; None where there are none along so many steps.
+
+    Other rows can move the target: then what was read is along another way.
+
+    Args:
+        curvature: rows of `experiments.evidence.again`.
+        row: of the run.
+        steps: until it is at the target.
+    """
+    of = [each for each in curvature if each["of"] == row["hash"]]
+    there = [each for each in of if abs(each["reached"] - steps) <= MOVED * steps]
+    return there[-1] if there else None
 
 
 def _b_noise(row: Mapping[str, Any]) -> tuple[float, float, float]:

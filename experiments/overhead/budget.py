@@ -101,7 +101,7 @@ class Budget:
         left = self.until - self.clock()
         spare = left - later - need
         if spare < 0:
-            return need * max(0.0, left) / (later + need)
+            return need * max(0.0, left) / (later + need) if need else 0.0
         # of what is spare, later parts of a kind get as much as they wish for
         others = [each.wish for each in self.parts if kind(each.name) == kind(part.name)]
         wished = part.wish + sum(others)

@@ -94,6 +94,12 @@ def progress_weighted(
     Q_k is that of the readings before and after, so that its errors are not those of the reading it weighs;
     the weights are taken as known in the set.
 
+    The neighbours tell Q_k wrongly where it drifts steeply. Simulated, eight readings at batch 4 with errors
+    of 15 % in tr(HΣ) and 30 % in GᵀHG: right within 1 %, sets of nominal 95 % cover in 94 %, at a constant
+    B_noise of 5, 20 or 100; 2 % too high and 95 % where it rises from 10 to 40 at the same GᵀHG; 11 % too
+    high and 92 % from 5 to 100; 6 % too low and 94 % from 5 to 100 while GᵀHG falls to a thirtieth. With
+    errors of 10 % in both, the sets of the last two cover in 57 and 84 % only.
+
     Args:
         readings: of a training, oldest first, on examples of their own.
         batch_size: B, examples a step.

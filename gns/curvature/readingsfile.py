@@ -74,7 +74,7 @@ def reading_of(record: Mapping[str, Any]) -> CurvatureReading:
     data["warnings"] = tuple(data["warnings"])
     if data.get("moments") is not None:  # readings of earlier versions have none
         data["moments"] = Moments(**{key: _tupled(value) for key, value in data["moments"].items()})
-    rate = record["learning_rate"]
+    rate = _numbers(record["learning_rate"])
     return CurvatureReading(int(record["step"]), rate, CurvatureEstimate(**data))
 
 

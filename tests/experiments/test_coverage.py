@@ -14,7 +14,7 @@ from experiments.coverage import LEVELS, Cell, cells, measure, run, tally
 from experiments.coverage_figures import interval
 from experiments.coverage_report import conditional, levels, report, sides, target, usable
 from experiments.noise import simulate
-from experiments.rows import append, read, write
+from experiments.rows import append, mended, read, write
 from experiments.sets import METHODS, Sets
 from gns.estimate import estimate
 from gns.moments import BETWEEN
@@ -143,6 +143,20 @@ def test_a_stopped_run_goes_on_repeats_nothing_and_ends_the_same(tmp_path, monke
     assert without_time(rows) == without_time(whole) == without_time(read(path))
     assert run(SMALL, path) == rows
     assert first + second == SMALL
+
+
+@pytest.mark.parametrize("left", [1, 5, 9, 15, 30, 40, 45])
+def test_rows_behind_half_a_row_are_read_once_it_is_taken_out(tmp_path, left):
+    path = tmp_path / "rows.jsonl.gz"
+    append(path, {"row": "first"})
+    whole = path.stat().st_size
+    append(path, {"row": "second, of which a kill leaves a part"})
+    path.write_bytes(path.read_bytes()[: whole + left])
+    append(path, {"row": "third"})
+    assert read(path)[:1] == mended(path)[:1] == [{"row": "first"}]
+    append(path, {"row": "fourth"})
+    before = path.read_bytes()
+    assert [row["row"] for row in mended(path)] == ["first", "fourth"] and path.read_bytes() == before
 
 
 def test_a_row_cut_off_by_a_kill_is_computed_again_and_the_others_are_kept(tmp_path, monkeypatch):

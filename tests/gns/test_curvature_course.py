@@ -144,6 +144,44 @@ def test_where_nothing_moves_weights_do_not_matter_and_where_noise_rules_steps_c
     assert progress_weighted(moving, 1e-3).b_noise == pytest.approx(1 / np.mean(1 / b), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("b", "fall", "off"),
+    [((20, 20), 1, 1.0), ((10, 40), 1, 1.025), ((5, 100), 1, 1.11), ((5, 100), 30, 0.945)],
+)
+def test_how_far_off_neighbours_weights_are_where_b_noise_drifts(b, fall, off):
+    """What the docstring says of it, without errors; the weights of each reading's own Q_k are the truth."""
+    each, g_h_g = np.geomspace(*b, 8), np.geomspace(1, 1 / fall, 8)
+    found = progress_weighted(
+        [reading(k, x * y, y) for k, (x, y) in enumerate(zip(each, g_h_g, strict=True))], 4
+    )
+    progress = 1 / (1 + each / 4)
+    assert found.b_noise / (progress @ each / progress.sum()) == pytest.approx(off, abs=0.005)
+
+
+def test_weights_are_those_of_the_spread_too():
+    """Where all is known but a reading of ten times the weight, its spread counts a hundredfold."""
+    every = []
+    for k, (x, y) in enumerate([(20.0, 1.0), (200.0, 10.0), (20.0, 1.0), (200.0, 10.0)]):
+        each = reading(k, x, y)
+        moments = Moments(x, y, (4.0 * y, 0.1 * y, 0.01 * y), (0.3, 0.1, 0.02, 0.01), 8.0)
+        every.append(replace(each, estimate=replace(each.estimate, moments=moments)))
+    q = np.array([60.0, 6.0, 60.0, 6.0])  # of the neighbours
+    weighed = [
+        replace(
+            r,
+            estimate=replace(
+                r.estimate,
+                trace_h_sigma=r.estimate.trace_h_sigma * w,
+                g_h_g=r.estimate.g_h_g * w,
+                moments=r.estimate.moments.times(w),
+            ),
+        )
+        for r, w in zip(every, 60 / q, strict=True)
+    ]
+    found, wanted = progress_weighted(every, 4.0), over_readings(weighed)
+    assert found.high < math.inf and (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+
+
 def test_the_scale_of_the_loss_does_not_matter_to_weights():
     every = [reading(k, 20.0 + k, 1.0) for k in range(5)]
     tiny = [reading(k, (20.0 + k) * 2.0**-300, 2.0**-300) for k in range(5)]

@@ -108,6 +108,24 @@ def test_the_loss_of_the_gradient_stands_for_one_without_a_graph():
     assert steps.same_loss and seen == [3, 1, 1]  # once in vain, without labels
 
 
+def test_vectors_asked_for_together_give_what_each_gives_alone():
+    """The slope of the loss along each is taken for all of them at once."""
+    model, batch = OfLabels("same").eval(), dict(tokens(4, t=11))
+    point = Point(model, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    draw = torch.Generator().manual_seed(0)
+    several = [
+        {n: torch.randn(p.shape, generator=draw).to(p) for n, p in point.parameters.items()} for _ in "abc"
+    ]
+    part = Forward(point, batch, Steps(point))
+    part.quadratics(several)  # finds the length of the step
+    for one_sided in (True, False):
+        part.steps.one_sided = one_sided
+        together = part.quadratics(several)
+        alone = np.concatenate([part.quadratics([v]) for v in several])
+        np.testing.assert_allclose(together, alone, rtol=1e-12)
+        assert len(np.unique(together)) == 3
+
+
 @pytest.mark.parametrize(("how", "spared"), [("same", True), ("input", False), ("logits", False)])
 @pytest.mark.parametrize("as_call", [False, True])
 def test_labels_are_left_out_only_where_the_call_is_the_same_without(how, spared, as_call):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gns import GNSMonitor, b_noise, load
-from gns.curvature.readingsfile import CURVATURE, cut_readings, read_readings
+from gns.curvature.readingsfile import CURVATURE, cut_readings, read_readings, reading_of, record_of
 from gns.monitor import GNSWarning
 from gns.records import RecordsError
 from gns.segments import stacked
@@ -233,6 +233,11 @@ def test_readings_are_written_and_read_back(tmp_path, contributions, undrawn):
             assert set(groups) == {"A", "B"} and modules if contributions else groups is modules is None
     cut_readings(tmp_path / "run", 3)
     assert [r.step for r in read_readings(tmp_path / "run")] == [1, 3]
+    (rate,) = {
+        type(reading_of(record_of(dataclasses.replace(r, learning_rate=math.nan))).learning_rate)
+        for r in found
+    }
+    assert rate is float  # and not the word that stands for it
     path = tmp_path / "run" / CURVATURE
     path.write_bytes(path.read_bytes()[:-5])
     assert [r.step for r in read_readings(tmp_path / "run")] == [1]  # a last line cut short

@@ -184,3 +184,14 @@ def test_the_estimate_says_which_variance_was_used_for_each_group():
     assert estimate(drifting_run).variance == SUCCESSIVE
     assert estimate(still).variance == BETWEEN
     assert summarise(drifting_run[:10], level=0.95).variance == BETWEEN
+
+
+def test_moments_times_a_factor_are_those_of_values_times_it():
+    draw = np.random.default_rng(0)
+    x, y, w = draw.exponential(size=30), draw.exponential(size=30), draw.uniform(size=30)
+    for variance in (BETWEEN, SUCCESSIVE):
+        found = Moments.of(x, y, w, w, variance=variance).times(-0.3)
+        wanted = Moments.of(-0.3 * x, -0.3 * y, w, w, variance=variance)
+        assert (found.k, found.variance) == (wanted.k, wanted.variance)
+        for name in ("x", "y", "second", "third"):
+            close(np.array(getattr(found, name)), np.array(getattr(wanted, name)), rtol=1e-12)

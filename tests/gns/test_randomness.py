@@ -40,14 +40,16 @@ def test_same_seed_same_draws_and_nothing_moved_outside():
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     wanted = draws()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
-    with seeded(5):
-        first = draws()
-    with seeded(5):
-        second = draws()
-    with seeded(6):
-        other = draws()
-    assert first == second != other
+    found = []
+    for seed in (5, 5, 6):
+        with seeded(seed):
+            found.append(draws())
     assert draws() == wanted
+    torch.rand(1), np.random.rand(1), random.random()  # where they stand before does not matter
+    with seeded(5):
+        found.append(draws())
+    first, second, other, later = found
+    assert first == second == later and all(a != b for a, b in zip(first, other, strict=True))
 
 
 def test_put_back_after_an_exception():
@@ -89,12 +91,31 @@ def test_used_devices_alone_are_seeded_and_put_back(monkeypatch, used):
     assert [int(s) for s in device.states] == [7, 8]
 
 
-def test_apples_generator_is_seeded_and_put_back(monkeypatch):
+@pytest.mark.parametrize("kind", ["mtia", "npu"])
+def test_devices_of_all_kinds_are_seeded_and_put_back(monkeypatch, kind):
+    """What `torch.manual_seed` seeds, those of a vendor's own module among them: dropout draws from it."""
+    device, names = Device(used=True), SimpleNamespace(_get_privateuse1_backend_name=lambda: "npu")
+    monkeypatch.setattr(randomness, "torch", Torch(_C=names, **{kind: device}))
+    with seeded(5):
+        assert device.seeds == [5]
+    assert [int(s) for s in device.states] == [7, 8]
+
+
+def test_a_vendors_module_that_cannot_be_put_back_is_left_alone(monkeypatch):
+    names, bare = SimpleNamespace(_get_privateuse1_backend_name=lambda: "npu"), SimpleNamespace()
+    monkeypatch.setattr(randomness, "torch", Torch(_C=names, npu=bare))
+    with seeded(5) as at:
+        assert at.devices == ()
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_apples_generator_is_seeded_and_put_back(monkeypatch, forked):
     state = {"at": torch.tensor([4])}
     mps = SimpleNamespace(
         get_rng_state=lambda: state["at"].clone(),
         set_rng_state=lambda s: state.update(at=s),
         manual_seed=lambda seed: state.update(at=torch.tensor([seed])),
+        _is_in_bad_fork=lambda: forked,
     )
     backends = SimpleNamespace(mps=SimpleNamespace(is_available=lambda: True))
     monkeypatch.setattr(
@@ -103,9 +124,10 @@ def test_apples_generator_is_seeded_and_put_back(monkeypatch):
         Torch(mps=mps, backends=backends, cuda=Device(used=False), xpu=Device(used=False)),
     )
     with seeded(9) as at:
-        assert int(state["at"]) == 9
-        state["at"] = torch.tensor([10])
-        assert not RandomState.now().same(at)
+        assert int(state["at"]) == (4 if forked else 9)
+        if not forked:
+            state["at"] = torch.tensor([10])
+            assert not RandomState.now().same(at)
     assert int(state["at"]) == 4
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from experiments.configs import RunConfig
+from experiments.evidence.measured import steps_to, target_after
 from gns.curvature.readingsfile import record_of
 from tests.gns.test_curvature_course import reading
 
@@ -68,6 +69,7 @@ def rows(b_crit=8.0, b_simple=8.0, *, seeds=2, noise=0.0, n=0, **fields):
                         "commit": "abc",
                         "config": config.to_dict(),
                         "examples_seen": N,
+                        "steps_done": at[-1],
                         "validation": [
                             {"step": k, "examples": k * batch, "loss": loss}
                             for k, loss in zip(at, losses, strict=True)
@@ -79,11 +81,13 @@ def rows(b_crit=8.0, b_simple=8.0, *, seeds=2, noise=0.0, n=0, **fields):
     return made
 
 
-def curvature(made, b_noise, spread=0.05):
-    """Rows of readings of B_noise around a number, of all runs at the reference batch."""
+def curvature(made, b_noise, spread=0.05, target=None):
+    """Rows of readings of B_noise around a number, of the runs at the reference batch up to a loss."""
+    target = target_after(made, 512) if target is None else target
     found = []
     for row in (row for row in made if row["config"]["batch_size"] == 4):
         errors = spread * np.random.default_rng(row["config"]["seed"]).standard_normal(8)
         readings = [record_of(reading(8 * k, b_noise * (1 + e), 1.0)) for k, e in enumerate(errors)]
-        found.append({"of": row["hash"], "config": row["config"], "readings": readings})
+        about = {"of": row["hash"], "config": row["config"], "reached": steps_to(row, target)}
+        found.append(about | {"readings": readings})
     return found

@@ -48,6 +48,8 @@ def test_where_not_all_fits_each_part_gets_its_share_of_what_is_left():
 def test_where_there_is_no_time_left_nothing_is_given():
     budget = Budget(0.0, PARTS, 1, clock=lambda: 5.0)
     assert [budget.take(part.name) for part in PARTS] == [0, 0, 0, 0]
+    late = iter([0.0, 5.0])
+    assert Budget(1.0, [Part("wished for", 0, 10)], 1, clock=lambda: next(late)).take("wished for") == 0
 
 
 def test_parts_are_taken_in_their_order():
