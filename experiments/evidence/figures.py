@@ -45,7 +45,7 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
         judged: variant → what became of it, for the calibration line.
     """
     variants = [v for v in TITLES if any(v in each.noise for each in found.values())]
-    figure, (*panels, last) = panels_of(len(variants) + 1, 3, 3.0, (0.6, 1.0))
+    figure, (*panels, last) = panels_of(len(variants) + 1, 4, 2.7, (0.6, 1.0))
     ends = _ends([each.doubled for each in found.values()])
     for axes, variant in zip(panels, variants, strict=True):
         pairs = {
@@ -68,9 +68,10 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
         shown = "measured B_crit (rows a step)" if at_left(axes) else ""
         label(axes, "noise scale up to the target (rows)", shown, TITLES[variant])
     last.axis("off")
-    marks = {
-        name: mark for axes in panels for mark, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    marks: dict[str, Any] = {}
+    for axes in panels:  # the first is the primary one: where its number has two ends, the mark is full
+        for mark, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            marks.setdefault(name, mark)
     last.legend(marks.values(), marks, fontsize=8, loc="center left", title="configuration")
     said = "Line: c · noise scale; band: within a factor of two.\nOpen marks: bounded on one side only."
     last.text(0, 0, said, fontsize=8, transform=last.transAxes)

@@ -48,7 +48,8 @@ def page(found: Readout, drawn: Mapping[str, str]) -> str:
         parts.append(
             f"Priced on {len(curves)} configurations, tuned in learning rate at every batch size. Regret: "
             "test loss at the rule's batch less that at the batch best on validation data, mean (95 %, "
-            "bootstrap over configurations and seeds) and worst. Steps: over those of the largest batch "
+            "bootstrap over configurations and seeds; replicates choose the best batch anew and so lean high "
+            "where the regret is small) and worst. Steps: over those of the largest batch "
             f"within {DELTA} nat of the best; above 1 the rule is slower than it need be. Runs: spent on "
             "choosing a batch, one seed."
         )
