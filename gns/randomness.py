@@ -23,7 +23,7 @@ _NEEDED = ("is_initialized", "get_rng_state_all", "set_rng_state_all", "manual_s
 def _used() -> list[ModuleType]:
     """Torch's modules of the devices that were used, those with a generator for each device of their kind."""
     registered = getattr(torch, torch._C._get_privateuse1_backend_name(), None)  # a vendor's, as Ascend's
-    kinds = (torch.cuda, torch.xpu, torch.mtia, registered)
+    kinds: tuple[Any, ...] = (torch.cuda, torch.xpu, torch.mtia, registered)
     return [m for m in kinds if all(hasattr(m, name) for name in _NEEDED) and m.is_initialized()]
 
 
