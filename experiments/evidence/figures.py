@@ -101,6 +101,10 @@ def efficiency(found: Mapping[str, Measured]) -> Figure:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: plain(value))
         batch_axis(axes, part.batches)
+        told = [n.value for n in (each.doubled, each.noise.get(PRIMARY)) if n and math.isfinite(n.value)]
+        axes.set_xlim(
+            part.batches[0] / 1.3, 1.3 * max(part.batches[-1], *told, 1.0)
+        )  # open ends run to the frame
         axes.set_ylim(0.5, 12)
         shown = "examples to the target, over batch 1" if at_left(axes) else ""
         label(axes, "batch size (rows a step)", shown, name)

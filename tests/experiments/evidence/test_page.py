@@ -1,10 +1,15 @@
 """The page and the figures are made from rows, and say what is missing."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from experiments import rows as files
 from experiments import rowsfile
+from experiments.evidence import figures
 from experiments.evidence.__main__ import main
+from experiments.evidence.readout import read_out
 from experiments.markdown import marks
 from tests.experiments.evidence.synthetic import rows
 from tests.experiments.evidence.test_predictions import frozen
@@ -65,3 +70,15 @@ def test_nothing_to_read_is_said(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--collect", str(tmp_path / "none"), "--folder", str(tmp_path)])
     assert "rows.jsonl: no such file of rows" in capsys.readouterr().err
+
+
+def test_an_open_end_runs_to_the_frame_and_does_not_widen_it():
+    found = read_out(rows(), []).compared["reference"]
+    open_ = replace(found, noise={"B": replace(found.noise["B"], high=math.inf)})
+    for each in (found, open_):
+        axes = figures.efficiency({"reference": each}).axes[0]
+        assert axes.get_xlim() == pytest.approx((1 / 1.3, 128 * 1.3))
+    (span,) = [line for line in axes.lines if 1e6 in list(line.get_xdata())]
+    assert span.get_xdata()[0] == pytest.approx(open_.noise["B"].low)
+    far = replace(found, doubled=replace(found.doubled, value=500.0))
+    assert figures.efficiency({"reference": far}).axes[0].get_xlim()[1] == pytest.approx(650)
