@@ -295,8 +295,9 @@ def read_along(curvature: Sequence[Mapping[str, Any]], row: Row, steps: float) -
 
 def _b_noise(row: Mapping[str, Any]) -> tuple[float, float, float]:
     """(value, low, high) of one run."""
+    readings = [reading_of(each) for each in row["readings"]]
     try:
-        over = over_progress([reading_of(each) for each in row["readings"]], row["config"]["batch_size"])
+        over = over_progress(readings, row["config"]["batch_size"])
     except ValueError:
         return math.nan, 0.0, math.inf
     return over.b_noise, over.low, over.high

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gns.curvature.contractions import Contractions
-from gns.moments import Moments
+from gns.moments import Moments, exact_unit
 from gns.sets import detection_limit, honest_set, indefinite, satterthwaite
 
 MIN_PROBES = 6  # fewer replicates are not trusted with their own spread; simulated, sets of 3 to 5 do cover
@@ -160,8 +160,7 @@ def set_of(found: Contractions, known: Known, level: float) -> Set:
         level: nominal coverage.
     """
     moments = moments_of(found, known)
-    size = max(abs(moments.x), abs(moments.y))
-    m = moments.times(2.0 ** -math.ceil(math.log2(size or 1.0)))  # exact: cubes stay in range
+    m = moments.times(exact_unit(moments.x, moments.y))
     low, high, empty = honest_set(m, level)
     enough = len(known.share) >= MIN_PROBES
     if not enough:
