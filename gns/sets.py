@@ -134,8 +134,13 @@ def indefinite(moments: Moments, level: float) -> bool:
 
 
 def detection_limit(moments: Moments, level: float) -> float:
-    """Largest B that these steps could tell from infinity: X / (t · se(Y)), in examples."""
+    """Largest B that these steps could tell from infinity: X / (t · se(Y)), in examples; NaN where X < 0.
+
+    X is a sum of variances for B_simple and never below 0; tr(HΣ) may be.
+    """
     se = moments.se_y()
+    if moments.x < 0:
+        return math.nan
     return moments.x / (_quantile(moments, level) * se) if se > 0 else math.inf
 
 

@@ -331,7 +331,7 @@ def _checked(name: str, value: Any) -> Any:
     elif name in _FLOATS and value is not None:
         kind, value = "a number", float(value) if isinstance(value, str | int | float) else value
         right = isinstance(value, float)
-    elif name in ("finite", "loss_scaled", "local"):
+    elif name in ("finite", "loss_scaled", "local", "call_seen"):
         kind, right = "true or false", isinstance(value, bool)
     elif name == "metric":
         kind, right = "a name", isinstance(value, str)

@@ -178,6 +178,6 @@ def set_of(found: Contractions, known: Known, level: float) -> Set:
         low=low,
         high=high,
         status=status,
-        detection_limit=detection_limit(m, level) if m.se_y() > 0 else math.inf,
+        detection_limit=detection_limit(m, level),
         moments=moments,
     )

@@ -32,7 +32,7 @@ class OverReadings:
         low: lower end of its set.
         high: upper end; `inf` where there is none.
         status: as of an `Estimate`, or "indefinite" where an average is significantly below 0.
-        detection_limit: largest B_noise that these readings could tell from infinity.
+        detection_limit: largest B_noise that these readings could tell from infinity; NaN where tr(HΣ) < 0.
         readings: how many.
         steps_each: what one cost, in steps of that training: the median; NaN where unknown.
     """

@@ -86,7 +86,7 @@ class CurvatureEstimate:
             is significantly below 0: at this point the second-order law has no critical batch size).
         trace_h_sigma: tr(HΣ).
         g_h_g: GᵀHG, without bias; may be negative.
-        detection_limit: largest B_noise that these batches could tell from infinity.
+        detection_limit: largest B_noise that these batches could tell from infinity; NaN where tr(HΣ) < 0.
         method: how products were made: "exact", "difference" or "forward".
         operator: "hessian" or "ggn".
         b_simple: tr Σ / |G|² of the same examples, by the same formulas.
@@ -170,7 +170,9 @@ class CurvatureEstimate:
             return f"{name}: {sign} is below 0 ({of}); {simple}; indefinite"
         if self.status in ("lower bound", "not detectable"):
             bound = f"{name} ≥ {format_count(self.low)} examples ({percent})"
-            limit = f"detection limit {format_count(self.detection_limit)}, {of}"
+            limit = of  # where tr(HΣ) comes out below 0 there is no limit to name
+            if not math.isnan(self.detection_limit):
+                limit = f"detection limit {format_count(self.detection_limit)}, {of}"
             return f"{bound}; GᵀHG not distinguishable from 0 ({limit}); {simple}; {self.status}"
         value = "not resolved" if math.isnan(self.b_noise) else f"= {format_count(self.b_noise)} examples"
         bounds = f"{format_count(self.low)} … {format_count(self.high)}"

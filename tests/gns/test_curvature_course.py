@@ -104,6 +104,16 @@ def test_a_trace_significantly_below_zero_is_said_too():
     assert found.status == "indefinite" and found.b_noise < 0
 
 
+def test_no_detection_limit_is_named_where_the_trace_comes_out_below_zero():
+    scattered = [reading(50 * k, -1.0 + 30 * (-1) ** k, 0.1 + (-1) ** (k // 2)) for k in range(40)]
+    found = over_readings(scattered)
+    assert found.status == "lower bound" and math.isnan(found.detection_limit)
+    assert over_readings([reading(r.step, 1.0, r.estimate.g_h_g) for r in scattered]).detection_limit > 0
+    one = replace(scattered[0].estimate, detection_limit=NAN)
+    assert "detection limit" not in str(one) and "16 examples, 8 probes, exact" in str(one)
+    assert "(detection limit 3.4, 16 examples" in str(replace(one, detection_limit=3.4))
+
+
 def test_the_course_ends_with_all_readings():
     course = so_far(readings(10))
     assert [c.readings for c in course] == list(range(3, 11))

@@ -231,6 +231,11 @@ BAD_LINES = [
         b'{"step":2,"n_examples":8,"mean_sq_norm":1,"sq_norm_of_mean":1,"metric":null}\n',
         "metric = None; a name is needed",
     ),
+    (
+        "no truth",
+        b'{"step":2,"n_examples":8,"mean_sq_norm":1,"sq_norm_of_mean":1,"call_seen":"no"}\n',
+        "call_seen = 'no'; true or false is needed",
+    ),
     ("negative n", b'{"step":2,"n_examples":-1,"mean_sq_norm":1,"sq_norm_of_mean":1}\n', "n_examples is -1"),
     (
         "too few rows",
