@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from experiments.analysis.cells import Cell, Floats, Row, cells, varied
+from experiments.analysis.cells import Cell, Floats, Row, cells, ruled_out, varied
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import DRAWS, LEVEL, interval
 from experiments.configs import RunConfig
@@ -108,8 +108,9 @@ def efficiency(
     """Read E(B) off rows of one configuration that differ in batch size, learning rate and seed.
 
     The learning rate of a batch is the one with the fewest censored seeds and then the fewest examples,
-    chosen again in each replicate. Replicates redraw what is left of ln E when a seed's shift of all batches
-    is taken out, pooled over batches and scaled for the degrees of freedom: two seeds cannot be resampled.
+    chosen again in each replicate; where none arrives, the one of the lowest loss at the end. Replicates
+    redraw what is left of ln E when a seed's shift of all batches is taken out, pooled over batches and
+    scaled for the degrees of freedom: two seeds cannot be resampled.
 
     Args:
         rows: of runs; failed ones are left out.
@@ -138,7 +139,7 @@ def efficiency(
     logs, censored = logs[kept], censored[kept]
     batches = np.array(cell.batches, dtype=float)[kept]
     short = np.where(np.isnan(logs).any(axis=2), np.inf, censored.sum(axis=2))  # [J, L]
-    chosen = _choice(logs.mean(axis=2), short)
+    chosen = _of_equals(_choice(logs.mean(axis=2), short), logs.mean(axis=2), short, cell.validation[kept])
     at = np.arange(len(kept)), chosen
     return Efficiency(
         target,
@@ -146,7 +147,7 @@ def efficiency(
         logs.mean(axis=2)[at],
         short[at] > 0,
         np.array(cell.rates)[chosen],
-        tuple(int(b) for b, j, i in zip(batches, kept, chosen, strict=True) if _at_edge(cell, j, int(i))),
+        tuple(int(b) for b, own, i in zip(batches, logs, chosen, strict=True) if _at_edge(own, int(i))),
         _replicates(logs, short, chosen, draws, seed),
     )
 
@@ -297,9 +298,24 @@ def _choice(means: Floats, short: Floats) -> np.ndarray:
     return np.where(short == short.min(axis=-1, keepdims=True), key, 3.0).argmin(axis=-1)
 
 
-def _at_edge(cell: Cell, j: int, chosen: int) -> bool:
-    """Whether the best learning rate of a batch is the first or last of several that were tried."""
-    tried = list(cell.tried(j))
+def _of_equals(chosen: np.ndarray, means: Floats, short: Floats, losses: Floats) -> np.ndarray:
+    """[J], of rates that are equally far from the target the one of the lowest loss at the end.
+
+    Args:
+        chosen: [J], one of them.
+        means: [J, L] of ln E: the examples of the run where none arrived, and so the same.
+        short: [J, L], censored seeds.
+        losses: [J, L, S], at the end of the runs.
+    """
+    at = np.arange(len(chosen)), chosen
+    equal = (means == means[at][:, None]) & (short == short[at][:, None])
+    ends = np.where(equal, losses.mean(axis=2), math.inf)
+    return np.where(np.isfinite(ends).any(axis=1), ends.argmin(axis=1), chosen)
+
+
+def _at_edge(logs: Floats, chosen: int) -> bool:
+    """Whether the best learning rate of a batch, [L, S], is the first or last of several that were tried."""
+    tried = np.flatnonzero(~np.isnan(logs).any(axis=1) | ruled_out(logs, chosen))
     return len(tried) > 1 and chosen in (tried[0], tried[-1])
 
 

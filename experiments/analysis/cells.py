@@ -50,6 +50,24 @@ class Cell:
         return np.flatnonzero(~np.isnan(self.validation[j]).any(axis=-1))
 
 
+def ruled_out(losses: Floats, best: int) -> NDArray[np.bool_]:
+    """Say which learning rates some seeds lack that are worse than the best one on the seeds they have.
+
+    Successive halving leaves such rates behind: they are no result of the cell, but the grid went there.
+
+    Args:
+        losses: [L, S], NaN where there is no run, infinite where it diverged.
+        best: place of a rate that has all seeds.
+
+    Returns:
+        [L], False for rates with all seeds or none.
+    """
+    there = ~np.isnan(losses)
+    pairs = [(own[has], losses[best][has]) for own, has in zip(losses, there, strict=True)]
+    worse = np.array([len(own) > 0 and own.mean() > beside.mean() for own, beside in pairs])
+    return ~there.all(axis=1) & worse
+
+
 def fields_of(row: Row) -> dict[str, Any]:
     """Give a row's configuration with the task's dials beside the other fields."""
     config = dict(row["config"])

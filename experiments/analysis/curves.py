@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.analysis.cells import Cell, Floats
+from experiments.analysis.cells import Cell, Floats, ruled_out
 from experiments.analysis.resampling import DRAWS, LEVEL, interval, means, replicates
 
 Place = tuple[float, float, float]  # log₂ B: a place, what it is at the least, and at the most
@@ -96,6 +96,10 @@ def curve(cell: Cell, draws: int = DRAWS, seed: int = 0) -> Curve:
     new_validation, new_test = replicates(cell, best, draws, seed)
     new_best = np.array([_best(each) for each in new_validation])
     log_rates = np.log2(cell.rates)
+    gone = np.zeros(validation.shape, dtype=bool)  # rates that the grid has, though not as results
+    for j in kept:
+        gone[j] = ruled_out(cell.validation[j], int(best[j]))
+    tried = ~np.isnan(validation) | gone
 
     def at(losses: Floats, places: Floats) -> Floats:
         picked = np.take_along_axis(losses, places[..., None].astype(int), axis=-1)[..., 0]
@@ -110,11 +114,11 @@ def curve(cell: Cell, draws: int = DRAWS, seed: int = 0) -> Curve:
         at(validation, fill)[kept],
         at(means(cell.test), fill)[kept],
         rates[kept],
-        tuple(_edge(validation[j], int(best[j])) for j in kept),
+        tuple(_edge(tried[j], int(best[j])) for j in kept),
         at(new_validation, new_fill)[:, kept],
         at(new_test, new_fill)[:, kept],
         rate_draws[:, kept],
-        _edges(validation, new_best)[:, kept],
+        _edges(tried, new_best)[:, kept],
         np.array([b for j, b in enumerate(cell.batches) if _diverged(cell.validation[j])], dtype=float),
     )
 
@@ -207,17 +211,16 @@ def _diverged(validation: Floats) -> bool:
     return bool(tried.any() and np.isinf(validation[tried]).any(axis=-1).all())
 
 
-def _edge(validation: Floats, place: int) -> str:
+def _edge(tried: NDArray[np.bool_], place: int) -> str:
     """Say on which side of the best rate the grid ends; a diverged neighbour is a worse one."""
-    tried = np.flatnonzero(~np.isnan(validation))
-    low, high = place == tried[0], place == tried[-1]
+    there = np.flatnonzero(tried)
+    low, high = place == there[0], place == there[-1]
     return "single" if low and high else "low" if low else "high" if high else ""
 
 
-def _edges(validation: Floats, places: Floats) -> NDArray[np.bool_]:
+def _edges(tried: NDArray[np.bool_], places: Floats) -> NDArray[np.bool_]:
     """[R, J], whether there is nothing tried beyond the best rates of replicates on one of their sides."""
-    tried = ~np.isnan(validation)
-    first, last = tried.argmax(axis=-1), validation.shape[-1] - 1 - tried[:, ::-1].argmax(axis=-1)
+    first, last = tried.argmax(axis=-1), tried.shape[-1] - 1 - tried[:, ::-1].argmax(axis=-1)
     return (places == first) | (places == last)
 
 

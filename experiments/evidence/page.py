@@ -55,6 +55,7 @@ def page(found: Readout, drawn: Mapping[str, str]) -> str:
         )
     if found.compared:
         parts += [f"## Configurations, at N = {SIZE:,}", configurations_table(found.compared)]
+        parts.append(of_seeds(found.compared))
     if found.missing:
         parts.append(f"Not run yet: {', '.join(found.missing)}.")
     parts += [f"{name} cannot be read: {why}." for name, why in found.broken.items()]
@@ -144,6 +145,25 @@ def prices_table(priced: Sequence[Price]) -> str:
         )
     head = ("rule", "batch it chose", "regret, nats", "worst", "steps", "runs", "configurations")
     return table(head, lines)
+
+
+def of_seeds(compared: Mapping[str, Measured]) -> str:
+    """Say what the seeds draw, and so what the intervals of B_crit hold.
+
+    Args:
+        compared: configuration → reading.
+    """
+    data = {name: len({drawn for _, drawn in each.cell.seeds}) for name, each in compared.items()}
+    seeds = sorted({len(each.cell.seeds) for each in compared.values()})
+    counted = " or ".join(map(str, seeds))
+    shared = [name for name, draws in data.items() if draws < 2]
+    if not shared:
+        return f"Each has {counted} seeds, some of which draw data of their own."
+    where = "All" if len(shared) == len(data) else f"Those of {', '.join(shared)}"
+    return (
+        f"Each has {counted} seeds. {where} draw adapters alone and share data and their order: what another "
+        "draw of the data would do is not in the intervals of B_crit there."
+    )
 
 
 def configurations_table(found: dict[str, Measured]) -> str:

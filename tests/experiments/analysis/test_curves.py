@@ -51,6 +51,18 @@ def test_a_rate_that_any_seed_diverged_at_is_not_chosen_but_closes_the_grid():
         only(made)
 
 
+def test_a_rate_left_behind_by_halving_closes_the_grid_only_if_it_was_worse():
+    made = rows(seeds=3, rate_of=lambda batch: 1e-3)
+    half = [r for r in made if r["config"]["seed"] < 2 or r["config"]["lr"] == 1e-3]
+    found = only(half, draws=20)
+    assert found.rate_edges == ("",) * 8 and not found.edge_draws.any()
+    assert found.cell.tried(0).size == 1
+    for row in half:
+        if row["config"]["lr"] > 1e-3:  # better than what went on, where it was tried
+            row["validation"] = [{"loss": 0.1}]
+    assert only(half, draws=20).rate_edges == ("high",) * 8
+
+
 def without_a_survivor(made, *batches):
     lost = {"status": "diverged", "test_loss": None}
     return [r | lost if r["config"]["batch_size"] in batches else r for r in made]

@@ -9,6 +9,7 @@ from experiments import rows as files
 from experiments import rowsfile
 from experiments.evidence import figures
 from experiments.evidence.__main__ import main
+from experiments.evidence.page import of_seeds
 from experiments.evidence.readout import read_out
 from experiments.markdown import marks
 from tests.experiments.evidence.synthetic import rows
@@ -31,6 +32,7 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     assert "from 4 of 16 configurations" in text
     assert "Not run yet: noise 0.5, merged" in text
     assert "| P8 | B_crit, rank 64 over rank 4 |" in text
+    assert "Each has 2 seeds. All draw adapters alone and share data and their order" in text
     assert "nan" not in text and "inf" not in text
     for name in ("referee", "efficiency", "frozen"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -44,6 +46,15 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path):
     main(["--folder", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
     assert "merged cannot be read: " in text and "| reference |" in text
+
+
+def test_seeds_that_draw_data_are_told_from_those_that_do_not():
+    made, other = rows(8.0, seeds=4), rows(8.0, n=2, rank=4)
+    for row in made:
+        row["config"] |= {"data_seed": row["config"]["seed"] // 2}
+    compared = read_out(made + other, []).compared
+    assert of_seeds(compared).startswith("Each has 2 or 4 seeds. Those of rank 4 draw adapters alone")
+    assert of_seeds({"reference": compared["reference"]}).endswith("some of which draw data of their own.")
 
 
 def test_without_readings_the_question_is_not_answered(tmp_path):

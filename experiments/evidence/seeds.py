@@ -1,0 +1,184 @@
+"""`python -m experiments.evidence.seeds`: a preset with more seeds of configurations that have been run.
+
+    python -m experiments.evidence.seeds laptop-critical            # presets/laptop-critical-seeds.toml
+    python -m experiments.sweep --preset laptop-critical-seeds
+
+The learning rates are halved, never the batch sizes: at each batch size the best one and its two neighbours
+go on. A rate that is left behind is no result any more, but the grid counts as having gone there. New seeds
+draw adapters and data: the first two differ in the adapter alone, and share data and their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import grids, rows
+from experiments.analysis.cells import Row
+from experiments.configs import RunConfig, RunError
+from experiments.evidence.configurations import CONFIGURATIONS, SIZE, named, per_row
+from experiments.evidence.files import FOLDER
+from experiments.evidence.measured import REFERENCE, Measured, measured
+
+SEEDS = (2, 3)
+KEPT = 3  # learning rates of a batch size
+COMMON = ("base", "task", "n_train", "rank", "n_eval", "evals", "schedule")
+
+HEAD = """\
+# Two cores, two workers of one thread each, under 60 minutes. `python -m experiments.evidence.seeds {of}`
+# wrote it: at each batch size the learning rate that was first at the target of N = {n:,} in the first two
+# seeds (of the lowest loss where none arrived), and its neighbours. Seeds draw adapters and data here
+# (PREREGISTRATION.md, changes).
+title = "Examples to a target loss, more seeds: {names}"
+question = "How sure are the critical batch sizes of these configurations?"
+scale = "laptop"
+figures = ["curves", "surface", "scales"]
+series = [{series}]
+
+[rules]
+least_steps = 16
+
+[defaults]
+{defaults}
+"""
+
+
+def kept(found: Measured) -> dict[int, tuple[float, ...]]:
+    """Give the learning rates that go on: the best one and its neighbours, of those that all seeds have.
+
+    Best is the one first at the target; where none arrives, the one of the lowest loss at the end.
+
+    Args:
+        found: a reading of the configuration.
+
+    Returns:
+        Batch size → rates, rising; fewer than three where no more were tried.
+    """
+    examples, cell, made = found.examples, found.cell, {}
+    for batch, best in zip(examples.batches.astype(int), examples.rates, strict=True):
+        rates = [cell.rates[i] for i in cell.tried(cell.batches.index(batch))]
+        start = int(np.clip(rates.index(best) - KEPT // 2, 0, max(0, len(rates) - KEPT)))
+        made[int(batch)] = tuple(rates[start : start + KEPT])
+    return made
+
+
+def more(part: Sequence[Row], seeds: Sequence[int]) -> list[RunConfig]:
+    """Give the runs of a configuration with other seeds.
+
+    Args:
+        part: rows of the configuration.
+        seeds: of adapters and data.
+
+    Raises:
+        ValueError: the rows do not give its examples to the target.
+    """
+    rates = kept(measured(part, SIZE // per_row(part)))
+    common = RunConfig.of(part[0]["config"])
+    return [
+        replace(
+            common,
+            batch_size=batch,
+            lr=rate,
+            seed=seed,
+            data_seed=seed,
+            gns_every=int(batch == REFERENCE),
+            gns_metric="euclidean",
+        )
+        for batch, own in rates.items()
+        for rate in own
+        for seed in seeds
+    ]
+
+
+def written(of: str, runs: dict[str, list[RunConfig]]) -> str:
+    """Write the preset.
+
+    Args:
+        of: name of the preset whose runs these go on.
+        runs: configuration → runs.
+
+    Returns:
+        TOML that `experiments.grids` reads as exactly these runs.
+
+    Raises:
+        RunError: it does not, as runs differ in a field that is not written.
+    """
+    every = [config for part in runs.values() for config in part]
+    first = every[0]
+    differ = sorted({key for name in runs for key in CONFIGURATIONS[name]})
+    defaults = {key: getattr(first, key) for key in COMMON if key not in differ}
+    text = HEAD.format(
+        of=of,
+        n=SIZE,
+        names="; ".join(runs),
+        series=", ".join(map(_toml, differ or ["rank"])),
+        defaults="\n".join(f"{key} = {_toml(value)}" for key, value in defaults.items()),
+    )
+    for part in runs.values():
+        text += "\n[[cells]]\n" + "\n".join(_cell(part, differ, defaults)) + "\n"
+    again = grids.parsed(of, tomllib.loads(text), f"{of}-seeds.toml").configs
+    if {config.hash for config in again} != {config.hash for config in every}:
+        raise RunError(f"{of}: its runs differ in more than a preset of seeds can say")
+    return text
+
+
+def _cell(part: Sequence[RunConfig], differ: Sequence[str], defaults: dict[str, Any]) -> Iterator[str]:
+    """Write the lines of one configuration."""
+    first = part[0]
+    for key in differ:
+        dial = key.startswith("dials.")
+        value = first.dials.get(key.removeprefix("dials.")) if dial else getattr(first, key)
+        if value is not None:
+            yield f"{_toml(key) if dial else key} = {_toml(value)}"
+    yield from (
+        f"{key} = {_toml(getattr(first, key))}" for key in defaults if getattr(first, key) != defaults[key]
+    )
+    seeds = sorted({config.seed for config in part})
+    yield f"\n[[cells.zip]]\nseed = {_toml(seeds)}\ndata_seed = {_toml(seeds)}\n"
+    batches = list(dict.fromkeys(config.batch_size for config in part))
+    yield f"[[cells.zip]]\nbatch_size = {_toml(batches)}"
+    yield "lr = ["
+    for batch in batches:
+        yield f"  {_toml(list(dict.fromkeys(c.lr for c in part if c.batch_size == batch)))},"
+    yield "]"
+    yield f"gns_every = {_toml([int(batch == REFERENCE) for batch in batches])}"
+
+
+def _toml(value: Any) -> str:
+    """Write a text, a number or a list of numbers."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and write the preset; exit with 2 and a word on what is missing if it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.evidence.seeds", description="More seeds.")
+    parser.add_argument("preset", help="whose runs are committed, e.g. laptop-critical")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the committed rows")
+    parser.add_argument("--out", type=Path, help="file to write (default: presets/NAME-seeds.toml)")
+    asked = parser.parse_args(arguments)
+    source = asked.folder / f"{asked.preset}.jsonl.gz"
+    out = asked.out or grids.FOLDER / f"{asked.preset}-seeds.toml"
+    try:
+        if not source.exists():
+            raise RunError(f"{source}: no such file of rows; run and --collect {asked.preset} first")
+        parts = named(rows.read(source))
+        if not parts:
+            raise RunError(f"{source}: no rows of a preregistered configuration")
+        text = written(asked.preset, {name: more(part, asked.seeds) for name, part in parts.items()})
+    except (RunError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
+    out.write_text(text, encoding="utf-8")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

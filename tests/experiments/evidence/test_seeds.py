@@ -1,0 +1,102 @@
+"""More seeds: which learning rates go on, and that the file says exactly these runs."""
+
+import tomllib
+
+import pytest
+
+from experiments import grids, rows
+from experiments.configs import RunConfig, RunError
+from experiments.critical import efficiency, overhead
+from experiments.evidence import seeds
+from experiments.evidence.measured import measured, target_after
+from tests.experiments.evidence import synthetic
+
+RATES = (5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
+
+
+def swept(best=1e-3, **more):
+    """Runs at five learning rates, the slower the further from the best."""
+    made = []
+    for row in synthetic.rows(**more):
+        if row["config"]["lr"] == 1e-3:
+            for lr in RATES:
+                slow = 1 + abs(RATES.index(lr) - RATES.index(best))
+                config = RunConfig.of(row["config"] | {"lr": lr})
+                late = 0.05 * (slow - 1)
+                slower = [e | {"loss": e["loss"] + late * (e["step"] > 0)} for e in row["validation"]]
+                made.append(row | {"hash": config.hash, "config": config.to_dict(), "validation": slower})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("best", "wanted"),
+    [(1e-3, (7e-4, 1e-3, 1.4e-3)), (5e-4, (5e-4, 7e-4, 1e-3)), (2e-3, (1e-3, 1.4e-3, 2e-3))],
+)
+def test_the_best_rate_and_its_neighbours_go_on_at_every_batch_size(best, wanted):
+    part = swept(best)
+    found = seeds.kept(measured(part, 1_024))
+    assert found == dict.fromkeys(synthetic.BATCHES, wanted)
+
+
+def test_a_rate_that_only_some_seeds_have_does_not_go_on():
+    part = [r for r in swept() if r["config"]["lr"] != 1.4e-3 or r["config"]["seed"] == 0]
+    assert seeds.kept(measured(part, 1_024))[8] == (7e-4, 1e-3, 2e-3)
+
+
+def test_new_runs_differ_from_the_old_in_seeds_and_rates_alone():
+    part = swept()
+    new = seeds.more(part, (2, 3))
+    assert len(new) == 8 * 3 * 2 and {(c.seed, c.data_seed) for c in new} == {(2, 2), (3, 3)}
+    assert {c.batch_size for c in new if c.gns_every} == {4}
+    old = {RunConfig.of(r["config"] | {"data_seed": 5, "seed": 5}).hash for r in part}
+    assert {RunConfig.of(c.to_dict() | {"data_seed": 5, "seed": 5}).hash for c in new} <= old
+
+
+def test_the_file_says_exactly_these_runs(tmp_path, capsys):
+    noisy = swept(dials={"label_noise": 0.2}, n=1)
+    rows.write(tmp_path / "some.jsonl.gz", swept(dials={"label_noise": 0.0}) + noisy)
+    out = tmp_path / "some-seeds.toml"
+    seeds.main(["some", "--folder", str(tmp_path), "--out", str(out), "--seeds", "7"])
+    assert str(out) in capsys.readouterr().out
+    preset = grids.load(out)
+    assert len(preset.configs) == 2 * 8 * 3 and {c.seed for c in preset.configs} == {7}
+    assert {c.hash for c in preset.configs} == {
+        c.hash for part in (swept(dials={"label_noise": 0.0}), noisy) for c in seeds.more(part, (7,))
+    }
+    assert preset.series == ("dials.label_noise",)
+    assert tomllib.loads(out.read_text())["defaults"]["n_train"] == 2_048
+
+
+def test_what_a_preset_of_seeds_cannot_say_is_refused():
+    part = seeds.more(swept(), (2,))
+    warm = RunConfig.of(part[0].to_dict() | {"weight_decay": 0.1})
+    with pytest.raises(RunError, match="differ in more than a preset of seeds can say"):
+        seeds.written("some", {"reference": [*part[1:], warm]})
+
+
+@pytest.mark.parametrize(
+    ("of", "said"), [(None, "run and --collect some first"), ("sgdm", "no rows of a prereg")]
+)
+def test_without_rows_it_says_what_to_do(tmp_path, capsys, of, said):
+    if of:
+        rows.write(
+            tmp_path / "some.jsonl.gz", [r | {"config": r["config"] | {"optimizer": of}} for r in swept()]
+        )
+    with pytest.raises(SystemExit, match="2"):
+        seeds.main(["some", "--folder", str(tmp_path)])
+    assert said in capsys.readouterr().err
+
+
+def test_halving_keeps_what_was_found_and_calls_no_edge():
+    """Four seeds, the last two at three of five rates: the same B_crit as with all, none at an edge."""
+    part = swept(seeds=4, b_crit=12.0)
+    half = [r for r in part if r["config"]["seed"] < 2 or r["config"]["lr"] in (7e-4, 1e-3, 1.4e-3)]
+    target = target_after(part, 512)
+    whole, left = efficiency(part, target), efficiency(half, target)
+    assert list(left.log_examples) == list(whole.log_examples) and not left.edges and not whole.edges
+    assert overhead(left).value == overhead(whole).value
+    assert whole.censored.any() and set(whole.rates) == {1e-3}  # also where none arrives
+    worst = [r | {"validation": r["validation"][:1]} if r["config"]["lr"] == 7e-4 else r for r in half]
+    assert not efficiency(worst, target).edges
+    narrow = [r for r in half if r["config"]["lr"] in (1e-3, 1.4e-3)]
+    assert efficiency(narrow, target).edges == synthetic.BATCHES
