@@ -21,7 +21,7 @@ import matplotlib
 from experiments import rows, rowsfile
 from experiments.configs import RunError
 from experiments.evidence import calibrated, figures, front, page, paper, story
-from experiments.evidence.files import CURVATURE, FOLDER, FROZEN, runs_in
+from experiments.evidence.files import BRANCHES, CURVATURE, FOLDER, FROZEN, runs_in
 from experiments.evidence.readout import Readout, read_out
 from experiments.figures.style import LOOK, heading
 from gns.calibration import FILE
@@ -54,7 +54,7 @@ def read(folder: Path) -> Readout:
     runs, frozen = runs_in(folder), rows.read(folder / FROZEN)
     if not runs and not frozen:
         raise RunError(f"{folder}: no rows; run a sweep, then --collect its folder")
-    return read_out(runs, frozen, rows.read(folder / CURVATURE))
+    return read_out(runs, frozen, rows.read(folder / CURVATURE), rows.read(folder / BRANCHES))
 
 
 def draw(found: Readout, folder: Path) -> list[Path]:

@@ -54,7 +54,7 @@ def page(found: Readout, drawn: Mapping[str, str]) -> str:
             "choosing a batch, one seed."
         )
     if found.compared:
-        parts += [f"## Configurations, at N = {SIZE:,}", configurations_table(found.compared)]
+        parts += [f"## Configurations, at N = {SIZE:,}", configurations_table(found.compared, found.branched)]
         parts.append(of_seeds(found.compared))
     if found.missing:
         parts.append(f"Not run yet: {', '.join(found.missing)}.")
@@ -166,20 +166,26 @@ def of_seeds(compared: Mapping[str, Measured]) -> str:
     )
 
 
-def configurations_table(found: dict[str, Measured]) -> str:
-    """Tabulate what was measured in each configuration."""
-    lines = []
+def configurations_table(found: Mapping[str, Measured], branched: Mapping[str, Estimated]) -> str:
+    """Tabulate what was measured in each configuration.
+
+    Args:
+        found: configuration → reading.
+        branched: configuration → the third definition of its critical batch, as far as it was measured.
+    """
+    nothing, lines = Estimated(math.nan, -math.inf, math.inf), []
     for name, each in found.items():
         noise = [shown(each.noise[v]) if v in each.noise else "–" for v in (PRIMARY, "adam", "joint")]
         fit = "–" if each.fit is None else f"{shown(each.fit.b_crit)}, off by {each.fit.misfit:.2f}"
-        note = each.doubled.note
-        lines.append((name, f"{each.target:.3f}", shown(each.doubled), shown(each.fifth), fit, *noise, note))
+        others = shown(each.fifth), fit, shown(branched.get(name, nothing))
+        lines.append((name, f"{each.target:.3f}", shown(each.doubled), *others, *noise, each.doubled.note))
     head = (
         "configuration",
         "target, nats",
         "B_crit",
         "20 % more",
         "hyperbola",
+        "branches within 0.01 nat",
         *(WORDS[v].split(" (")[0] for v in (PRIMARY, "adam", "joint")),
         "",
     )

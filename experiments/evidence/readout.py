@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.analysis.cells import Row
 from experiments.analysis.curves import Curve, Estimated
+from experiments.evidence.branched import branched_batches
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES, named, per_row
 from experiments.evidence.judged import Judged, judge
 from experiments.evidence.measured import PRIMARY, VARIANTS, Measured, measured, with_b_noise
@@ -35,6 +36,7 @@ class Readout:
         diverged: of these.
         missing: configurations without rows.
         commits: that the rows name.
+        branched: configuration → largest batch that branches went on at for free.
     """
 
     found: Mapping[str, Mapping[int, Measured]]
@@ -49,6 +51,7 @@ class Readout:
     diverged: int
     missing: Sequence[str]
     commits: Sequence[str]
+    branched: Mapping[str, Estimated]
 
     @property
     def compared(self) -> dict[str, Measured]:
@@ -57,7 +60,10 @@ class Readout:
 
 
 def read_out(
-    rows: Sequence[Row], frozen: Sequence[Mapping[str, Any]], curvature: Sequence[Mapping[str, Any]] = ()
+    rows: Sequence[Row],
+    frozen: Sequence[Mapping[str, Any]],
+    curvature: Sequence[Mapping[str, Any]] = (),
+    branches: Sequence[Mapping[str, Any]] = (),
 ) -> Readout:
     """Read everything that the rows allow; what they do not allow is named.
 
@@ -65,6 +71,7 @@ def read_out(
         rows: of runs.
         frozen: of `experiments.evidence.frozen`.
         curvature: of `experiments.evidence.again`, readings of B_noise.
+        branches: of `experiments.evidence.branched`.
     """
     parts = named(rows)
     found: dict[str, dict[int, Measured]] = {}
@@ -100,6 +107,7 @@ def read_out(
         sum(row["status"] == "diverged" for row in rows),
         [name for name in CONFIGURATIONS if name not in found],
         sorted({row["commit"] or "unknown" for row in rows}),
+        branched_batches(branches),
     )
 
 
