@@ -23,7 +23,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from experiments.analysis.cells import Cell, Floats, Row, cells, ruled_out, varied
+from experiments.analysis.cells import (
+    Cell,
+    Floats,
+    Row,
+    averaged,
+    by_data,
+    cells,
+    draws_of_data,
+    ruled_out,
+    varied,
+)
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import DRAWS, LEVEL, interval
 from experiments.configs import RunConfig
@@ -110,7 +120,8 @@ def efficiency(
     The learning rate of a batch is the one with the fewest censored seeds and then the fewest examples,
     chosen again in each replicate; where none arrives, the one of the lowest loss at the end. Replicates
     redraw what is left of ln E when a seed's shift of all batches is taken out, pooled over batches and
-    scaled for the degrees of freedom: two seeds cannot be resampled.
+    scaled for the degrees of freedom: two seeds cannot be resampled. Seeds that share data among others
+    that do not are one draw, their mean.
 
     Args:
         rows: of runs; failed ones are left out.
@@ -133,6 +144,8 @@ def efficiency(
     if target is None:
         raise ValueError("the runs have no target_loss; name a target")
     logs, censored = _examples(rows, cell, target)
+    groups = draws_of_data(cell.seeds)
+    logs, censored, cell = averaged(logs, groups), averaged(censored, groups) > 0, by_data(cell)
     kept = [j for j in range(len(cell.batches)) if not np.isnan(logs[j]).any(axis=1).all()]
     if not kept:
         raise ValueError("no batch size has a learning rate with all seeds; run what is missing")
@@ -236,7 +249,7 @@ def branched(rows: Iterable[Row], delta: float = 0.01, level: float = LEVEL) -> 
 
 def _estimated(found: Efficiency, lows: Floats, highs: Floats, level: float, share: float) -> Estimated:
     """Put values and replicates of both readings of what is censored into one estimate."""
-    notes = []
+    notes, at_least = [], bool(highs[0] > lows[0])
     if len(found.draws):
         low, high = interval(lows[1:], level)[0], interval(highs[1:], level)[1]
     else:
@@ -247,7 +260,7 @@ def _estimated(found: Efficiency, lows: Floats, highs: Floats, level: float, sha
     if found.censored.any():
         low, high = min(low, float(lows[0])), max(high, float(highs[0]))
         lost = ", ".join(str(int(b)) for b in found.batches[found.censored])
-        notes.append(f"{'at least: ' if highs[0] > lows[0] else ''}censored at batch {lost}")
+        notes.append(f"{'at least: ' if at_least else ''}censored at batch {lost}")
     value = float(lows[0])
     if math.isinf(value):
         notes.append("beyond the grid")
@@ -255,7 +268,7 @@ def _estimated(found: Efficiency, lows: Floats, highs: Floats, level: float, sha
         notes.append(f"batch {int(found.batches[0])} is not small against it: reads high")
     if found.edges:
         notes.append(f"learning rate at the edge of its grid at batch {', '.join(map(str, found.edges))}")
-    return Estimated(value, low, high, "; ".join(notes), lows[1:])
+    return Estimated(value, low, high, "; ".join(notes), lows[1:], lows[1:], highs[1:], at_least)
 
 
 def _one_cell(rows: Sequence[Row]) -> Cell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from scipy import stats
 from experiments.analysis.cells import Floats
 from experiments.analysis.curves import Curve, Estimated
 from experiments.analysis.resampling import DRAWS, LEVEL, interval
+
+FAR = 4.0  # of a log ratio, further than which noise need not be told apart
 
 
 def spearman(
@@ -61,64 +64,166 @@ def spearman(
     return Estimated(value, math.tanh(middle - width), math.tanh(middle + width), "", found)
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """A prediction calibrated by one constant, beside what was measured.
+
+    Args:
+        constant: c in measured = c · predicted, the geometric mean of the ratios.
+        share: of the pairs within a factor of two of c · predicted, c fitted to the other configurations.
+        off: factor by which c · predicted is off, c fitted to the others: the geometric mean.
+        ceiling: the share that a prediction without error would show at these uncertainties of both numbers.
+        exact: pairs whose measured number is not a bound; c is fitted to these.
+        bounds: pairs whose measured number is a lower bound.
+    """
+
+    constant: Estimated
+    share: Estimated
+    off: Estimated
+    ceiling: float
+    exact: int
+    bounds: int
+
+
 def calibration(
     predicted: Sequence[Estimated],
     measured: Sequence[Estimated],
     draws: int = DRAWS,
     seed: int = 0,
     groups: Sequence[str] | None = None,
-) -> tuple[Estimated, Estimated]:
+) -> Calibrated:
     """Fit measured = c · predicted, and say how far off the calibrated prediction is.
+
+    A replicate draws configurations with replacement, and no noise on top of that which their numbers hold:
+    added a second time it would let a perfect prediction miss. c is fitted without any copy of the
+    configuration that is predicted. The interval of the share holds that of Clopper and Pearson (1934), as
+    all hits of a few resample to all hits. A lower bound counts as a miss for the lower end, and for the
+    upper end as a hit if it is not beyond a factor of two already.
 
     Args:
         predicted: [K], positive; a pair with an infinite number is left out.
         measured: [K].
-        draws: replicates, over configurations and seeds.
+        draws: replicates.
         seed: of the draws.
         groups: [K], the configuration of each pair, where one has several: they are left out and drawn
             together. None: each pair is its own.
 
-    Returns:
-        c, the geometric mean of the ratios; and the share of configurations within a factor of two of
-        c · predicted, c fitted to the others: in a replicate without any copy of the one that is predicted.
-        Notes say how many pairs were left out.
-
     Raises:
-        ValueError: finite pairs of fewer than three configurations.
+        ValueError: exact pairs of fewer than three configurations.
     """
     finite = [i for i, p in enumerate(predicted) if _positive(p) and _positive(measured[i])]
-    pairs = [(predicted[i], measured[i]) for i in finite]
+    exact = np.array([not measured[i].at_least for i in finite], dtype=bool)
     members = _members(None if groups is None else [groups[i] for i in finite], len(finite))
-    if len(members) < 3:
-        raise ValueError(
-            f"a calibration needs finite pairs of three configurations; seen {len(pairs)} of "
-            f"{len(predicted)}, of {len(members)}"
-        )
-    note = (
-        f"{len(predicted) - len(pairs)} pairs without a finite number" if len(pairs) < len(predicted) else ""
-    )
-    of = np.empty(len(pairs), dtype=int)  # the configuration of each pair
+    of = np.empty(len(finite), dtype=int)  # the configuration of each pair
     for k, each in enumerate(members):
         of[each] = k
+    if len(np.unique(of[exact])) < 3:
+        raise ValueError(
+            f"a calibration needs exact, finite pairs of three configurations; seen {exact.sum()} of "
+            f"{len(predicted)}, of {len(np.unique(of[exact]))}"
+        )
+    logs = np.log([measured[i].value / predicted[i].value for i in finite])
     random = np.random.default_rng(seed)
-    logs = np.log([m.value / p.value for p, m in pairs])
-    constants, shares = np.empty(draws), np.empty(draws)
+    constants, shares, offs = np.empty(draws), np.empty((3, draws)), np.empty(draws)
     for r in range(draws):
         chosen = _resampled(members, random)
-        top, bottom = ([pair[i] for pair in pairs] for i in (1, 0))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.log(_drawn(top, chosen, random) / _drawn(bottom, chosen, random))
-        known = np.isfinite(ratios)
-        constants[r] = math.exp(ratios[known].mean()) if known.any() else math.nan
-        shares[r] = _within_two(ratios[known], of[chosen[known]])
-    return (
-        Estimated(math.exp(logs.mean()), *interval(constants), note, constants),
-        Estimated(_within_two(logs, of), *interval(shares), note, shares),
+        sure = exact[chosen]
+        constants[r] = math.exp(logs[chosen][sure].mean()) if sure.any() else math.nan
+        *shares[:, r], offs[r] = _scores(_left_out(logs[chosen], of[chosen], sure), sure)
+    value, *_, off = _scores(_left_out(logs, of, exact), exact)
+    n, bounds = int(exact.sum()), int((~exact).sum())
+    low, high = _clopper_pearson(round(value * n), n, bounds)
+    low, high = min(low, interval(shares[1])[0]), max(high, interval(shares[2])[1])
+    note = f"{bounds} pairs are lower bounds" if bounds else ""
+    sure = [i for i, known in zip(finite, exact, strict=True) if known]
+    noise = np.array([_noise_of(predicted[i], measured[i], draws, random) for i in sure])
+    return Calibrated(
+        Estimated(math.exp(logs[exact].mean()), *interval(constants), note, constants),
+        Estimated(value, low, high, note, *shares),
+        Estimated(math.exp(off), *interval(np.exp(offs)), note, np.exp(offs)),
+        _ceiling(noise, of[exact]),
+        n,
+        bounds,
     )
+
+
+def heterogeneity(found: Sequence[Estimated]) -> tuple[float, int]:
+    """Ask whether numbers differ by more than their intervals: Cochran's Q of their logarithms.
+
+    Args:
+        found: positive numbers; the interval of each is taken as that of a lognormal. Bounds and open
+            intervals are left out.
+
+    Returns:
+        The p-value, NaN for fewer than two, and how many numbers it is of.
+    """
+    closed = [e for e in found if _positive(e) and 0 < e.low < e.high < math.inf and not e.at_least]
+    if len(closed) < 2:
+        return math.nan, len(closed)
+    width = 2 * stats.norm.ppf((1 + LEVEL) / 2)
+    weights = np.array([(width / math.log(e.high / e.low)) ** 2 for e in closed])
+    logs = np.log([e.value for e in closed])
+    q = float(weights @ (logs - weights @ logs / weights.sum()) ** 2)
+    return float(stats.chi2.sf(q, len(closed) - 1)), len(closed)
+
+
+def _left_out(logs: Floats, of: NDArray[np.intp], exact: NDArray[np.bool_]) -> Floats:
+    """Log ratios less the mean of the exact ones of other configurations; NaN where there are none."""
+    others = (of[:, None] != of) & exact
+    with np.errstate(invalid="ignore"):
+        return logs - others @ logs / others.sum(axis=1)
+
+
+def _scores(off: Floats, exact: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+    """Share of the exact ones within a factor of two; that of all at the least, and at the most; distance.
+
+    Args:
+        off: log ratios less what calibrates them.
+        exact: the others are lower bounds, whose numbers are larger by nobody knows what.
+    """
+    if not exact.any() or np.isnan(off).any():
+        return (math.nan,) * 4
+    near = np.abs(off) <= math.log(2)
+    may = np.where(exact, near, off <= math.log(2))
+    return (
+        float(near[exact].mean()),
+        float((near & exact).mean()),
+        float(may.mean()),
+        float(np.abs(off[exact]).mean()),
+    )
+
+
+def _clopper_pearson(hits: int, exact: int, bounds: int, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of a share: with the bounds as misses for its lower end, as hits for its upper one."""
+    n, tail = exact + bounds, (1 - level) / 2
+    low = float(stats.beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
+    most = hits + bounds
+    return low, float(stats.beta.ppf(1 - tail, most + 1, n - most)) if most < n else 1.0
+
+
+def _noise_of(predicted: Estimated, measured: Estimated, draws: int, random: np.random.Generator) -> Floats:
+    """[R], replicates of what uncertainty adds to the log ratio of two numbers."""
+    found = np.zeros(draws)
+    for number, sign in ((measured, 1), (predicted, -1)):
+        if len(number.draws):
+            with np.errstate(divide="ignore"):
+                found += sign * np.log(random.choice(number.draws, draws) / number.value)
+    return np.clip(np.nan_to_num(found), -FAR, FAR)
+
+
+def _ceiling(noise: Floats, of: NDArray[np.intp]) -> float:
+    """Mean share within a factor of two where nothing but noise, [K, R], moves the log ratios."""
+    others = of[:, None] != of
+    off = noise - others @ noise / others.sum(axis=1, keepdims=True)
+    return float((np.abs(off) <= math.log(2)).mean())
 
 
 def regret(
-    found: Sequence[Curve], chosen: Sequence[float], draws: int = DRAWS, seed: int = 0
+    found: Sequence[Curve],
+    chosen: Sequence[float],
+    draws: int = DRAWS,
+    seed: int = 0,
+    others: Sequence[Floats] | None = None,
 ) -> tuple[Estimated, list[float]]:
     """Price a rule: test loss at the batch that it chooses, minus that at the batch best on validation data.
 
@@ -130,11 +235,12 @@ def regret(
         chosen: [K], batch sizes that the rule gives.
         draws: replicates, over configurations and seeds.
         seed: of the draws.
+        others: [K] of [R], replicates of what the rule chooses; None: it has no uncertainty.
 
     Returns:
         The mean over configurations, nats per token, with its interval; and the regret of each. Replicates
-        choose the best batch anew on losses that are noisier by a draw, and so lean high where the regret is
-        small: the interval is theirs, stretched to hold the number.
+        choose the batch that is compared with anew, on losses noisier by a draw: by how much all of them
+        lean high for that is taken out of the interval.
 
     Raises:
         ValueError: there is not one choice for each configuration, or one is NaN.
@@ -150,9 +256,20 @@ def regret(
     means = np.empty(draws)
     for r in range(draws):
         picked = random.integers(len(found), size=len(found))
-        means[r] = np.mean([_drawn_cost(found[k], chosen[k], random) for k in picked])
-    value, (low, high) = float(np.mean(own)), interval(means)
+        batches = [chosen[k] if others is None else random.choice(others[k]) for k in picked]
+        means[r] = np.mean([_drawn_cost(found[k], b, random) for k, b in zip(picked, batches, strict=True)])
+    value = float(np.mean(own))
+    low, high = interval(means - (_lean(found, chosen, draws, random)))
     return Estimated(value, min(low, value), max(high, value), "", means), own
+
+
+def _lean(found: Sequence[Curve], chosen: Sequence[float], draws: int, random: np.random.Generator) -> float:
+    """By how much replicates of the seeds alone cost more than the data, in the mean over configurations."""
+    leans = []
+    for each, batch in zip(found, chosen, strict=True):
+        drawn = [_drawn_cost(each, batch, random) for _ in range(draws)]
+        leans.append(np.mean(drawn) - _cost(each, batch, each.loss, each.validation))
+    return float(np.mean(leans))
 
 
 def _drawn_cost(found: Curve, batch: float, random: np.random.Generator) -> float:
@@ -202,15 +319,6 @@ def _rank_correlations(x: Sequence[Floats], y: Sequence[Floats]) -> Floats:
         with np.errstate(invalid="ignore"):  # 0/0
             found[these] = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
     return found
-
-
-def _within_two(logs: Floats, configurations: NDArray[np.intp]) -> float:
-    """Share of log ratios within log 2 of the mean of those of other configurations; NaN if there is none."""
-    others = configurations[:, None] != configurations
-    n = others.sum(axis=1)
-    if not n.all():
-        return math.nan
-    return float((np.abs(logs - others @ logs / n) <= math.log(2)).mean())
 
 
 def _positive(number: Estimated) -> bool:

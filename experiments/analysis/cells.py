@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,36 @@ class Cell:
     def tried(self, j: int) -> NDArray[np.intp]:
         """Give the places of the learning rates that every seed has a row of at batch j, diverged or not."""
         return np.flatnonzero(~np.isnan(self.validation[j]).any(axis=-1))
+
+
+def draws_of_data(seeds: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Give the places of seeds that vary independently: each on its own, or all that share data together.
+
+    Seeds that share the data and their order are no independent draws beside seeds that do not. Where all
+    share them there is only what their adapters do.
+
+    Args:
+        seeds: (seed, data_seed).
+    """
+    places: dict[int, list[int]] = {}
+    for place, (_, data) in enumerate(seeds):
+        places.setdefault(data, []).append(place)
+    return [[i] for i in range(len(seeds))] if len(places) == 1 else list(places.values())
+
+
+def averaged(values: NDArray[Any], groups: Sequence[Sequence[int]]) -> Floats:
+    """[..., D], mean over the members of each group of the last axis; NaN where one is missing."""
+    return np.stack([values[..., list(group)].mean(axis=-1) for group in groups], axis=-1)
+
+
+def by_data(cell: Cell) -> Cell:
+    """Give the cell with seeds that share data averaged, where others do not; S becomes their number."""
+    groups = draws_of_data(cell.seeds)
+    if len(groups) == len(cell.seeds):
+        return cell
+    validation, test, accuracy = (averaged(x, groups) for x in (cell.validation, cell.test, cell.accuracy))
+    seeds = tuple(cell.seeds[group[0]] for group in groups)
+    return replace(cell, seeds=seeds, validation=validation, test=test, accuracy=accuracy)
 
 
 def ruled_out(losses: Floats, best: int) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.analysis.cells import Cell, Floats, ruled_out
+from experiments.analysis.cells import Cell, Floats, by_data, ruled_out
 from experiments.analysis.resampling import DRAWS, LEVEL, interval, means, replicates
 
 Place = tuple[float, float, float]  # log₂ B: a place, what it is at the least, and at the most
@@ -31,6 +31,7 @@ class Estimated:
         draws: [R], bootstrap replicates, for what is computed from this; may be empty.
         least: [R], what each replicate is at the least, where the grid does not tell it; empty: `draws`.
         most: [R], what it is at the most.
+        at_least: the value is a lower bound: what was tried ends before the number.
     """
 
     value: float
@@ -40,6 +41,11 @@ class Estimated:
     draws: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
     least: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
     most: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+    at_least: bool = False
+
+    def bounds(self) -> tuple[Floats, Floats]:
+        """Give [R] what each replicate is at the least, and at the most."""
+        return (self.least if len(self.least) else self.draws), (self.most if len(self.most) else self.draws)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ def curve(cell: Cell, draws: int = DRAWS, seed: int = 0) -> Curve:
     Raises:
         ValueError: no run of the cell has a loss.
     """
+    cell = by_data(cell)
     validation = means(cell.validation)
     best = _best(validation)
     kept = np.flatnonzero(~np.isnan(best))

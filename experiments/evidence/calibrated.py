@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.analysis.curves import Curve, largest_within
-from experiments.analysis.noise import measured
 from experiments.bases import paths
 from experiments.evidence.configurations import CONFIGURATIONS
-from experiments.evidence.judged import Judged, judge
+from experiments.evidence.judged import Judged
 from experiments.evidence.measured import PRIMARY
 from experiments.evidence.practice import DELTA
 from experiments.evidence.readout import Readout
@@ -31,17 +28,11 @@ def calibrations(found: Readout) -> list[Calibration]:
     if (critical := found.judged.get(PRIMARY)) is not None:
         bases = {each.cell.fields["base"] for each in found.compared.values()}
         made += _calibration(CRITICAL, critical, bases, len(CONFIGURATIONS))
-    _, curves = found.priced.get(SCHEDULE, ((), ()))
-    if curves:
-        made += _calibration(HARMLESS, harmless(curves), {each.cell.fields["base"] for each in curves}, None)
+    if SCHEDULE in found.harmless:
+        _, curves = found.priced[SCHEDULE]
+        bases = {each.cell.fields["base"] for each in curves}
+        made += _calibration(HARMLESS, found.harmless[SCHEDULE], bases, None)
     return made
-
-
-def harmless(curves: Sequence[Curve]) -> Judged:
-    """Set the noise scale beside the largest harmless batch of whole runs."""
-    pairs = [(noise, each) for each in curves if (noise := measured(each.cell)) is not None]
-    largest = [largest_within(each, DELTA) for _, each in pairs]
-    return judge(PRIMARY, [noise for noise, _ in pairs], largest)
 
 
 def write(found: Readout, path: Path) -> Path:

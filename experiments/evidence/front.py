@@ -8,9 +8,9 @@ from pathlib import Path
 
 from experiments import markdown
 from experiments.evidence.configurations import SIZE
-from experiments.evidence.page import answer, number, shown
 from experiments.evidence.practice import DELTA, Price
 from experiments.evidence.readout import Readout
+from experiments.evidence.sentences import answer, number, shown
 
 NAME = "evidence"  # of the part; see `experiments.markdown.insert`
 PICTURE = "referee.png"
@@ -50,6 +50,7 @@ def front(found: Readout, folder: str) -> str:
             "intervals:"
         )
         parts.append(prices(priced))
+        parts += [f"{each.rule}: {each.note}." for each in priced if each.note]
     if found.compared:
         parts.append(
             f"![Measured critical batch size over the noise scale at N = {SIZE:,}, a point a configuration, "

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from experiments.analysis.curves import Estimated
-from experiments.evidence.configurations import CONFIGURATIONS, SIZE
-from experiments.evidence.judged import WANTED, Judged
+from experiments.evidence.configurations import SIZE
+from experiments.evidence.judged import Judged
 from experiments.evidence.measured import PRIMARY, VARIANTS, Measured
 from experiments.evidence.practice import DELTA, Price
 from experiments.evidence.predictions import Prediction
 from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
+from experiments.evidence.sentences import answer, beside, number, of_bounds, of_seeds, percent, shown
 from experiments.markdown import table
 
 WORDS = {
@@ -40,24 +41,29 @@ def page(found: Readout, drawn: Mapping[str, str]) -> str:
         "experiments.evidence` from the rows in this folder."
     )
     if found.compared:
-        parts += [f"## Predictors, at N = {SIZE:,}", judged_table(found.judged)]
+        parts += [f"## Predictors, at N = {SIZE:,}", judged_table(found.judged), beside(found)]
         parts += ["## Predictors, over all data sizes", judged_table(found.over_sizes)]
+        parts += [of_bounds(found)] if of_bounds(found) else []
+        parts += ["## Predictors of the largest harmless batch", harmless_table(found)]
     parts += ["## Predictions", predictions_table(found)]
     for schedule, (priced, curves) in found.priced.items():
         parts += [f"## Rules that choose a batch size, {schedule} learning rate", prices_table(priced)]
         parts.append(
             f"Priced on {len(curves)} configurations, tuned in learning rate at every batch size. Regret: "
             "test loss at the rule's batch less that at the batch best on validation data, mean (95 %, "
-            "bootstrap over configurations and seeds; replicates choose the best batch anew and so lean high "
-            "where the regret is small) and worst. Steps: over those of the largest batch "
-            f"within {DELTA} nat of the best; above 1 the rule is slower than it need be. Runs: spent on "
-            "choosing a batch, one seed."
+            "bootstrap over configurations, seeds and what the rule is fitted to; replicates choose the best "
+            "batch anew and lean high by that, which is taken out) and worst. Steps: over those of the "
+            f"largest batch within {DELTA} nat of the best; above 1 the rule is slower than it need be. "
+            "Runs: spent on choosing a batch, one seed."
+            + "".join(f" {each.rule}: {each.note}." for each in priced if each.note)
         )
     if found.compared:
         parts += [f"## Configurations, at N = {SIZE:,}", configurations_table(found.compared, found.branched)]
         parts.append(of_seeds(found.compared))
     if found.missing:
-        parts.append(f"Not run yet: {', '.join(found.missing)}.")
+        parts.append(f"Not run yet: {'; '.join(found.missing)}.")
+    if without := [name for name in found.compared if name not in found.branched]:
+        parts.append(f"No branched runs yet: {'; '.join(without)}.")
     parts += [f"{name} cannot be read: {why}." for name, why in found.broken.items()]
     parts += [f"![{title}]({name}.png)" for name, title in drawn.items()]
     if found.commits:
@@ -67,36 +73,25 @@ def page(found: Readout, drawn: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def answer(found: Readout) -> str:
-    """Answer the title's question in a paragraph, with numbers."""
-    primary = found.judged.get(PRIMARY)
-    if primary is None or math.isnan(primary.share.value):
-        n = len(found.compared)
-        return f"**Not answered yet**: {n} of {len(CONFIGURATIONS)} configurations have been measured."
-    said = {
-        "predicts": "**Yes, by the rule fixed beforehand**",
-        "does not": "**No, by the rule fixed beforehand**",
-        "undecided": "**Undecided by the rule fixed beforehand**",
-    }[primary.verdict]
-    fixed = found.judged[BY_DEFAULT]
-    return (
-        f"{said}, from {primary.pairs} of {len(CONFIGURATIONS)} configurations: {percent(primary.share)} of "
-        "the measured critical batch sizes lie within a factor of two of c · B_simple, with c fitted to the "
-        f"other configurations ({shown(primary.constant)}; {100 * WANTED:.0f} % was wanted); one batch size "
-        f"for all does so for {percent(fixed.share)}. The rank correlation of noise scale and critical batch "
-        f"size is {shown(primary.correlation)}.{_more(primary)}"
+def harmless_table(found: Readout) -> str:
+    """Tabulate B_simple beside B_max, by schedule."""
+    lines = [
+        (
+            schedule,
+            shown(each.correlation),
+            shown(each.constant),
+            percent(each.share),
+            f"{each.pairs} of {each.of}",
+            each.verdict,
+        )
+        for schedule, each in found.harmless.items()
+    ]
+    head = ("schedule", "rank correlation", "constant", "within a factor of two", "pairs", "verdict")
+    words = (
+        f"B_simple of factor B over the whole run beside B_max({DELTA}), the largest batch whose loss after "
+        "one epoch is within that of the best, in nats; open ends are left out."
     )
-
-
-def _more(primary: Judged) -> str:
-    """What would decide, where nothing is decided yet."""
-    if primary.verdict != "undecided":
-        return ""
-    if math.isinf(primary.needed):
-        return " Were both to stay as they are, no number of configurations would decide."
-    if primary.needed <= primary.pairs:
-        return ""
-    return f" Were both to stay as they are, about {primary.needed:.0f} configurations would decide."
+    return f"{words}\n\n{table(head, lines)}" if lines else f"{words} Not measured."
 
 
 def judged_table(judged: Mapping[str, Judged]) -> str:
@@ -111,11 +106,22 @@ def judged_table(judged: Mapping[str, Judged]) -> str:
                     shown(each.correlation),
                     shown(each.constant),
                     percent(each.share),
+                    number(each.off.value),
+                    "–" if math.isnan(each.ceiling) else f"{100 * each.ceiling:.0f} %",
                     f"{each.pairs} of {each.of}",
                     each.verdict,
                 )
             )
-    head = ("predictor", "rank correlation", "c", "within a factor of two", "pairs", "verdict")
+    head = (
+        "predictor",
+        "rank correlation",
+        "c",
+        "within a factor of two",
+        "off",
+        "ceiling",
+        "pairs",
+        "verdict",
+    )
     return table(head, lines)
 
 
@@ -147,25 +153,6 @@ def prices_table(priced: Sequence[Price]) -> str:
     return table(head, lines)
 
 
-def of_seeds(compared: Mapping[str, Measured]) -> str:
-    """Say what the seeds draw, and so what the intervals of B_crit hold.
-
-    Args:
-        compared: configuration → reading.
-    """
-    data = {name: len({drawn for _, drawn in each.cell.seeds}) for name, each in compared.items()}
-    seeds = sorted({len(each.cell.seeds) for each in compared.values()})
-    counted = " or ".join(map(str, seeds))
-    shared = [name for name, draws in data.items() if draws < 2]
-    if not shared:
-        return f"Each has {counted} seeds, some of which draw data of their own."
-    where = "All" if len(shared) == len(data) else f"Those of {', '.join(shared)}"
-    return (
-        f"Each has {counted} seeds. {where} draw adapters alone and share data and their order: what another "
-        "draw of the data would do is not in the intervals of B_crit there."
-    )
-
-
 def configurations_table(found: Mapping[str, Measured], branched: Mapping[str, Estimated]) -> str:
     """Tabulate what was measured in each configuration.
 
@@ -190,24 +177,3 @@ def configurations_table(found: Mapping[str, Measured], branched: Mapping[str, E
         "",
     )
     return table(head, lines)
-
-
-def shown(value: Estimated) -> str:
-    """A number with its interval."""
-    if math.isnan(value.value) and math.isinf(value.low) and math.isinf(value.high):
-        return "–"
-    return f"{number(value.value)} ({number(value.low)} … {number(value.high)})"
-
-
-def percent(value: Estimated) -> str:
-    """A share with its interval."""
-    if math.isnan(value.value):
-        return "–"
-    return f"{100 * value.value:.0f} % ({100 * value.low:.0f} … {100 * value.high:.0f} %)"
-
-
-def number(value: float) -> str:
-    """Three digits; ∞ and – where there is none."""
-    if math.isnan(value):
-        return "–"
-    return ("−" if value < 0 else "") + "∞" if math.isinf(value) else f"{value:.3g}".replace("-", "−")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis.agreement import regret
+from experiments.analysis.cells import Floats
 from experiments.analysis.curves import Curve, Estimated, largest_within
 from experiments.analysis.noise import measured
 from experiments.analysis.resampling import DRAWS, interval
@@ -19,7 +20,7 @@ DELTA = 0.01  # nats per token: what the largest harmless batch may cost
 DEFAULTS = (16, 128)  # of QLoRA (arXiv:2305.14314) and of Alpaca-LoRA
 BY_PROXY = "best batch of the smallest model at the lowest rank, same data"
 BY_NOISE = "B_simple as it is read"
-BY_FITTED = "c · B_simple, c from the other configurations"
+BY_FITTED = "k · B_simple, k from the other configurations"
 SMALLEST = "smaller is better"
 
 
@@ -37,6 +38,7 @@ class Price:
         runs: spent on choosing, in words.
         used: configurations.
         of: all.
+        note: what a reader must know of it.
     """
 
     rule: str
@@ -47,6 +49,7 @@ class Price:
     runs: str
     used: int
     of: int
+    note: str = ""
 
 
 def prices(found: Sequence[Curve]) -> list[Price]:
@@ -59,7 +62,7 @@ def prices(found: Sequence[Curve]) -> list[Price]:
     choices: dict[str, tuple[list[float], str]] = {
         BY_PROXY: ([_by_proxy(found, each) for each in found], _grid_runs(found)),
         BY_NOISE: ([_noise(each) for each in found], "one"),
-        BY_FITTED: (_fitted(found), "one, once c is known"),
+        BY_FITTED: (_fitted(found), "one, once k is known"),
         SMALLEST: ([float(each.batches[0]) for each in found], "none"),
     }
     for batch in DEFAULTS:
@@ -73,14 +76,23 @@ def _priced(rule: str, found: Sequence[Curve], chosen: Sequence[float], runs: st
     if not pairs:
         return None
     curves, batches = [each for each, _ in pairs], [b for _, b in pairs]
-    mean, own = regret(curves, batches)
+    others, note = None, ""
+    if rule == BY_FITTED:
+        others, k = _refitted(curves), math.exp(np.nanmean(_harmless_over_noise(curves)))
+        note = (
+            f"k = {k:.2g}: B_max over B_simple of the whole run, and so about 1 × the steps by construction"
+        )
+    mean, own = regret(curves, batches, others=others)
     inside = [_inside(each, b) for each, b in pairs]
     batch = float(np.exp(np.mean(np.log(inside))))
-    return Price(rule, mean, max(own), _steps(curves, inside), batch, runs, len(pairs), len(found))
+    steps = _steps(curves, inside, others)
+    return Price(rule, mean, max(own), steps, batch, runs, len(pairs), len(found), note)
 
 
-def _steps(found: Sequence[Curve], batches: Sequence[float], seed: int = 0) -> Estimated:
-    """Geometric mean of B_max(δ)/B, with replicates over configurations and seeds."""
+def _steps(
+    found: Sequence[Curve], batches: Sequence[float], others: Sequence[Floats] | None = None, seed: int = 0
+) -> Estimated:
+    """Geometric mean of B_max(δ)/B, with replicates over configurations, seeds and the rule's choices."""
     largest = [largest_within(each, DELTA) for each in found]
     own = np.array([_inside(c, at.value) / b for c, at, b in zip(found, largest, batches, strict=True)])
     random = np.random.default_rng(seed)
@@ -91,7 +103,8 @@ def _steps(found: Sequence[Curve], batches: Sequence[float], seed: int = 0) -> E
         for k in picked:
             drawn = largest[k].draws
             at = drawn[random.integers(len(drawn))] if len(drawn) else largest[k].value
-            logs.append(math.log(_inside(found[k], float(at)) / batches[k]))
+            to = batches[k] if others is None else _inside(found[k], random.choice(others[k]))
+            logs.append(math.log(_inside(found[k], float(at)) / to))
         draws[r] = math.exp(np.mean(logs))
     note = ""
     if (open_ := sum(math.isinf(each.value) for each in largest)) > 0:
@@ -125,19 +138,36 @@ def _noise(found: Curve) -> float:
     return math.nan if read is None or math.isinf(read.value) else read.value
 
 
-def _fitted(found: Sequence[Curve]) -> list[float]:
-    """Give c · B_simple, c the geometric mean of B_max(δ)/B_simple over the others; NaN without two."""
+def _harmless_over_noise(found: Sequence[Curve]) -> Floats:
+    """[K], log of B_max(δ) over B_simple of the whole run; NaN where one of the two was not found."""
     noise = np.array([_noise(each) for each in found])
     largest = np.array([largest_within(each, DELTA).value for each in found])
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(largest / noise)
-    known = np.isfinite(logs)
+    return np.where(np.isfinite(logs), logs, math.nan)
+
+
+def _fitted(found: Sequence[Curve]) -> list[float]:
+    """Give k · B_simple, k the geometric mean of B_max(δ)/B_simple over the others; NaN without two."""
+    logs = _harmless_over_noise(found)
     chosen = []
-    for k in range(len(found)):
-        others = known & (np.arange(len(found)) != k)
-        fit = others.sum() >= 2 and noise[k] > 0
-        chosen.append(float(noise[k] * np.exp(logs[others].mean())) if fit else math.nan)
+    for i, each in enumerate(found):
+        others = np.delete(logs, i)
+        fit = np.isfinite(others).sum() >= 2 and _noise(each) > 0
+        chosen.append(float(_noise(each) * np.exp(np.nanmean(others))) if fit else math.nan)
     return chosen
+
+
+def _refitted(found: Sequence[Curve], seed: int = 0) -> list[Floats]:
+    """[K] of [R], the same with k fitted to other configurations drawn with replacement."""
+    logs, random = _harmless_over_noise(found), np.random.default_rng(seed)
+    made = []
+    for i, each in enumerate(found):
+        others = np.delete(logs, i)
+        others = others[np.isfinite(others)]
+        drawn = random.choice(others, (DRAWS, len(others))).mean(axis=1)
+        made.append(_noise(each) * np.exp(drawn))
+    return made
 
 
 def _grid_runs(found: Sequence[Curve]) -> str:

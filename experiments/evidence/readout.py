@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.analysis.cells import Row
-from experiments.analysis.curves import Curve, Estimated
+from experiments.analysis.curves import Curve, Estimated, largest_within
+from experiments.analysis.noise import measured as whole_run
 from experiments.evidence.branched import branched_batches
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES, named, per_row
-from experiments.evidence.judged import Judged, judge
+from experiments.evidence.judged import Judged, gain, judge
 from experiments.evidence.measured import PRIMARY, VARIANTS, Measured, measured, with_b_noise
-from experiments.evidence.practice import Price, prices
+from experiments.evidence.practice import DELTA, Price, prices
 from experiments.evidence.predictions import Prediction, predictions
 from experiments.evidence.tuned import tuned
 
@@ -37,6 +38,8 @@ class Readout:
         missing: configurations without rows.
         commits: that the rows name.
         branched: configuration → largest batch that branches went on at for free.
+        gains: rival → the factor by which B_simple is off where the rival is off by one, at N = `SIZE`.
+        harmless: schedule → B_simple beside the largest batch within `DELTA` of the best, of whole runs.
     """
 
     found: Mapping[str, Mapping[int, Measured]]
@@ -52,6 +55,8 @@ class Readout:
     missing: Sequence[str]
     commits: Sequence[str]
     branched: Mapping[str, Estimated]
+    gains: Mapping[str, Estimated]
+    harmless: Mapping[str, Judged]
 
     @property
     def compared(self) -> dict[str, Measured]:
@@ -94,13 +99,14 @@ def read_out(
         except ValueError as error:
             broken["merged, on the way to the reference's loss"] = str(error)
     curves = tuned(rows)
+    priced = _priced(curves)
     return Readout(
         found,
         broken,
         _judged(found, (SIZE,)),
         _judged(found, SIZES),
         predictions(found, frozen, SIZE, same_loss, curves),
-        _priced(curves),
+        priced,
         frozen,
         rows,
         len(rows),
@@ -108,6 +114,8 @@ def read_out(
         [name for name in CONFIGURATIONS if name not in found],
         sorted({row["commit"] or "unknown" for row in rows}),
         branched_batches(branches),
+        _gains(found),
+        {schedule: harmless(of) for schedule, (_, of) in priced.items()},
     )
 
 
@@ -127,26 +135,62 @@ def _priced(curves: Sequence[Curve]) -> dict[str, tuple[list[Price], list[Curve]
     return made
 
 
+def _pairs(
+    found: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int]
+) -> list[tuple[str, int, Measured]]:
+    """Give (configuration, N, reading) of all readings."""
+    return [(name, n, by[n]) for name, by in found.items() for n in sizes if n in by]
+
+
 def _judged(found: Mapping[str, Mapping[int, Measured]], sizes: Sequence[int]) -> dict[str, Judged]:
-    """Set every predictor beside B_crit, over configurations and sizes."""
-    each = [(name, n, by[n]) for name, by in found.items() for n in sizes if n in by]
+    """Set every predictor beside B_crit, over configurations and sizes.
+
+    A noise scale that was read at one of several sizes alone is left out.
+    """
+    each = _pairs(found, sizes)
     made = {}
     for variant in VARIANTS:
-        there = [(name, one) for name, _, one in each if variant in one.noise]
-        if there:
+        there = [(name, n, one) for name, n, one in each if variant in one.noise]
+        if len({n for _, n, _ in there}) == len({n for _, n, _ in each}) and there:
             made[variant] = judge(
                 variant,
-                [one.noise[variant] for _, one in there],
-                [one.doubled for _, one in there],
-                [name for name, _ in there],
+                [one.noise[variant] for *_, one in there],
+                [one.doubled for *_, one in there],
+                [name for name, *_ in there],
             )
     there = [(name, n, one) for name, n, one in each if PRIMARY in one.noise]
     for rival in (BY_SIZE, BY_DEFAULT):
-        sizes_ = [float(n) if rival == BY_SIZE else 1.0 for _, n, _ in there]
         made[rival] = judge(
             rival,
-            [Estimated(s, s, s) for s in sizes_],
+            [_rival(rival, n) for _, n, _ in there],
             [one.doubled for *_, one in there],
             [name for name, *_ in there],
         )
     return made
+
+
+def _rival(name: str, n: int) -> Estimated:
+    """What a rival goes by: the amount of data, or nothing."""
+    size = float(n) if name == BY_SIZE else 1.0
+    return Estimated(size, size, size)
+
+
+def _gains(found: Mapping[str, Mapping[int, Measured]]) -> dict[str, Estimated]:
+    """Compare B_simple with its rivals: at one size with one batch for all, over sizes with c · N."""
+    made = {}
+    for rival, sizes in ((BY_DEFAULT, (SIZE,)), (BY_SIZE, SIZES)):
+        there = [(name, n, one) for name, n, one in _pairs(found, sizes) if PRIMARY in one.noise]
+        made[rival] = gain(
+            [one.noise[PRIMARY] for *_, one in there],
+            [_rival(rival, n) for _, n, _ in there],
+            [one.doubled for *_, one in there],
+            [name for name, *_ in there],
+        )
+    return made
+
+
+def harmless(curves: Sequence[Curve]) -> Judged:
+    """Set the noise scale of whole runs beside the largest batch within `DELTA` of the best."""
+    pairs = [(noise, each) for each in curves if (noise := whole_run(each.cell)) is not None]
+    largest = [largest_within(each, DELTA) for _, each in pairs]
+    return judge(PRIMARY, [noise for noise, _ in pairs], largest)

@@ -1,7 +1,10 @@
-"""`python -m experiments.evidence.seeds`: a preset with more seeds of configurations that have been run.
+"""`python -m experiments.evidence.seeds`: a preset with more runs of configurations that have been run.
 
     python -m experiments.evidence.seeds laptop-critical            # presets/laptop-critical-seeds.toml
     python -m experiments.sweep --preset laptop-critical-seeds
+    python -m experiments.evidence.seeds laptop-critical --edges    # presets/laptop-critical-edges.toml
+
+With --edges: where the best learning rate of a batch that arrived is the last of its grid, one beyond it.
 
 The learning rates are halved, never the batch sizes: at each batch size the best one and its two neighbours
 go on. A rate that is left behind is no result any more, but the grid counts as having gone there. New seeds
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +33,26 @@ SEEDS = (2, 3)
 KEPT = 3  # learning rates of a batch size
 COMMON = ("base", "task", "n_train", "rank", "n_eval", "evals", "schedule")
 
-HEAD = """\
-# Two cores, two workers of one thread each, under 60 minutes. `python -m experiments.evidence.seeds {of}`
-# wrote it: at each batch size the learning rate that was first at the target of N = {n:,} in the first two
+ABOUT = {
+    "seeds": (
+        """at each batch size the learning rate that was first at the target of N = {n:,} in the first two
 # seeds (of the lowest loss where none arrived), and its neighbours. Seeds draw adapters and data here
-# (PREREGISTRATION.md, changes).
-title = "Examples to a target loss, more seeds: {names}"
-question = "How sure are the critical batch sizes of these configurations?"
+# (PREREGISTRATION.md, changes).""",
+        "more seeds",
+        "How sure are the critical batch sizes of these configurations?",
+    ),
+    "edges": (
+        """where the learning rate that was first at the target of N = {n:,} was the last of its grid, one
+# more by √2 (PREREGISTRATION.md, grid).""",
+        "rates beyond the grid",
+        "Is the best learning rate of these batch sizes beyond those that were tried?",
+    ),
+}
+HEAD = """\
+# Two cores, two workers of one thread each, under 60 minutes. `python -m experiments.evidence.seeds {call}`
+# wrote it: {how}
+title = "Examples to a target loss, {title}: {names}"
+question = "{question}"
 scale = "laptop"
 figures = ["curves", "surface", "scales"]
 series = [{series}]
@@ -78,7 +94,34 @@ def more(part: Sequence[Row], seeds: Sequence[int]) -> list[RunConfig]:
     Raises:
         ValueError: the rows do not give its examples to the target.
     """
-    rates = kept(measured(part, SIZE // per_row(part)))
+    return _runs(part, kept(measured(part, SIZE // per_row(part))), [(seed, seed) for seed in seeds])
+
+
+def beyond(part: Sequence[Row]) -> list[RunConfig]:
+    """Give the runs that extend a configuration's grids: one learning rate beyond each edge, all seeds.
+
+    Args:
+        part: rows of the configuration.
+
+    Raises:
+        ValueError: the rows do not give its examples to the target.
+    """
+    found = measured(part, SIZE // per_row(part))
+    examples, rates = found.examples, {}
+    for batch, best, lost in zip(
+        examples.batches.astype(int), examples.rates, examples.censored, strict=True
+    ):
+        if batch in examples.edges and not lost:
+            j = found.cell.batches.index(batch)
+            upper = best == found.cell.rates[found.cell.tried(j)[-1]]
+            rates[int(batch)] = (float(f"{best * 2 ** (0.5 if upper else -0.5):.3g}"),)
+    return _runs(part, rates, found.cell.seeds)
+
+
+def _runs(
+    part: Sequence[Row], rates: Mapping[int, Sequence[float]], seeds: Sequence[tuple[int, int]]
+) -> list[RunConfig]:
+    """Give runs of a configuration at other rates and seeds, with the noise scale at the reference batch."""
     common = RunConfig.of(part[0]["config"])
     return [
         replace(
@@ -86,21 +129,22 @@ def more(part: Sequence[Row], seeds: Sequence[int]) -> list[RunConfig]:
             batch_size=batch,
             lr=rate,
             seed=seed,
-            data_seed=seed,
+            data_seed=data,
             gns_every=int(batch == REFERENCE),
             gns_metric="euclidean",
         )
         for batch, own in rates.items()
         for rate in own
-        for seed in seeds
+        for seed, data in seeds
     ]
 
 
-def written(of: str, runs: dict[str, list[RunConfig]]) -> str:
+def written(of: str, runs: Mapping[str, list[RunConfig]], kind: str = "seeds") -> str:
     """Write the preset.
 
     Args:
         of: name of the preset whose runs these go on.
+        kind: of `ABOUT`.
         runs: configuration → runs.
 
     Returns:
@@ -113,22 +157,25 @@ def written(of: str, runs: dict[str, list[RunConfig]]) -> str:
     first = every[0]
     differ = sorted({key for name in runs for key in CONFIGURATIONS[name]})
     defaults = {key: getattr(first, key) for key in COMMON if key not in differ}
+    how, title, question = ABOUT[kind]
     text = HEAD.format(
-        of=of,
-        n=SIZE,
+        call=of if kind == "seeds" else f"{of} --{kind}",
+        how=how.format(n=SIZE),
+        title=title,
+        question=question,
         names="; ".join(runs),
         series=", ".join(map(_toml, differ or ["rank"])),
         defaults="\n".join(f"{key} = {_toml(value)}" for key, value in defaults.items()),
     )
     for part in runs.values():
         text += "\n[[cells]]\n" + "\n".join(_cell(part, differ, defaults)) + "\n"
-    again = grids.parsed(of, tomllib.loads(text), f"{of}-seeds.toml").configs
+    again = grids.parsed(of, tomllib.loads(text), f"{of}-{kind}.toml").configs
     if {config.hash for config in again} != {config.hash for config in every}:
-        raise RunError(f"{of}: its runs differ in more than a preset of seeds can say")
+        raise RunError(f"{of}: its runs differ in more than a preset of {kind} can say")
     return text
 
 
-def _cell(part: Sequence[RunConfig], differ: Sequence[str], defaults: dict[str, Any]) -> Iterator[str]:
+def _cell(part: Sequence[RunConfig], differ: Sequence[str], defaults: Mapping[str, Any]) -> Iterator[str]:
     """Write the lines of one configuration."""
     first = part[0]
     for key in differ:
@@ -139,8 +186,8 @@ def _cell(part: Sequence[RunConfig], differ: Sequence[str], defaults: dict[str, 
     yield from (
         f"{key} = {_toml(getattr(first, key))}" for key in defaults if getattr(first, key) != defaults[key]
     )
-    seeds = sorted({config.seed for config in part})
-    yield f"\n[[cells.zip]]\nseed = {_toml(seeds)}\ndata_seed = {_toml(seeds)}\n"
+    seeds, data = (list(each) for each in zip(*sorted({(c.seed, c.data_seed) for c in part}), strict=True))
+    yield f"\n[[cells.zip]]\nseed = {_toml(seeds)}\ndata_seed = {_toml(data)}\n"
     batches = list(dict.fromkeys(config.batch_size for config in part))
     yield f"[[cells.zip]]\nbatch_size = {_toml(batches)}"
     yield "lr = ["
@@ -162,18 +209,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.evidence.seeds", description="More seeds.")
     parser.add_argument("preset", help="whose runs are committed, e.g. laptop-critical")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--edges", action="store_true", help="rates beyond the grid, of the seeds there are")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the committed rows")
     parser.add_argument("--out", type=Path, help="file to write (default: presets/NAME-seeds.toml)")
     asked = parser.parse_args(arguments)
+    kind = "edges" if asked.edges else "seeds"
     source = asked.folder / f"{asked.preset}.jsonl.gz"
-    out = asked.out or grids.FOLDER / f"{asked.preset}-seeds.toml"
+    out = asked.out or grids.FOLDER / f"{asked.preset}-{kind}.toml"
     try:
         if not source.exists():
             raise RunError(f"{source}: no such file of rows; run and --collect {asked.preset} first")
         parts = named(rows.read(source))
         if not parts:
             raise RunError(f"{source}: no rows of a preregistered configuration")
-        text = written(asked.preset, {name: more(part, asked.seeds) for name, part in parts.items()})
+        runs = {
+            name: beyond(part) if asked.edges else more(part, asked.seeds) for name, part in parts.items()
+        }
+        runs = {name: part for name, part in runs.items() if part}
+        if not runs:
+            raise RunError(f"{source}: no batch that arrived has its best learning rate at an edge")
+        text = written(asked.preset, runs, kind)
     except (RunError, ValueError) as error:
         parser.exit(2, f"{error}\n")
     out.write_text(text, encoding="utf-8")

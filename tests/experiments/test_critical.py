@@ -87,6 +87,36 @@ def test_intervals_cover(seeds, noise):
     assert min(hits.values()) >= 46, hits
 
 
+def test_seeds_that_share_data_do_not_count_as_two_draws_beside_others():
+    """Data move each batch of a seed, its adapter hardly: with two of four on one data set, three draws."""
+    hits = {"as one": 0, "as two": 0}
+    for n in range(60):
+        random = np.random.default_rng(n)
+        made = _exact(seeds=3, noise=0.15, random=random)
+        twin = [
+            row | {"config": row["config"] | {"seed": 7, "data_seed": 0}}
+            for row in made
+            if row["config"]["data_seed"] == 0
+        ]
+        forgotten = [row | {"config": row["config"] | {"data_seed": 7}} for row in twin]
+        for name, more in (("as one", twin), ("as two", forgotten)):
+            one = overhead(efficiency(made + more, draws=150))
+            hits[name] += one.low <= _truth(1.0) <= one.high
+            if name == "as one":
+                alone = overhead(efficiency(made, draws=150))
+                assert (one.value, one.low, one.high) == (alone.value, alone.low, alone.high)
+    assert hits["as one"] >= 50 and hits["as two"] < hits["as one"]
+
+
+def test_a_number_that_a_censored_batch_leaves_open_is_a_bound_and_so_are_its_replicates():
+    made = [row for row in _exact(noise=0.02) if row["config"]["batch_size"] <= 64]
+    lost = [_row(b, None, seed=s, seen=20_000) for b in (128, 256) for s in (0, 1)]
+    found = overhead(efficiency([row for row in made if row["config"]["batch_size"] <= 16] + lost, draws=50))
+    assert found.at_least and (found.most > found.least).all()
+    sure = overhead(efficiency(made, draws=50))
+    assert not sure.at_least and list(sure.most) == list(sure.least) == list(sure.draws)
+
+
 def test_more_noise_gives_wider_intervals():
     widths = []
     for noise in (0.02, 0.2):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from experiments.analysis.cells import cells, varied
+from experiments.analysis.cells import by_data, cells, draws_of_data, varied
 from tests.experiments.analysis.synthetic import rows
 
 
@@ -18,6 +18,23 @@ def test_cells_differ_in_what_is_no_axis_and_no_seed():
     ]
     assert varied(found) == ["rank", "dials.noise"]
     assert found[0].validation.shape == (8, 9, 2)
+
+
+def test_seeds_that_share_data_are_one_draw_among_others_and_seeds_where_there_are_no_others():
+    assert draws_of_data([(0, 0), (1, 0)]) == [[0], [1]]
+    assert draws_of_data([(0, 0), (1, 0), (2, 2), (3, 3)]) == [[0, 1], [2], [3]]
+    made = rows(seeds=4)
+    (shared,) = cells(made)
+    assert by_data(shared) is shared
+    for row in made:
+        row["config"]["data_seed"] = {1: 0}.get(row["config"]["seed"], row["config"]["seed"])
+    (cell,) = cells([r for r in made if (r["config"]["seed"], r["config"]["batch_size"]) != (1, 8)])
+    found = by_data(cell)
+    assert found.seeds == ((0, 0), (2, 2), (3, 3)) and found.validation.shape == (8, 9, 3)
+    inside = [j for j, batch in enumerate(cell.batches) if batch != 8]
+    np.testing.assert_allclose(found.test[inside, :, 0], shared.test[inside, :, :2].mean(axis=-1))
+    np.testing.assert_array_equal(found.test[..., 1:], shared.test[..., 2:])
+    assert np.isnan(found.validation[cell.batches.index(8), :, 0]).all()  # one of the two is missing
 
 
 def test_each_run_is_at_its_place_in_whatever_order_rows_come():

@@ -68,6 +68,13 @@ def test_a_batch_beyond_the_grid_gives_no_exponent_but_a_bound():
     assert exponent([100, 400], [Estimated(8, 0, 0, draws=inside), bare]).low == -math.inf
 
 
+def test_a_batch_that_is_a_lower_bound_gives_no_exponent():
+    sure = Estimated(8, 0, 0, draws=np.full(4, 8.0))
+    bound = Estimated(16, 0, 0, draws=np.full(4, 16.0), most=np.full(4, 64.0), at_least=True)
+    found = exponent([100, 400], [sure, bound])
+    assert math.isnan(found.value) and (found.low, found.high) == (pytest.approx(0.5), pytest.approx(1.5))
+
+
 def test_draws_beyond_the_grid_do_not_bias_the_interval_of_an_exponent():
     """B = N^0.9/25 with noise, read off a grid that ends at 64: dropping draws pulls the exponent down."""
     sizes, truth, hits = [256, 1024, 4096], 0.9, 0

@@ -9,8 +9,8 @@ from experiments import rows as files
 from experiments import rowsfile
 from experiments.evidence import figures
 from experiments.evidence.__main__ import main
-from experiments.evidence.page import of_seeds
 from experiments.evidence.readout import read_out
+from experiments.evidence.sentences import of_seeds
 from experiments.markdown import marks
 from tests.experiments.evidence.synthetic import rows
 from tests.experiments.evidence.test_predictions import frozen
@@ -30,7 +30,9 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     assert short.startswith("before\n") and short.endswith("\nafter") and "](../referee.png)" in short
     assert "from 4 of 16 configurations" in short and "| smaller is better | 1 |" in short
     assert "from 4 of 16 configurations" in text
-    assert "Not run yet: noise 0.5, merged" in text
+    assert "Not run yet: noise 0.5; merged" in text and "No branched runs yet: reference" in text
+    assert "a predictor without error would show about" in short and "p = " in short
+    assert "| constant | " in text.partition("## Predictors of the largest harmless batch")[2]
     assert "| P8 | B_crit, rank 64 over rank 4 |" in text
     assert "Each has 2 seeds. All draw adapters alone and share data and their order" in text
     assert "nan" not in text and "inf" not in text
@@ -53,8 +55,12 @@ def test_seeds_that_draw_data_are_told_from_those_that_do_not():
     for row in made:
         row["config"] |= {"data_seed": row["config"]["seed"] // 2}
     compared = read_out(made + other, []).compared
-    assert of_seeds(compared).startswith("Each has 2 or 4 seeds. Those of rank 4 draw adapters alone")
-    assert of_seeds({"reference": compared["reference"]}).endswith("some of which draw data of their own.")
+    said = of_seeds(compared)
+    assert said.startswith("Each has 2 or 4 seeds. Those of rank 4 draw adapters alone")
+    assert said.endswith(
+        "Elsewhere seeds draw data too, of which those that share their data count as one draw."
+    )
+    assert of_seeds({"reference": compared["reference"]}).startswith("Each has 4 seeds, of which those")
 
 
 def test_without_readings_the_question_is_not_answered(tmp_path):

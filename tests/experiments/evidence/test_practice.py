@@ -36,6 +36,7 @@ def test_every_rule_costs_what_its_batch_costs():
     # c is fitted to the largest harmless batch, an octave above the best: 4 in every configuration
     assert found[BY_FITTED].batch == pytest.approx(8.0 * 2**1.5, rel=0.02)
     assert found[BY_FITTED].steps.value == pytest.approx(1.0, rel=0.02)
+    assert found[BY_FITTED].note.startswith("k = 4: B_max over B_simple of the whole run")
     assert found[SMALLEST].regret.value == pytest.approx(0.01 * (4 + 9 + 16 + 25) / 4, abs=1e-6)
     assert found[SMALLEST].worst == pytest.approx(0.25, abs=1e-6)
     assert found["16, always"].regret.value == pytest.approx(0.01 * (4 + 1 + 0 + 1) / 4, abs=1e-6)
@@ -64,6 +65,13 @@ def test_the_constant_is_fitted_without_the_configuration_that_is_priced():
     """B_max/B_simple is 4, 4 and 16: the first two get 8 · 4 = 32, the third 4 · 1 = 4; the best is 8."""
     found = priced(rows(8.0, noise=4.0) + rows(8.0, noise=4.0, rank=4) + rows(8.0, noise=1.0, rank=64))
     assert found[BY_FITTED].regret.value == pytest.approx(0.01 * (4 + 4 + 1) / 3, abs=2e-4)
+
+
+def test_the_constant_is_fitted_anew_in_each_replicate():
+    """B_max/B_simple is 4, 4, 4 and 32: whether the odd one is drawn moves what the rule chooses."""
+    made = rows(8.0, noise=4.0) + rows(8.0, noise=4.0, rank=4) + rows(8.0, noise=4.0, rank=64)
+    found = priced(made + rows(8.0, noise=0.5, base="math-1m"))[BY_FITTED]
+    assert found.steps.high / found.steps.low > 4
 
 
 def test_an_answer_beyond_the_grid_is_priced_at_its_edge():

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.analysis.curves import Estimated
-from experiments.evidence.judged import Judged, judge
-from experiments.evidence.page import answer
+from experiments.evidence.judged import Judged, gain, judge
 from experiments.evidence.predictions import (
     plug_in_excess,
     rank_slope,
@@ -17,6 +16,7 @@ from experiments.evidence.predictions import (
     zero_verdict,
 )
 from experiments.evidence.readout import read_out
+from experiments.evidence.sentences import answer
 from tests.experiments.evidence.synthetic import curvature, rows
 
 
@@ -60,9 +60,10 @@ def test_a_number_beyond_the_grid_is_undecided_about_zero_and_a_missing_one_not_
     assert zero_verdict(number(math.nan, -math.inf, math.inf, "at the edge"), True) == "undecided"
 
 
-def judged(share, correlation, pairs=10):
-    value = number(share, 0.0, 1.0)
-    return Judged("B", number(correlation, -0.5, 0.9), number(1.0, 0.5, 2.0), value, pairs, pairs)
+def judged(share, correlation, pairs=10, high=1.0, ceiling=1.0):
+    value, off = number(share, 0.0, high), number(1.5, 1.2, 2.0)
+    follows, constant = number(correlation, -0.5, 0.9), number(1.0, 0.5, 2.0)
+    return Judged("B", follows, constant, value, off, ceiling, pairs, 0, pairs)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +79,21 @@ def judged(share, correlation, pairs=10):
     ],
 )
 def test_how_many_configurations_would_decide(share, correlation, needed):
-    assert judged(share, correlation).needed == needed
+    assert judged(share, correlation).needed.value == needed
+    assert judged(share, correlation).needed.high == math.inf  # neither end that speaks against it decides
+
+
+def test_what_measurement_alone_would_do_is_no_failure():
+    assert judged(0.4, 0.5, high=0.7).verdict == "does not"
+    assert judged(0.4, 0.5, high=0.7, ceiling=0.65).verdict == "undecided"
+    assert judged(0.4, 0.5, high=0.6, ceiling=0.65).verdict == "does not"
 
 
 def test_the_page_says_how_many_configurations_would_decide():
     made = rows(8.0, 8.0, noise=0.01, n=1) + rows(16.0, 16.0, noise=0.01, n=2, dials={"label_noise": 0.2})
     found = read_out(made + rows(8.0, 8.0, noise=0.01, n=3, rank=4), [])
     for each, said in (
-        (judged(0.7, 0.5, 3), "about 81 configurations would decide"),
+        (judged(0.7, 0.5, 3), "about 81 configurations would decide in half of the cases (3 … ∞ over"),
         (judged(0.9, 0.0, 3), "no number of configurations would decide"),
     ):
         found.judged["B"] = each
@@ -108,8 +116,22 @@ def test_a_ratio_has_the_spread_of_both():
     open_ended = ratio(Estimated(6.0, 5, math.inf, "", top.draws), bottom)
     assert (open_ended.low, open_ended.high) == (5 / 3, math.inf)
     # what a censored run leaves open is in its ends, and not in its draws
-    censored = ratio(Estimated(6.0, 5, 60, "at least: censored at batch 8", top.draws), bottom)
+    censored = ratio(Estimated(6.0, 5, 60, "at least", top.draws, at_least=True), bottom)
     assert (censored.low, censored.high) == (5 / 3, 60.0)
+    # and where it leaves single replicates open, in what they are at the most
+    open_draws = ratio(Estimated(6.0, 5, 60, "", top.draws, top.draws, 3 * top.draws), bottom)
+    assert open_draws.low == found.low and open_draws.high == pytest.approx(3 * found.high)
+
+
+def test_draws_of_two_configurations_have_nothing_to_do_with_each_other():
+    """Drawn from one stream they would cancel in a ratio, which then looks surer than its parts."""
+    made = rows(8.0, 8.0, noise=0.2, n=1) + rows(16.0, 16.0, noise=0.2, n=2, dials={"label_noise": 0.5})
+    one, other = read_out(made, []).compared.values()
+    for a, b in ((one.noise["B"], other.noise["B"]), (one.doubled, other.doubled)):
+        assert abs(np.corrcoef(np.log(a.draws), np.log(b.draws))[0, 1]) < 0.15
+    between = ratio(other.noise["B"], one.noise["B"])
+    width = math.hypot(*(math.log(each.noise["B"].high / each.noise["B"].low) for each in (one, other)))
+    assert math.log(between.high / between.low) == pytest.approx(width, rel=0.15)
 
 
 def frozen(slope=0.0, growth=0.0, spread=0.02, base="math-200k", b=4.0):
@@ -169,10 +191,14 @@ def test_a_noise_scale_that_follows_is_told_from_one_that_does_not():
     good = judge("B", follows, exact)
     assert good.verdict == "predicts" and good.constant.value == pytest.approx(3, rel=0.2)
     assert (good.pairs, good.of) == (14, 14)
+    assert good.ceiling == 1.0 and 1 < good.off.value < 1.2
     bad = judge("B", [number(x, x, x) for x in random.permutation(critical) ** 2], exact)
     assert bad.verdict == "does not" and bad.share.high < 0.8
     fixed = judge("a constant", [number(1, 1, 1)] * 14, exact)
     assert math.isnan(fixed.correlation.value) and fixed.share.value < 0.8
+    nearer = gain(follows, [number(1, 1, 1)] * 14, exact)
+    assert nearer.high < 1 and nearer.value == pytest.approx(good.off.value / fixed.off.value)
+    assert math.isnan(gain(follows[:2], follows[:2], exact[:2]).value)
     few = judge("B", follows[:2], exact[:2])
     assert few.verdict == "undecided" and math.isnan(few.share.value)
 
@@ -193,6 +219,7 @@ def test_a_readout_of_several_configurations():
     assert said["P1", "slope of log B_simple on log rank, math-200k"].verdict == "held"
     assert found.judged["B"].pairs == 4
     assert found.over_sizes["B"].of == 12
+    assert found.gains["a constant"].value < 1 and not found.harmless["constant"].bounds
 
 
 def test_b_noise_is_judged_under_sgd_and_shown_under_adamw():

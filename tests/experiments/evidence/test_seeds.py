@@ -28,6 +28,11 @@ def swept(best=1e-3, **more):
     return made
 
 
+def censored(part):
+    found = measured(part, 1_024).examples
+    return dict(zip(found.batches.astype(int), found.censored, strict=True))
+
+
 @pytest.mark.parametrize(
     ("best", "wanted"),
     [(1e-3, (7e-4, 1e-3, 1.4e-3)), (5e-4, (5e-4, 7e-4, 1e-3)), (2e-3, (1e-3, 1.4e-3, 2e-3))],
@@ -65,6 +70,27 @@ def test_the_file_says_exactly_these_runs(tmp_path, capsys):
     }
     assert preset.series == ("dials.label_noise",)
     assert tomllib.loads(out.read_text())["defaults"]["n_train"] == 2_048
+
+
+def test_an_edge_is_extended_by_one_rate_where_runs_arrived(tmp_path):
+    upper, lower = swept(2e-3), swept(5e-4)
+    found = seeds.beyond(upper)
+    arrived = [b for b in synthetic.BATCHES if not censored(upper)[b]]
+    assert {c.batch_size for c in found} == set(arrived) != set(synthetic.BATCHES)
+    assert {c.lr for c in found} == {2.83e-3} and {(c.seed, c.data_seed) for c in found} == {(0, 0), (1, 0)}
+    assert {c.lr for c in seeds.beyond(lower)} == {3.54e-4}
+    assert seeds.beyond(swept()) == []
+    rows.write(tmp_path / "some.jsonl.gz", upper)
+    seeds.main(["some", "--edges", "--folder", str(tmp_path), "--out", str(tmp_path / "more.toml")])
+    preset = grids.load(tmp_path / "more.toml")
+    assert {c.hash for c in preset.configs} == {c.hash for c in found} and "beyond the grid" in preset.title
+
+
+def test_without_an_edge_there_is_nothing_to_extend(tmp_path, capsys):
+    rows.write(tmp_path / "some.jsonl.gz", swept())
+    with pytest.raises(SystemExit, match="2"):
+        seeds.main(["some", "--edges", "--folder", str(tmp_path)])
+    assert "no batch that arrived has its best learning rate at an edge" in capsys.readouterr().err
 
 
 def test_what_a_preset_of_seeds_cannot_say_is_refused():

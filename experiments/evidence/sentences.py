@@ -1,0 +1,133 @@
+"""What the rows of the evidence say in words: the answer, and what tables leave out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from experiments.analysis.agreement import heterogeneity
+from experiments.analysis.curves import Estimated
+from experiments.analysis.resampling import LEVEL
+from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES
+from experiments.evidence.judged import WANTED, Judged
+from experiments.evidence.measured import PRIMARY, Measured
+from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
+
+
+def answer(found: Readout) -> str:
+    """Answer the title's question in a paragraph, with numbers."""
+    primary = found.judged.get(PRIMARY)
+    if primary is None or math.isnan(primary.share.value):
+        n = len(found.compared)
+        return f"**Not answered yet**: {n} of {len(CONFIGURATIONS)} configurations have been measured."
+    said = {
+        "predicts": "**Yes, by the rule fixed beforehand**",
+        "does not": "**No, by the rule fixed beforehand**",
+        "undecided": "**Undecided by the rule fixed beforehand**",
+    }[primary.verdict]
+    fixed = found.judged[BY_DEFAULT]
+    only = f" ({primary.bounds} with no more than a lower bound)" if primary.bounds else ""
+    return (
+        f"{said}, from {primary.pairs + primary.bounds} of {len(CONFIGURATIONS)} configurations{only}: "
+        f"{percent(primary.share)} of the measured critical batch sizes lie within a factor of two of c · "
+        f"B_simple, with c fitted to the other configurations (to all: c = {shown(primary.constant)}); "
+        f"{100 * WANTED:.0f} % was wanted, and at intervals as wide as these a predictor without error would "
+        f"show about {100 * primary.ceiling:.0f} %. One batch size for all does so for "
+        f"{percent(fixed.share)}. The rank correlation of noise scale and critical batch size is "
+        f"{shown(primary.correlation)}.{_apart(found)}{_more(primary)}"
+    )
+
+
+def _apart(found: Readout) -> str:
+    """Whether the configurations' critical batch sizes differ at all."""
+    p, n = heterogeneity([each.doubled for each in found.compared.values()])
+    if math.isnan(p):
+        return ""
+    do = "do differ" if p < 1 - LEVEL else "differ by no more than their intervals let them"
+    return f" Their critical batch sizes {do} (p = {p:.2g}, {n} of them)."
+
+
+def _more(primary: Judged) -> str:
+    """What would decide, where nothing is decided yet."""
+    if primary.verdict != "undecided":
+        return ""
+    needed = primary.needed
+    if math.isinf(needed.value):
+        return " Were all to stay as it is, no number of configurations would decide."
+    if needed.value <= primary.pairs:
+        return ""
+    return (
+        f" Were all to stay as it is, about {needed.value:.0f} configurations would decide in half of the "
+        f"cases ({number(needed.low)} … {number(needed.high)} over the interval of what decides)."
+    )
+
+
+def beside(found: Readout) -> str:
+    """Say what the table of predictors does not: whether B_simple beats its rivals, what there is to see."""
+    p, n = heterogeneity([each.noise[PRIMARY] for each in found.compared.values() if PRIMARY in each.noise])
+    parts = [
+        "Off: the factor by which the calibrated predictor misses, on average; ceiling: the share that one "
+        "without error would show at these intervals. At one N a batch in proportion to the data is one "
+        "batch size for all."
+    ]
+    told = {BY_DEFAULT: f"one batch size for all does, at N = {SIZE:,}", BY_SIZE: "c · N does, over all N"}
+    for rival, words in told.items():
+        if not math.isnan(found.gains[rival].value):
+            parts.append(f"B_simple misses by {shown(found.gains[rival])} times the factor by which {words}.")
+    if not math.isnan(p):
+        parts.append(f"Do the noise scales differ by more than their intervals? p = {p:.2g}, {n} of them.")
+    return " ".join(parts)
+
+
+def of_bounds(found: Readout) -> str:
+    """Say how many critical batch sizes are lower bounds, over all sizes; nothing where none is."""
+    bounds = sum(each.doubled.at_least for by in found.found.values() for each in by.values())
+    if not bounds:
+        return ""
+    return (
+        f"{bounds} of these critical batch sizes are lower bounds: a run sees {SIZES[-1]:,} examples, so "
+        f"that those to the target of N = {SIZES[-1]:,} can hardly double. They count as misses for the "
+        "lower end of a share and, where they may be near, as hits for its upper end; in nothing else."
+    )
+
+
+def of_seeds(compared: Mapping[str, Measured]) -> str:
+    """Say what the seeds draw, and so what the intervals of B_crit hold.
+
+    Args:
+        compared: configuration → reading.
+    """
+    data = {name: len({drawn for _, drawn in each.cell.seeds}) for name, each in compared.items()}
+    seeds = sorted({len(each.cell.seeds) for each in compared.values()})
+    counted = " or ".join(map(str, seeds))
+    shared = [name for name, draws in data.items() if draws < 2]
+    own = "of which those that share their data count as one draw"
+    if not shared:
+        return f"Each has {counted} seeds, {own}."
+    where = "All" if len(shared) == len(data) else f"Those of {', '.join(shared)}"
+    there = "" if len(shared) == len(data) else f" Elsewhere seeds draw data too, {own}."
+    return (
+        f"Each has {counted} seeds. {where} draw adapters alone and share data and their order: what another "
+        f"draw of the data would do is not in the intervals of B_crit there.{there}"
+    )
+
+
+def shown(value: Estimated) -> str:
+    """A number with its interval."""
+    if math.isnan(value.value) and math.isinf(value.low) and math.isinf(value.high):
+        return "–"
+    return f"{number(value.value)} ({number(value.low)} … {number(value.high)})"
+
+
+def percent(value: Estimated) -> str:
+    """A share with its interval."""
+    if math.isnan(value.value):
+        return "–"
+    return f"{100 * value.value:.0f} % ({100 * value.low:.0f} … {100 * value.high:.0f} %)"
+
+
+def number(value: float) -> str:
+    """Three digits; ∞ and – where there is none."""
+    if math.isnan(value):
+        return "–"
+    return ("−" if value < 0 else "") + "∞" if math.isinf(value) else f"{value:.3g}".replace("-", "−")
