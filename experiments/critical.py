@@ -23,17 +23,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from experiments.analysis.cells import (
-    Cell,
-    Floats,
-    Row,
-    averaged,
-    by_data,
-    cells,
-    draws_of_data,
-    ruled_out,
-    varied,
-)
+from experiments.analysis.cells import Cell, Floats, Row, averaged, by_data, cells, ruled_out, varied
+from experiments.analysis.cells import draws as independent
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import DRAWS, LEVEL, interval
 from experiments.configs import RunConfig
@@ -121,7 +112,7 @@ def efficiency(
     chosen again in each replicate; where none arrives, the one of the lowest loss at the end. Replicates
     redraw what is left of ln E when a seed's shift of all batches is taken out, pooled over batches and
     scaled for the degrees of freedom: two seeds cannot be resampled. Seeds that share data among others
-    that do not are one draw, their mean.
+    that do not are one draw, their mean; so are seeds without an adapter, which are one run.
 
     Args:
         rows: of runs; failed ones are left out.
@@ -144,7 +135,7 @@ def efficiency(
     if target is None:
         raise ValueError("the runs have no target_loss; name a target")
     logs, censored = _examples(rows, cell, target)
-    groups = draws_of_data(cell.seeds)
+    groups = independent(cell)
     logs, censored, cell = averaged(logs, groups), averaged(censored, groups) > 0, by_data(cell)
     kept = [j for j in range(len(cell.batches)) if not np.isnan(logs[j]).any(axis=1).all()]
     if not kept:

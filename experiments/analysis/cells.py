@@ -50,19 +50,18 @@ class Cell:
         return np.flatnonzero(~np.isnan(self.validation[j]).any(axis=-1))
 
 
-def draws_of_data(seeds: Sequence[tuple[int, int]]) -> list[list[int]]:
+def draws(cell: Cell) -> list[list[int]]:
     """Give the places of seeds that vary independently: each on its own, or all that share data together.
 
     Seeds that share the data and their order are no independent draws beside seeds that do not. Where all
-    share them there is only what their adapters do.
-
-    Args:
-        seeds: (seed, data_seed).
+    share them there is only what their adapters do; without adapters and dropout they are one run.
     """
     places: dict[int, list[int]] = {}
-    for place, (_, data) in enumerate(seeds):
+    for place, (_, data) in enumerate(cell.seeds):
         places.setdefault(data, []).append(place)
-    return [[i] for i in range(len(seeds))] if len(places) == 1 else list(places.values())
+    alike = cell.fields.get("adapter") == "full" and not cell.fields.get("dropout")
+    apart = len(places) == 1 and not alike
+    return [[i] for i in range(len(cell.seeds))] if apart else list(places.values())
 
 
 def averaged(values: NDArray[Any], groups: Sequence[Sequence[int]]) -> Floats:
@@ -71,8 +70,8 @@ def averaged(values: NDArray[Any], groups: Sequence[Sequence[int]]) -> Floats:
 
 
 def by_data(cell: Cell) -> Cell:
-    """Give the cell with seeds that share data averaged, where others do not; S becomes their number."""
-    groups = draws_of_data(cell.seeds)
+    """Give the cell with seeds averaged that are one draw together; S becomes the number of draws."""
+    groups = draws(cell)
     if len(groups) == len(cell.seeds):
         return cell
     validation, test, accuracy = (averaged(x, groups) for x in (cell.validation, cell.test, cell.accuracy))

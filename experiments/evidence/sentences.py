@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from experiments.analysis.agreement import heterogeneity
+from experiments.analysis.cells import draws
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import LEVEL
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES
@@ -98,18 +99,23 @@ def of_seeds(compared: Mapping[str, Measured]) -> str:
         compared: configuration → reading.
     """
     data = {name: len({drawn for _, drawn in each.cell.seeds}) for name, each in compared.items()}
+    alone = [name for name, each in compared.items() if len(draws(each.cell)) < 2]
     seeds = sorted({len(each.cell.seeds) for each in compared.values()})
     counted = " or ".join(map(str, seeds))
-    shared = [name for name, draws in data.items() if draws < 2]
+    shared = [name for name, drawn in data.items() if drawn < 2 and name not in alone]
     own = "of which those that share their data count as one draw"
-    if not shared:
-        return f"Each has {counted} seeds, {own}."
-    where = "All" if len(shared) == len(data) else f"Those of {', '.join(shared)}"
-    there = "" if len(shared) == len(data) else f" Elsewhere seeds draw data too, {own}."
-    return (
-        f"Each has {counted} seeds. {where} draw adapters alone and share data and their order: what another "
-        f"draw of the data would do is not in the intervals of B_crit there.{there}"
-    )
+    parts = [f"Each has {counted} seeds."]
+    if shared:
+        where = "All" if len(shared) == len(data) else f"Those of {'; '.join(shared)}"
+        parts.append(
+            f"{where} draw adapters alone and share data and their order: what another draw of the data "
+            "would do is not in the intervals of B_crit there."
+        )
+    if alone:
+        parts.append(f"Those of {'; '.join(alone)} have no adapter to draw, and are one run: no interval.")
+    if len(shared) + len(alone) < len(data):
+        parts.append(f"{'Elsewhere seeds' if len(parts) > 1 else 'They'} draw data too, {own}.")
+    return " ".join(parts)
 
 
 def shown(value: Estimated) -> str:

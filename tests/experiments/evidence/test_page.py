@@ -60,7 +60,12 @@ def test_seeds_that_draw_data_are_told_from_those_that_do_not():
     assert said.endswith(
         "Elsewhere seeds draw data too, of which those that share their data count as one draw."
     )
-    assert of_seeds({"reference": compared["reference"]}).startswith("Each has 4 seeds, of which those")
+    assert of_seeds({"reference": compared["reference"]}).startswith(
+        "Each has 4 seeds. They draw data too, of"
+    )
+    (full,) = read_out(rows(8.0, adapter="full"), []).compared.values()
+    assert (full.doubled.low, full.doubled.high) == (0, math.inf)
+    assert of_seeds({"full": full}).endswith("full have no adapter to draw, and are one run: no interval.")
 
 
 def test_without_readings_the_question_is_not_answered(tmp_path):
