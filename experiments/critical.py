@@ -145,13 +145,14 @@ def efficiency(
     short = np.where(np.isnan(logs).any(axis=2), np.inf, censored.sum(axis=2))  # [J, L]
     chosen = _of_equals(_choice(logs.mean(axis=2), short), logs.mean(axis=2), short, cell.validation[kept])
     at = np.arange(len(kept)), chosen
+    told = np.where((short[at] > 0)[:, None, None], cell.validation[kept], logs)  # what the rate is chosen by
     return Efficiency(
         target,
         batches,
         logs.mean(axis=2)[at],
         short[at] > 0,
         np.array(cell.rates)[chosen],
-        tuple(int(b) for b, own, i in zip(batches, logs, chosen, strict=True) if _at_edge(own, int(i))),
+        tuple(int(b) for b, own, i in zip(batches, told, chosen, strict=True) if _at_edge(own, int(i))),
         _replicates(logs, short, chosen, draws, seed),
     )
 
@@ -178,7 +179,22 @@ def overhead(found: Efficiency, share: float = 1.0, level: float = LEVEL) -> Est
     lows = highs = batches(np.where(found.censored, np.inf, known))
     if found.censored.any():  # at least what was seen, and E does not fall
         highs = batches(np.where(found.censored, np.maximum.accumulate(known, axis=1), known))
+        highs = open_above(lows, highs, found)
     return _estimated(found, lows, highs, level, share)
+
+
+def open_above(lows: Floats, highs: Floats, found: Efficiency) -> Floats:
+    """Give what places may be at the most: where they lie within the batches that arrived, what they are.
+
+    What was censored bends the interpolant there as well, and says nothing of it.
+
+    Args:
+        lows: [...], places read as if what was censored never arrived.
+        highs: [...], as if it arrived with the examples that it saw.
+        found: E(B), of which something is censored.
+    """
+    last = found.batches[max(int(found.censored.argmax()) - 1, 0)]
+    return np.where(lows >= last * (1 - 1e-9), np.maximum(lows, highs), lows)
 
 
 def hyperbola(found: Efficiency, level: float = LEVEL) -> Hyperbola:
@@ -317,9 +333,14 @@ def _of_equals(chosen: np.ndarray, means: Floats, short: Floats, losses: Floats)
     return np.where(np.isfinite(ends).any(axis=1), ends.argmin(axis=1), chosen)
 
 
-def _at_edge(logs: Floats, chosen: int) -> bool:
-    """Whether the best learning rate of a batch, [L, S], is the first or last of several that were tried."""
-    tried = np.flatnonzero(~np.isnan(logs).any(axis=1) | ruled_out(logs, chosen))
+def _at_edge(told: Floats, chosen: int) -> bool:
+    """Whether the best learning rate of a batch is the first or last of several that were tried.
+
+    Args:
+        told: [L, S], what it was chosen by: ln E, or losses at the end where none arrived.
+        chosen: its place.
+    """
+    tried = np.flatnonzero(~np.isnan(told).any(axis=1) | ruled_out(told, chosen))
     return len(tried) > 1 and chosen in (tried[0], tried[-1])
 
 

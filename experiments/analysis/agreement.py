@@ -72,7 +72,8 @@ class Calibrated:
         constant: c in measured = c · predicted, the geometric mean of the ratios.
         share: of the pairs within a factor of two of c · predicted, c fitted to the other configurations.
         off: factor by which c · predicted is off, c fitted to the others: the geometric mean.
-        ceiling: the share that a prediction without error would show at these uncertainties of both numbers.
+        ceiling: the share that a prediction without error would show at these uncertainties of both numbers,
+            of the pairs in which both are known; NaN for those of fewer than three configurations.
         exact: pairs whose measured number is not a bound; c is fitted to these.
         bounds: pairs whose measured number is a lower bound.
     """
@@ -130,18 +131,16 @@ def calibration(
         sure = exact[chosen]
         constants[r] = math.exp(logs[chosen][sure].mean()) if sure.any() else math.nan
         *shares[:, r], offs[r] = _scores(_left_out(logs[chosen], of[chosen], sure), sure)
-    value, *_, off = _scores(_left_out(logs, of, exact), exact)
+    value, least, most, off = _scores(_left_out(logs, of, exact), exact)
     n, bounds = int(exact.sum()), int((~exact).sum())
-    low, high = _clopper_pearson(round(value * n), n, bounds)
+    low, high = _clopper_pearson(least, most, len(members))
     low, high = min(low, interval(shares[1])[0]), max(high, interval(shares[2])[1])
     note = f"{bounds} pairs are lower bounds" if bounds else ""
-    sure = [i for i, known in zip(finite, exact, strict=True) if known]
-    noise = np.array([_noise_of(predicted[i], measured[i], draws, random) for i in sure])
     return Calibrated(
         Estimated(math.exp(logs[exact].mean()), *interval(constants), note, constants),
         Estimated(value, low, high, note, *shares),
         Estimated(math.exp(off), *interval(np.exp(offs)), note, np.exp(offs)),
-        _ceiling(noise, of[exact]),
+        _ceiling([(predicted[finite[i]], measured[finite[i]], of[i]) for i in np.flatnonzero(exact)], draws),
         n,
         bounds,
     )
@@ -193,27 +192,42 @@ def _scores(off: Floats, exact: NDArray[np.bool_]) -> tuple[float, float, float,
     )
 
 
-def _clopper_pearson(hits: int, exact: int, bounds: int, level: float = LEVEL) -> tuple[float, float]:
-    """Interval of a share: with the bounds as misses for its lower end, as hits for its upper one."""
-    n, tail = exact + bounds, (1 - level) / 2
-    low = float(stats.beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
-    most = hits + bounds
-    return low, float(stats.beta.ppf(1 - tail, most + 1, n - most)) if most < n else 1.0
+def _clopper_pearson(least: float, most: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of a share of n configurations that may be least to most.
+
+    Several pairs of a configuration are no independent throws: they make a hit of it in part.
+    """
+    tail = (1 - level) / 2
+    low = float(stats.beta.ppf(tail, least * n, n - least * n + 1)) if least else 0.0
+    return low, float(stats.beta.ppf(1 - tail, most * n + 1, n - most * n)) if most < 1 else 1.0
 
 
-def _noise_of(predicted: Estimated, measured: Estimated, draws: int, random: np.random.Generator) -> Floats:
-    """[R], replicates of what uncertainty adds to the log ratio of two numbers."""
-    found = np.zeros(draws)
-    for number, sign in ((measured, 1), (predicted, -1)):
-        if len(number.draws):
-            with np.errstate(divide="ignore"):
-                found += sign * np.log(random.choice(number.draws, draws) / number.value)
-    return np.clip(np.nan_to_num(found), -FAR, FAR)
+def _noise_of(number: Estimated, draws: int, random: np.random.Generator) -> Floats | None:
+    """[R], replicates of what uncertainty does to a number's logarithm; None where it is not known."""
+    if len(number.draws):
+        with np.errstate(divide="ignore"):
+            found = np.log(random.choice(number.draws, draws) / number.value)
+        return np.clip(np.nan_to_num(found), -FAR, FAR)
+    return np.zeros(draws) if number.low == number.high else None
 
 
-def _ceiling(noise: Floats, of: NDArray[np.intp]) -> float:
-    """Mean share within a factor of two where nothing but noise, [K, R], moves the log ratios."""
-    others = of[:, None] != of
+def _ceiling(pairs: Sequence[tuple[Estimated, Estimated, int]], draws: int, seed: int = 0) -> float:
+    """Mean share within a factor of two where nothing but noise moves the log ratios; NaN if it is unknown.
+
+    Args:
+        pairs: predicted, measured, and the number of their configuration.
+        draws: replicates.
+        seed: of these.
+    """
+    random, known, of = np.random.default_rng(seed), [], []
+    for predicted, measured, name in pairs:
+        below, above = (_noise_of(each, draws, random) for each in (predicted, measured))
+        if below is not None and above is not None:
+            known.append(above - below)
+            of.append(name)
+    if len(set(of)) < 3:
+        return math.nan
+    noise, others = np.array(known), np.array(of)[:, None] != np.array(of)
     off = noise - others @ noise / others.sum(axis=1, keepdims=True)
     return float((np.abs(off) <= math.log(2)).mean())
 

@@ -159,7 +159,7 @@ def largest_within(found: Curve, delta: float = 0.01) -> Estimated:
 
 
 def _located(found: Curve, locate: Callable[[Floats, Floats], Place]) -> Estimated:
-    """Find a place in log₂ B, in the data and in each replicate."""
+    """Find a place in log₂ B, in the data and in each replicate; one draw of seeds has no interval."""
     batches = np.concatenate([found.batches, found.diverged])
     order = np.argsort(batches)
     x = np.log2(batches[order])
@@ -179,6 +179,9 @@ def _located(found: Curve, locate: Callable[[Floats, Floats], Place]) -> Estimat
     if beside := [b for b in found.diverged if np.log2(b) in (low, high)]:
         notes.append(f"every run diverged at batch {', '.join(f'{b:.0f}' for b in beside)}")
     value, low, high = (2.0**place for place in (value, low, high))
+    if len(found.cell.seeds) < 2:
+        notes.append("one draw: no interval")
+        return Estimated(value, 0.0, math.inf, ", ".join(notes))
     return Estimated(value, low, high, ", ".join(notes), *np.exp2(draws.T))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -13,6 +13,7 @@ from experiments.analysis.cells import Cell, Floats
 from experiments.analysis.curves import Curve, Estimated
 from experiments.analysis.resampling import LEVEL, interval, means, replicates
 
+_UNKNOWN = np.empty(0)
 OCTAVES = np.arange(-8.0, 24.0, 0.05)  # log₂ of the noise scales that a law is tried with
 LEAST = 3  # batch sizes that a law is fitted to: with two figures a fit to two says nothing
 LAWS: dict[str, Callable[[Floats, Floats], Floats]] = {
@@ -92,13 +93,15 @@ def exponent(sizes: Sequence[float], found: Sequence[Estimated], level: float = 
         level: of the interval.
 
     Returns:
-        k. A batch size beyond the grid says only "at least": in the data k is then NaN; a replicate counts
-        with the smallest k that it leaves possible for the lower end, and the largest for the upper one. The
-        note says how many such replicates there are.
+        k, without an interval where a number has no draws. A batch size beyond the grid says only "at
+        least": in the data k is then NaN; a replicate counts with the smallest k that it leaves possible for
+        the lower end, and the largest for the upper one. The note says how many such replicates there are.
 
     Raises:
         ValueError: all data sizes are one.
     """
+    if any(not len(each.draws) for each in found):
+        found = [replace(each, draws=_UNKNOWN, least=_UNKNOWN, most=_UNKNOWN) for each in found]
     log_sizes = np.log(np.asarray(sizes, dtype=float))
     if len(log_sizes) < 2 or np.ptp(log_sizes) == 0:
         raise ValueError(f"an exponent needs two data sizes; seen {list(sizes)}")
@@ -111,10 +114,10 @@ def exponent(sizes: Sequence[float], found: Sequence[Estimated], level: float = 
     rising = (weights > 0)[:, None]
     lows = _weighted(weights, np.where(rising, least, most))
     highs = _weighted(weights, np.where(rising, most, least))
-    open_ = float((least != most).any(axis=0).mean())
+    open_ = float((least != most).any(axis=0).mean()) if least.size else 0.0
     note = f"beyond the grid in {open_:.0%} of the draws" if open_ else ""
     value = float(_weighted(weights, values[:, None])[0])
-    ends = interval(lows, level)[0], interval(highs, level)[1]
+    ends = interval(lows, level)[0], interval(highs, level)[1]  # of no draws: infinite
     return Estimated(
         value if math.isfinite(value) else math.nan, *ends, note, _weighted(weights, draws), lows, highs
     )

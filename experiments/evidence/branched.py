@@ -11,6 +11,7 @@ a minute a seed on one core; what has rows is not made again.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,13 @@ def trunks(
             examples = measured(part, SIZE // per_row(part)).examples
         except ValueError:
             continue
-        smallest = {"batch_size": int(examples.batches[0]), "lr": float(examples.rates[0]), "gns_every": 0}
+        smallest = {"batch_size": int(examples.batches[0]), "lr": float(examples.rates[0])}
+        unread = {"gns_every": 0, "gns_metric": "euclidean"}  # whatever the first row measured
         for seed in seeds:
-            yield name, RunConfig.of(part[0]["config"] | smallest | {"seed": seed, "data_seed": seed})
+            yield (
+                name,
+                RunConfig.of(part[0]["config"] | smallest | unread | {"seed": seed, "data_seed": seed}),
+            )
 
 
 def branches_of(name: str, trunk: RunConfig, device: str | None = None) -> dict[str, Any]:
@@ -76,18 +81,24 @@ def branched_batches(made: Sequence[Mapping[str, Any]]) -> dict[str, Estimated]:
 
     Args:
         made: rows of this module; of several learning rates of a trunk the last one's count.
+
+    Returns:
+        By configuration; NaN with a note where no batch can be named, as the trunk's own batch diverged.
     """
     found: dict[str, Estimated] = {}
     for name in CONFIGURATIONS:
         own = [each["branches"] for each in made if each["configuration"] == name]
         own = [each for each in own if each[0]["config"]["lr"] == own[-1][0]["config"]["lr"]]
         if len(own) > 1:
-            found[name] = branched(row for each in own for row in each)
+            try:
+                found[name] = branched(row for each in own for row in each)
+            except ValueError as error:
+                found[name] = Estimated(math.nan, -math.inf, math.inf, str(error))
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make what has no rows yet."""
+    """Make what has no rows yet; what fails is named at the end, with 2 as the status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.evidence.branched", description=__doc__)
     parser.add_argument("--configurations", nargs="+", default=list(CONFIGURATIONS), choices=CONFIGURATIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -99,11 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = {row["trunk"] for row in rows.read(path)}
     chosen = trunks(runs_in(asked.folder), asked.configurations, asked.seeds)
     missing = [(name, trunk) for name, trunk in chosen if trunk.hash not in known]
-    try:
-        for name, trunk in tqdm(missing, unit="trunk", desc="branches"):
+    failed = []
+    for name, trunk in tqdm(missing, unit="trunk", desc="branches"):
+        try:
             rows.append(path, branches_of(name, trunk, asked.device))
-    except RunError as error:
-        parser.exit(2, f"{error}\n")
+        except RunError as error:
+            failed.append(str(error))
+    if failed:
+        parser.exit(2, "\n".join((*failed, "")))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Judged:
         constant: c in measured = c · predicted, fitted to all.
         share: of the pairs within a factor of two of c · predicted, c fitted to the other configurations.
         off: factor by which that is off, the geometric mean.
-        ceiling: the share that a predictor without error would show at these uncertainties.
+        ceiling: the share that a predictor without error would show at these uncertainties; NaN: not known.
         pairs: with two finite numbers that are no bounds.
         bounds: pairs whose measured number is a lower bound.
         of: all pairs.
@@ -52,7 +52,7 @@ class Judged:
         """
         if math.isnan(self.share.value):
             return "undecided"
-        if self.share.high < min(WANTED, self.ceiling):
+        if self.share.high < self._bar:
             return "does not"
         follows = self.correlation.low > 0
         return "predicts" if self.share.value >= WANTED and follows else "undecided"
@@ -68,18 +68,22 @@ class Judged:
         if math.isnan(self.share.value):
             return NOTHING
         if self.share.value < WANTED:
-            ends = (self.share.value, self.share.low, min(self.share.high, WANTED))
-            of = [self._by_share(share) for share in ends]
+            of = [self._by_share(share) for share in (self.share.value, self.share.low, self.share.high)]
         else:
             r = self.correlation
             of = [self._by_correlation(each) for each in (r.value, r.high, r.low)]
         return Estimated(of[0], of[1], of[2])
 
     def _by_share(self, share: float) -> float:
-        """Configurations at which the normal interval of a share lies below what is wanted."""
-        if share >= WANTED:
+        """Configurations at which the normal interval of a share lies below what it is judged by."""
+        if share >= self._bar:
             return math.inf
-        return max(self.pairs, math.ceil(_Z**2 * share * (1 - share) / (WANTED - share) ** 2))
+        return max(self.pairs, math.ceil(_Z**2 * share * (1 - share) / (self._bar - share) ** 2))
+
+    @property
+    def _bar(self) -> float:
+        """What the interval of the share must lie below: what is wanted, and what error alone would give."""
+        return WANTED if math.isnan(self.ceiling) else min(WANTED, self.ceiling)
 
     def _by_correlation(self, r: float) -> float:
         """Configurations at which the interval of a rank correlation lies above 0."""

@@ -67,26 +67,37 @@ def prices(found: Sequence[Curve]) -> list[Price]:
     }
     for batch in DEFAULTS:
         choices[f"{batch}, always"] = [float(batch)] * len(found), "none"
-    return [made for rule, (chosen, runs) in choices.items() if (made := _priced(rule, found, chosen, runs))]
+    refitted = _refitted(found)
+    priced = (
+        _priced(rule, found, chosen, runs, refitted if rule == BY_FITTED else None)
+        for rule, (chosen, runs) in choices.items()
+    )
+    return [each for each in priced if each is not None]
 
 
-def _priced(rule: str, found: Sequence[Curve], chosen: Sequence[float], runs: str) -> Price | None:
-    """Price one rule where it has an answer; None where it has none anywhere."""
-    pairs = [(each, b) for each, b in zip(found, chosen, strict=True) if not math.isnan(b)]
-    if not pairs:
+def _priced(
+    rule: str,
+    found: Sequence[Curve],
+    chosen: Sequence[float],
+    runs: str,
+    drawn: Sequence[Floats] | None = None,
+) -> Price | None:
+    """Price one rule where it has an answer, with replicates of it; None where it has none anywhere."""
+    used = [i for i, batch in enumerate(chosen) if not math.isnan(batch)]
+    if not used:
         return None
-    curves, batches = [each for each, _ in pairs], [b for _, b in pairs]
+    curves, batches = [found[i] for i in used], [chosen[i] for i in used]
     others, note = None, ""
-    if rule == BY_FITTED:
-        others, k = _refitted(curves), math.exp(np.nanmean(_harmless_over_noise(curves)))
+    if drawn is not None:
+        others, k = [drawn[i] for i in used], math.exp(np.nanmean(_harmless_over_noise(found)))
         note = (
             f"k = {k:.2g}: B_max over B_simple of the whole run, and so about 1 × the steps by construction"
         )
     mean, own = regret(curves, batches, others=others)
-    inside = [_inside(each, b) for each, b in pairs]
+    inside = [_inside(each, b) for each, b in zip(curves, batches, strict=True)]
     batch = float(np.exp(np.mean(np.log(inside))))
     steps = _steps(curves, inside, others)
-    return Price(rule, mean, max(own), steps, batch, runs, len(pairs), len(found), note)
+    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), note)
 
 
 def _steps(
@@ -159,13 +170,13 @@ def _fitted(found: Sequence[Curve]) -> list[float]:
 
 
 def _refitted(found: Sequence[Curve], seed: int = 0) -> list[Floats]:
-    """[K] of [R], the same with k fitted to other configurations drawn with replacement."""
+    """[K] of [R], the same with k fitted to others drawn with replacement; empty where there are none."""
     logs, random = _harmless_over_noise(found), np.random.default_rng(seed)
     made = []
     for i, each in enumerate(found):
         others = np.delete(logs, i)
         others = others[np.isfinite(others)]
-        drawn = random.choice(others, (DRAWS, len(others))).mean(axis=1)
+        drawn = random.choice(others, (DRAWS, len(others))).mean(axis=1) if len(others) else np.empty(0)
         made.append(_noise(each) * np.exp(drawn))
     return made
 

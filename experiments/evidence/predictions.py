@@ -13,6 +13,7 @@ from scipy import stats
 from experiments.analysis.curves import Curve, Estimated
 from experiments.analysis.fits import exponent, slope
 from experiments.analysis.resampling import LEVEL, interval
+from experiments.critical import open_above
 from experiments.evidence.configurations import RANK
 from experiments.evidence.measured import CURVED, PRIMARY, Measured
 from experiments.evidence.tuned import above_best, growth_within, octaves_between, pick
@@ -188,7 +189,7 @@ def harmless(found: Measured, sizes: Sequence[int]) -> list[Estimated]:
     made = []
     for n in sizes:
         low, high = (np.exp(first_reach(at, logs, np.full(len(logs), math.log(n)))) for logs in (least, most))
-        high = np.maximum(low, high)
+        high = open_above(low, high, efficiency) if efficiency.censored.any() else low
         ends = min(low[0], interval(low[1:])[0]), max(high[0], interval(high[1:])[1])
         bound = np.minimum(low, efficiency.batches[-1])  # beyond the grid: at least the last batch tried
         open_ = bool(high[0] > low[0])

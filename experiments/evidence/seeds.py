@@ -26,7 +26,7 @@ from experiments import grids, rows
 from experiments.analysis.cells import Row
 from experiments.configs import RunConfig, RunError
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, named, per_row
-from experiments.evidence.files import FOLDER
+from experiments.evidence.files import FOLDER, runs_in
 from experiments.evidence.measured import REFERENCE, Measured, measured
 
 SEEDS = (2, 3)
@@ -97,25 +97,46 @@ def more(part: Sequence[Row], seeds: Sequence[int]) -> list[RunConfig]:
     return _runs(part, kept(measured(part, SIZE // per_row(part))), [(seed, seed) for seed in seeds])
 
 
-def beyond(part: Sequence[Row]) -> list[RunConfig]:
+def beyond(part: Sequence[Row], own: Sequence[Row]) -> list[RunConfig]:
     """Give the runs that extend a configuration's grids: one learning rate beyond each edge, all seeds.
+
+    What was extended before is among them, so that a preset says all of it.
 
     Args:
         part: rows of the configuration.
+        own: of these, the rows of the grid that is extended.
 
     Raises:
         ValueError: the rows do not give its examples to the target.
     """
     found = measured(part, SIZE // per_row(part))
     examples, rates = found.examples, {}
+    for batch, rate in sorted(_places(part) - _places(own)):
+        rates.setdefault(batch, []).append(rate)
     for batch, best, lost in zip(
         examples.batches.astype(int), examples.rates, examples.censored, strict=True
     ):
         if batch in examples.edges and not lost:
             j = found.cell.batches.index(batch)
             upper = best == found.cell.rates[found.cell.tried(j)[-1]]
-            rates[int(batch)] = (float(f"{best * 2 ** (0.5 if upper else -0.5):.3g}"),)
-    return _runs(part, rates, found.cell.seeds)
+            rates.setdefault(int(batch), []).append(float(f"{best * 2 ** (0.5 if upper else -0.5):.3g}"))
+    return _runs(part, {batch: sorted(of) for batch, of in sorted(rates.items())}, found.cell.seeds)
+
+
+def of_the_seeds(part: Sequence[Row], own: Sequence[Row]) -> list[Row]:
+    """Give the rows of a grid's seeds, whichever preset made them: the grid's own and what extends it.
+
+    Args:
+        part: rows of the configuration.
+        own: of these, the rows of the grid.
+    """
+    seeds = {(row["config"]["seed"], row["config"]["data_seed"]) for row in own}
+    return [row for row in part if (row["config"]["seed"], row["config"]["data_seed"]) in seeds]
+
+
+def _places(part: Sequence[Row]) -> set[tuple[int, float]]:
+    """Batch sizes and learning rates."""
+    return {(row["config"]["batch_size"], row["config"]["lr"]) for row in part}
 
 
 def _runs(
@@ -219,12 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not source.exists():
             raise RunError(f"{source}: no such file of rows; run and --collect {asked.preset} first")
-        parts = named(rows.read(source))
-        if not parts:
+        grids_of = named(rows.read(source))
+        if not grids_of:
             raise RunError(f"{source}: no rows of a preregistered configuration")
-        runs = {
-            name: beyond(part) if asked.edges else more(part, asked.seeds) for name, part in parts.items()
-        }
+        every, runs = named(runs_in(asked.folder)), {}
+        for name, own in grids_of.items():
+            part = of_the_seeds(every[name], own)
+            runs[name] = beyond(part, own) if asked.edges else more(part, asked.seeds)
         runs = {name: part for name, part in runs.items() if part}
         if not runs:
             raise RunError(f"{source}: no batch that arrived has its best learning rate at an edge")

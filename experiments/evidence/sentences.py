@@ -99,7 +99,7 @@ def of_seeds(compared: Mapping[str, Measured]) -> str:
         compared: configuration → reading.
     """
     data = {name: len({drawn for _, drawn in each.cell.seeds}) for name, each in compared.items()}
-    alone = [name for name, each in compared.items() if len(draws(each.cell)) < 2]
+    alone = [name for name, each in compared.items() if len(draws(each.cell)) < 2 <= len(each.cell.seeds)]
     seeds = sorted({len(each.cell.seeds) for each in compared.values()})
     counted = " or ".join(map(str, seeds))
     shared = [name for name, drawn in data.items() if drawn < 2 and name not in alone]

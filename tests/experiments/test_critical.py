@@ -117,6 +117,20 @@ def test_a_number_that_a_censored_batch_leaves_open_is_a_bound_and_so_are_its_re
     assert not sure.at_least and list(sure.most) == list(sure.least) == list(sure.draws)
 
 
+def test_what_is_censored_beyond_the_crossing_leaves_it_as_it_is():
+    """Where the doubling lies between batches that arrived, one that did not only bends the interpolant."""
+    random = np.random.default_rng(0)
+    for _ in range(25):
+        b_crit = math.exp(random.uniform(math.log(4), math.log(20)))
+        noise = np.exp(0.05 * random.standard_normal(6))
+        arrived = [E_MIN * (1 + b / b_crit) * f for b, f in zip(BATCHES[:6], noise, strict=True)]  # to 32
+        made = [_row(b, e) for b, e in zip(BATCHES[:6], arrived, strict=True)] + [_row(64, None, seen=6_000)]
+        twice = [row | {"config": row["config"] | {"seed": 1, "data_seed": 1}} for row in made]
+        found = overhead(efficiency(made + twice, draws=5))
+        assert found.at_least == (found.value >= 32 * (1 - 1e-6)), (b_crit, found)
+        assert found.high >= found.value >= found.low
+
+
 def test_more_noise_gives_wider_intervals():
     widths = []
     for noise in (0.02, 0.2):

@@ -99,9 +99,33 @@ def test_a_lower_bound_is_no_number():
         found = calibration(exact(1, 2, 3, 4, 5), [*measured, bound])
         assert (found.constant.value, found.share.value) == (pytest.approx(2.0), 1.0)
         assert (found.exact, found.bounds) == (4, 1) and found.share.note == "1 pairs are lower bounds"
+        assert found.share.high == pytest.approx(1.0) or most < 1
         assert found.share.low < 0.3 and float(np.nanmedian(found.share.most)) == pytest.approx(
             most, abs=0.01
         )
+
+
+def test_bounds_that_are_too_large_already_are_no_hits_at_the_most():
+    measured = exact(2, 4, 6, 8) + [replace(e, at_least=True) for e in exact(*[2e5] * 4)]
+    share = calibration(exact(*range(1, 9)), measured).share
+    assert share.value == 1.0 and share.high == pytest.approx(stats.beta.ppf(0.975, 5, 4), abs=0.05)
+
+
+def test_readings_of_one_configuration_are_no_throws_of_their_own():
+    values, names = range(1, 8), list("abcdefg")
+    once = calibration(exact(*values), exact(*values)).share
+    thrice = calibration(exact(*[*values] * 3), exact(*[*values] * 3), groups=names * 3).share
+    assert (thrice.value, thrice.low, thrice.high) == (once.value, pytest.approx(once.low), once.high)
+
+
+def test_the_ceiling_is_of_numbers_whose_uncertainty_is_known():
+    random = np.random.default_rng(0)
+    known = [replace(e, draws=e.value * np.exp(random.normal(0, 0.6, 2_000))) for e in exact(*range(1, 11))]
+    opened = [Estimated(e.value, 0.0, math.inf) for e in known]
+    sure, all_ = exact(*range(1, 11)), calibration(exact(*range(1, 11)), known).ceiling
+    half = calibration(sure, [*known[:5], *opened[5:]]).ceiling
+    assert half == pytest.approx(all_, abs=0.06) and all_ < 0.8  # as exact numbers they would raise it
+    assert math.isnan(calibration(sure, [*known[:2], *opened[2:]]).ceiling)
 
 
 def test_numbers_that_differ_by_more_than_their_intervals_are_told():

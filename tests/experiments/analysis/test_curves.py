@@ -108,9 +108,17 @@ def test_a_seed_that_moves_the_whole_curve_does_not_widen_the_interval():
     assert np.log2(wide.high / wide.low) == pytest.approx(np.log2(narrow.high / narrow.low), rel=1e-6)
 
 
+def test_a_run_made_twice_has_no_interval():
+    """Full fine-tuning has no adapter to draw: seeds on one data set are one run."""
+    found = only(rows(seeds=2, adapter="full", shift=0.0), draws=20)
+    for place in (optimum(found), largest_within(found, 0.03)):
+        assert (place.low, place.high, len(place.draws)) == (0, math.inf, 0)
+        assert place.note.endswith("one draw: no interval")
+
+
 def test_one_seed_gives_no_interval_and_does_not_pretend_to():
     place = optimum(only(rows(seeds=1, sigma=0.01), draws=20))
-    assert place.low == place.value == place.high
+    assert (place.low, place.high, place.note) == (0, math.inf, "one draw: no interval")
 
 
 def covered(measure, truth, seeds, repeats=60, **more):

@@ -68,6 +68,12 @@ def test_a_batch_beyond_the_grid_gives_no_exponent_but_a_bound():
     assert exponent([100, 400], [Estimated(8, 0, 0, draws=inside), bare]).low == -math.inf
 
 
+def test_a_number_without_draws_leaves_the_exponent_without_an_interval():
+    sure = Estimated(8, 0, 0, draws=np.full(4, 8.0))
+    found = exponent([100, 400], [sure, Estimated(16.0, 0, math.inf)])
+    assert (found.value, found.low, found.high) == (pytest.approx(0.5), -math.inf, math.inf)
+
+
 def test_a_batch_that_is_a_lower_bound_gives_no_exponent():
     sure = Estimated(8, 0, 0, draws=np.full(4, 8.0))
     bound = Estimated(16, 0, 0, draws=np.full(4, 16.0), most=np.full(4, 64.0), at_least=True)

@@ -1,5 +1,8 @@
 """Branched runs of each configuration: from where, how far, at which batches, and what they say."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from experiments import rows
@@ -37,7 +40,9 @@ def told(name, excess, seeds=(0, 1, 2), lr=1e-3):
 
 
 def test_a_trunk_is_at_the_smallest_batch_and_its_best_rate_and_seeds_draw_data():
-    found = list(branched.trunks(synthetic.rows(gns_metric="euclidean"), ("reference", "merged"), (0, 5)))
+    found = list(branched.trunks(synthetic.rows(), ("reference", "merged"), (0, 5)))
+    other = list(branched.trunks(synthetic.rows(gns_metric="adam"), ("reference",), (0, 5)))
+    assert [c.hash for _, c in found] == [c.hash for _, c in other]  # whatever else was measured
     assert [name for name, _ in found] == ["reference"] * 2
     assert [(c.batch_size, c.lr, c.seed, c.data_seed, c.gns_every) for _, c in found] == [
         (1, 1e-3, 0, 0, 0),
@@ -65,6 +70,10 @@ def test_the_largest_batch_that_costs_nothing_is_read_of_the_last_trunks():
     assert list(found) == ["reference", "full"]
     assert 1 < found["reference"].value < 2 and 4 < found["full"].value < 8
     assert branched.branched_batches(told("reference", (0.0, 0.1), seeds=(0,))) == {}
+    lost = told("reference", (0.0, 0.1))
+    lost[1]["branches"][0] |= {"status": "diverged", "loss": None}
+    found = branched.branched_batches(lost)["reference"]
+    assert math.isnan(found.value) and "trunk's batch diverged" in found.note
 
 
 def test_the_page_shows_it_beside_the_other_definitions():
@@ -78,11 +87,22 @@ def test_the_page_shows_it_beside_the_other_definitions():
     assert 2 < float(reference[at].split(" (")[0]) < 4 and rank4[at] == "–"
 
 
-def test_what_has_a_row_is_not_made_again(trunk, short, monkeypatch, tmp_path):
+def test_what_has_a_row_is_not_made_again_and_what_fails_is_named(
+    trunk, short, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(branched, "trunks", lambda runs, names, seeds: [("reference", trunk)])
     branched.main(["--folder", str(tmp_path), "--device", "cpu"])
     first = rows.read(tmp_path / BRANCHES)
     assert [row["trunk"] for row in first] == [trunk.hash] and runs_in(tmp_path) == []
-    monkeypatch.setattr(branched, "branches_of", None)
+
+    def lost(name, trunk, device):
+        raise RunError(f"{name} is lost")
+
+    monkeypatch.setattr(branched, "branches_of", lost)
     branched.main(["--folder", str(tmp_path), "--device", "cpu"])
     assert rows.read(tmp_path / BRANCHES) == first
+    others = [replace(trunk, seed=seed) for seed in (8, 9)]
+    monkeypatch.setattr(branched, "trunks", lambda runs, names, seeds: zip("ab", others, strict=True))
+    with pytest.raises(SystemExit, match="2"):
+        branched.main(["--folder", str(tmp_path), "--device", "cpu"])
+    assert capsys.readouterr().err.endswith("a is lost\nb is lost\n")  # one does not keep others back

@@ -74,6 +74,13 @@ def test_the_constant_is_fitted_anew_in_each_replicate():
     assert found.steps.high / found.steps.low > 4
 
 
+def test_configurations_that_cannot_be_priced_still_fit_the_constant():
+    """The third has no end, so that the first two have one other each, and it two."""
+    made = rows(8.0, noise=4.0) + rows(8.0, noise=4.0, rank=4) + rows(512.0, noise=4.0, rank=64)
+    found = priced(made)[BY_FITTED]
+    assert found.used == 1 and found.note.startswith("k = 4") and math.isfinite(found.regret.low)
+
+
 def test_an_answer_beyond_the_grid_is_priced_at_its_edge():
     found = priced(rows(8.0, noise=1e6) + rows(8.0, noise=1e-6, rank=4))
     assert found[BY_NOISE].worst == pytest.approx(0.01 * 16, abs=1e-6)

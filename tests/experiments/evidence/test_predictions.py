@@ -87,6 +87,9 @@ def test_what_measurement_alone_would_do_is_no_failure():
     assert judged(0.4, 0.5, high=0.7).verdict == "does not"
     assert judged(0.4, 0.5, high=0.7, ceiling=0.65).verdict == "undecided"
     assert judged(0.4, 0.5, high=0.6, ceiling=0.65).verdict == "does not"
+    assert judged(0.4, 0.5, high=0.7, ceiling=math.nan).verdict == "does not"  # not known
+    assert judged(0.7, 0.5, ceiling=0.6).needed.value == math.inf
+    assert judged(0.5, 0.5, ceiling=0.7).needed.value == 25 > judged(0.5, 0.5).needed.value
 
 
 def test_the_page_says_how_many_configurations_would_decide():
@@ -187,7 +190,8 @@ def test_a_noise_scale_that_follows_is_told_from_one_that_does_not():
     random = np.random.default_rng(3)
     critical = np.exp(random.uniform(0, 3, 14))
     exact = [number(c, c, c) for c in critical]
-    follows = [number(c / 3 * math.exp(0.1 * random.standard_normal()), 0, 1) for c in critical]
+    near = [c / 3 * math.exp(0.1 * random.standard_normal()) for c in critical]
+    follows = [number(x, x, x) for x in near]
     good = judge("B", follows, exact)
     assert good.verdict == "predicts" and good.constant.value == pytest.approx(3, rel=0.2)
     assert (good.pairs, good.of) == (14, 14)

@@ -28,6 +28,13 @@ def swept(best=1e-3, **more):
     return made
 
 
+def again(row, lr, later):
+    """The same run at another rate, so much further from the loss."""
+    config = RunConfig.of(row["config"] | {"lr": lr})
+    losses = [e | {"loss": e["loss"] + later * (e["step"] > 0)} for e in row["validation"]]
+    return row | {"hash": config.hash, "config": config.to_dict(), "validation": losses}
+
+
 def censored(part):
     found = measured(part, 1_024).examples
     return dict(zip(found.batches.astype(int), found.censored, strict=True))
@@ -74,12 +81,20 @@ def test_the_file_says_exactly_these_runs(tmp_path, capsys):
 
 def test_an_edge_is_extended_by_one_rate_where_runs_arrived(tmp_path):
     upper, lower = swept(2e-3), swept(5e-4)
-    found = seeds.beyond(upper)
+    found = seeds.beyond(upper, upper)
     arrived = [b for b in synthetic.BATCHES if not censored(upper)[b]]
     assert {c.batch_size for c in found} == set(arrived) != set(synthetic.BATCHES)
     assert {c.lr for c in found} == {2.83e-3} and {(c.seed, c.data_seed) for c in found} == {(0, 0), (1, 0)}
-    assert {c.lr for c in seeds.beyond(lower)} == {3.54e-4}
-    assert seeds.beyond(swept()) == []
+    assert {c.lr for c in seeds.beyond(lower, lower)} == {3.54e-4}
+    # one step on: what was extended stays in the preset, and goes on where it is the best again
+    more = [again(row, 2.83e-3, 0.02) for row in upper if row["config"]["lr"] == 2e-3]
+    assert {c.lr for c in seeds.beyond(upper + more, upper)} == {2.83e-3}
+    more = [again(row, 2.83e-3, -0.02) for row in upper if row["config"]["lr"] == 2e-3]
+    further = seeds.beyond(upper + more, upper)
+    assert {(c.batch_size, c.lr) for c in further if c.batch_size == 8} == {(8, 2.83e-3), (8, 4e-3)}
+    new = seeds.more(seeds.of_the_seeds(upper + more, upper), (2,))
+    assert {c.lr for c in new if c.batch_size == 8} == {1.4e-3, 2e-3, 2.83e-3}
+    assert seeds.beyond(swept(), swept()) == []
     rows.write(tmp_path / "some.jsonl.gz", upper)
     seeds.main(["some", "--edges", "--folder", str(tmp_path), "--out", str(tmp_path / "more.toml")])
     preset = grids.load(tmp_path / "more.toml")
@@ -122,6 +137,10 @@ def test_halving_keeps_what_was_found_and_calls_no_edge():
     assert list(left.log_examples) == list(whole.log_examples) and not left.edges and not whole.edges
     assert overhead(left).value == overhead(whole).value
     assert whole.censored.any() and set(whole.rates) == {1e-3}  # also where none arrives
+    # the best of those that went on is their last: that one beyond it was tried, and worse, is known
+    border = [r for r in part if r["config"]["seed"] < 2 or r["config"]["lr"] in (5e-4, 7e-4, 1e-3)]
+    assert not efficiency(border, target).edges
+    assert efficiency([r for r in border if r["config"]["lr"] <= 1e-3], target).edges
     worst = [r | {"validation": r["validation"][:1]} if r["config"]["lr"] == 7e-4 else r for r in half]
     assert not efficiency(worst, target).edges
     narrow = [r for r in half if r["config"]["lr"] in (1e-3, 1.4e-3)]
