@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import interval
-from experiments.evidence.configurations import RANK
+from experiments.evidence.configurations import CONFIGURATIONS, RANK
 from experiments.evidence.judged import Judged
 from experiments.evidence.measured import PRIMARY, Measured
 from experiments.figures.style import (
@@ -27,6 +28,7 @@ from experiments.figures.style import (
     plain,
 )
 
+FACES = ("full", "left", "bottom")  # of marks, once the styles have been through
 TITLES = {
     "B": "B_simple, factor B (preregistered)",
     "adam": "the same in Adam's metric",
@@ -52,8 +54,8 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
             name: (each.noise[variant], each.doubled) for name, each in found.items() if variant in each.noise
         }
         across = _ends([noise for noise, _ in pairs.values()])
-        for i, (name, (noise, critical)) in enumerate(pairs.items()):
-            _cross(axes, noise, critical, across, ends, i, name)
+        for name, (noise, critical) in pairs.items():
+            _cross(axes, noise, critical, across, ends, name)
         constant = judged[variant].constant.value if variant in judged else math.nan
         if math.isfinite(constant):
             line = np.array(across)
@@ -68,14 +70,28 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
         shown = "measured B_crit (rows a step)" if at_left(axes) else ""
         label(axes, "noise scale up to the target (rows)", shown, TITLES[variant])
     last.axis("off")
-    marks: dict[str, Any] = {}
-    for axes in panels:  # the first is the primary one: where its number has two ends, the mark is full
-        for mark, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            marks.setdefault(name, mark)
-    last.legend(marks.values(), marks, fontsize=8, loc="center left", title="configuration")
+    marks = [Line2D([], [], markersize=6, linestyle="none", **_mark(name)) for name in found]
+    last.legend(
+        marks,
+        list(found),
+        fontsize=7.5,
+        loc="upper left",
+        title="configuration",
+        ncols=1 + (len(marks) > 8),
+        columnspacing=1.0,
+        handletextpad=0.3,
+        borderaxespad=0.0,
+    )
     said = "Line: c · noise scale; band: within a factor of two.\nOpen marks: bounded on one side only."
-    last.text(0, 0, said, fontsize=8, transform=last.transAxes)
+    last.text(0, 0, said, fontsize=8, transform=last.transAxes, verticalalignment="top")
     return figure
+
+
+def _mark(name: str) -> dict[str, Any]:
+    """Give the mark of a configuration, the same in every panel and however many have been run."""
+    i = list(CONFIGURATIONS).index(name)
+    style = STYLES[i % len(STYLES)]
+    return {"marker": style["marker"], "color": style["color"], "fillstyle": FACES[i // len(STYLES)]}
 
 
 def efficiency(found: Mapping[str, Measured]) -> Figure:
@@ -154,29 +170,18 @@ def _cross(
     y: Estimated,
     across: tuple[float, float],
     up: tuple[float, float],
-    i: int,
     name: str,
 ) -> None:
     """One configuration: both numbers with their intervals; open where a number is only bounded."""
-    style = STYLES[i % len(STYLES)]
+    style = _mark(name)
     place = [_inside(each.value, ends) for each, ends in ((x, across), (y, up))]
-    open_ = not (math.isfinite(x.value) and math.isfinite(y.value)) or any(
-        word in y.note for word in ("at least", "beyond")
-    )
+    open_ = y.at_least or not (math.isfinite(x.value) and math.isfinite(y.value))
     axes.plot(
         [_inside(x.low, across), _inside(x.high, across)], [place[1]] * 2, color=style["color"], linewidth=0.9
     )
     axes.plot([place[0]] * 2, [_inside(y.low, up), _inside(y.high, up)], color=style["color"], linewidth=0.9)
-    face = "none" if open_ else ("full" if i < len(STYLES) else "left")
-    axes.plot(
-        *place,
-        marker=style["marker"],
-        color=style["color"],
-        markersize=6,
-        fillstyle=face,
-        linestyle="none",
-        label=name,
-    )
+    style |= {"fillstyle": "none"} if open_ else {}
+    axes.plot(*place, markersize=6, linestyle="none", label=name, **style)
 
 
 def _span(axes: Axes, number: Estimated, color: str, height: float) -> None:
