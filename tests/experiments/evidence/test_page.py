@@ -10,6 +10,7 @@ from experiments import rowsfile
 from experiments.evidence import figures
 from experiments.evidence.__main__ import main
 from experiments.evidence.configurations import CONFIGURATIONS
+from experiments.evidence.measured import measured
 from experiments.evidence.readout import read_out
 from experiments.evidence.sentences import of_seeds
 from experiments.markdown import marks
@@ -71,12 +72,13 @@ def test_seeds_that_draw_data_are_told_from_those_that_do_not():
 
 def test_a_configuration_has_one_mark_in_every_panel_whichever_others_are_there():
     """Three panels show two configurations of three: marks are not dealt out panel by panel."""
-    every = read_out(rows(8.0) + rows(9.0, n=1, rank=4) + rows(9.0, n=2, dials={"merged": 2}), [])
-    some = {name: each for name, each in every.compared.items() if name != "rank 4"}
-    lacking = replace(every.compared["merged"], noise={"B": every.compared["merged"].noise["B"]})
+    every = {"reference": measured(rows(8.0), 1_024), "rank 4": measured(rows(9.0, n=1, rank=4), 1_024)}
+    every["merged"] = measured(rows(9.0, n=2, dials={"merged": 2}), 512)
+    some = {name: each for name, each in every.items() if name != "rank 4"}
+    lacking = replace(every["merged"], noise={"B": every["merged"].noise["B"]})
     seen: dict[str, set] = {}
-    for shown in (every.compared, some, {"merged": lacking, "rank 4": every.compared["rank 4"]}):
-        for axes in figures.referee(shown, every.judged).axes:
+    for shown in (every, some, {"merged": lacking, "rank 4": every["rank 4"]}):
+        for axes in figures.referee(shown, {}).axes:
             for line in axes.get_lines():
                 if line.get_label() in CONFIGURATIONS:
                     seen.setdefault(line.get_label(), set()).add((line.get_marker(), line.get_color()))

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.analysis.curves import Estimated
 from experiments.evidence.judged import Judged, gain, judge
+from experiments.evidence.measured import measured
 from experiments.evidence.predictions import (
     plug_in_excess,
     rank_slope,
@@ -128,8 +129,8 @@ def test_a_ratio_has_the_spread_of_both():
 
 def test_draws_of_two_configurations_have_nothing_to_do_with_each_other():
     """Drawn from one stream they would cancel in a ratio, which then looks surer than its parts."""
-    made = rows(8.0, 8.0, noise=0.2, n=1) + rows(16.0, 16.0, noise=0.2, n=2, dials={"label_noise": 0.5})
-    one, other = read_out(made, []).compared.values()
+    one = measured(rows(8.0, 8.0, noise=0.2, n=1), 1_024)
+    other = measured(rows(16.0, 16.0, noise=0.2, n=2, dials={"label_noise": 0.5}), 1_024)
     for a, b in ((one.noise["B"], other.noise["B"]), (one.doubled, other.doubled)):
         assert abs(np.corrcoef(np.log(a.draws), np.log(b.draws))[0, 1]) < 0.15
     between = ratio(other.noise["B"], one.noise["B"])
