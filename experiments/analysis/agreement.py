@@ -266,37 +266,38 @@ def regret(
             "a rule's choice is NaN; leave that configuration out, or say what the rule then does"
         )
     random = np.random.default_rng(seed)
-    own = [_cost(c, b, c.loss, c.validation) for c, b in zip(found, chosen, strict=True)]
-    means = np.empty(draws)
-    for r in range(draws):
-        picked = random.integers(len(found), size=len(found))
-        batches = [chosen[k] if others is None else random.choice(others[k]) for k in picked]
-        means[r] = np.mean([_drawn_cost(found[k], b, random) for k, b in zip(picked, batches, strict=True)])
-    value = float(np.mean(own))
-    low, high = interval(means - (_lean(found, chosen, draws, random)))
+    own = [
+        float(_costs(c, np.array([b]), c.loss[None], c.validation[None])[0])
+        for c, b in zip(found, chosen, strict=True)
+    ]
+    costs, leans = np.empty((len(found), draws)), np.empty(len(found))
+    for k, each in enumerate(found):
+        at = random.integers(len(each.draws), size=draws)
+        drawn = each.draws[at], each.validation_draws[at]
+        fixed = np.full(draws, float(chosen[k]))
+        costs[k] = _costs(each, fixed if others is None else random.choice(others[k], draws), *drawn)
+        leans[k] = _costs(each, fixed, *drawn).mean() - own[k]
+    picked = random.integers(len(found), size=(draws, len(found)))
+    means = costs[picked, random.integers(draws, size=picked.shape)].mean(axis=1)
+    value, (low, high) = float(np.mean(own)), interval(means - leans.mean())
     return Estimated(value, min(low, value), max(high, value), "", means), own
 
 
-def _lean(found: Sequence[Curve], chosen: Sequence[float], draws: int, random: np.random.Generator) -> float:
-    """By how much replicates of the seeds alone cost more than the data, in the mean over configurations."""
-    leans = []
-    for each, batch in zip(found, chosen, strict=True):
-        drawn = [_drawn_cost(each, batch, random) for _ in range(draws)]
-        leans.append(np.mean(drawn) - _cost(each, batch, each.loss, each.validation))
-    return float(np.mean(leans))
+def _costs(found: Curve, batches: Floats, losses: Floats, validation: Floats) -> Floats:
+    """[R], loss at a batch minus the loss at the batch that is best on validation data.
 
-
-def _drawn_cost(found: Curve, batch: float, random: np.random.Generator) -> float:
-    """Regret of one configuration in one replicate of its seeds."""
-    r = int(random.integers(len(found.draws)))
-    return _cost(found, batch, found.draws[r], found.validation_draws[r])
-
-
-def _cost(found: Curve, batch: float, loss: Floats, validation: Floats) -> float:
-    """Loss at a batch minus the loss at the batch that is best on validation data."""
-    inside = min(max(batch, found.batches[0]), found.batches[-1])  # 0 and ∞ are legal answers of a rule
-    at = float(np.interp(math.log2(inside), np.log2(found.batches), loss))
-    return at - float(loss[int(validation.argmin())])
+    Args:
+        found: the curve.
+        batches: [R]; 0 and ∞ are legal answers of a rule, and priced at the edges of the grid.
+        losses: [R, J], of the test split.
+        validation: [R, J].
+    """
+    x = np.log2(found.batches)
+    at = np.interp(np.log2(np.clip(batches, found.batches[0], found.batches[-1])), x, np.arange(len(x)))
+    low = np.minimum(at.astype(int), max(0, len(x) - 2))
+    high, rows = np.minimum(low + 1, len(x) - 1), np.arange(len(losses))
+    between = losses[rows, low] + (at - low) * (losses[rows, high] - losses[rows, low])
+    return between - losses[rows, validation.argmin(axis=1)]
 
 
 def _members(groups: Sequence[str] | None, n: int) -> list[NDArray[np.intp]]:
