@@ -23,8 +23,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from experiments.analysis.cells import Cell, Floats, Row, averaged, by_data, cells, ruled_out, varied
-from experiments.analysis.cells import draws as independent
+from experiments.analysis.cells import (
+    Cell,
+    Floats,
+    Row,
+    averaged,
+    by_data,
+    cells,
+    independent,
+    ruled_out,
+    varied,
+)
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import DRAWS, LEVEL, interval
 from experiments.configs import RunConfig
@@ -193,7 +202,7 @@ def open_above(lows: Floats, highs: Floats, found: Efficiency) -> Floats:
         highs: [...], as if it arrived with the examples that it saw.
         found: E(B), of which something is censored.
     """
-    last = found.batches[max(int(found.censored.argmax()) - 1, 0)]
+    last = found.batches[max(int(found.censored.argmax()) - 1, 0)]  # places are exp(log B): a rounding less
     return np.where(lows >= last * (1 - 1e-9), np.maximum(lows, highs), lows)
 
 

@@ -60,7 +60,8 @@ class Estimate:
             "collecting" (fewer than `MIN_STEPS` usable steps: the set is not yet trustworthy).
         trace_sigma: X, in (loss / parameter)².
         grad_sq_norm: Y, in (loss / parameter)²; may be negative.
-        detection_limit: largest B that these steps could tell from infinity, X / (t · se(Y)), in examples.
+        detection_limit: largest B that these steps could tell from infinity, X / (t · se(Y)), in examples;
+            NaN where X < 0.
         n_steps: usable steps in the averages.
         n_examples: examples in them.
         unit: what one "example" is, with its mean tokens where known.
@@ -188,7 +189,9 @@ class Estimate:
             return f"B_simple: collecting, {self.n_steps} usable step(s) so far ({self.n_skipped} left out)"
         if self.status in ("lower bound", "not detectable"):
             bound = f"B_simple ≥ {format_count(self.low)} examples ({percent})"
-            limit = f"detection limit {format_count(self.detection_limit)}, {size}"
+            limit = size  # where X < 0 there is no limit to name
+            if not math.isnan(self.detection_limit):
+                limit = f"detection limit {format_count(self.detection_limit)}, {size}"
             return f"{bound}; |G|² not distinguishable from 0 ({limit}); {self.status}"
         value = (
             "B_simple not resolved"

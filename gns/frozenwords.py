@@ -31,12 +31,11 @@ def verdict(found: FrozenEstimate) -> list[str]:
         )
         return [f"At these weights the noise scale is{about}.", f"{sure}: {ends}.", signal(found)]
     if found.status in ("lower bound", "not detectable"):
-        limit = format_count(found.detection_limit)
-        return [
-            f"At these weights the noise scale is at least {low} examples.",
-            f"{sure}; these batches show no noise scale above {limit}.",
-            signal(found),
-        ]
+        shown = ""  # where X < 0 there is no limit to name
+        if not math.isnan(found.detection_limit):
+            shown = f"; these batches show no noise scale above {format_count(found.detection_limit)}"
+        at_least = f"At these weights the noise scale is at least {low} examples."
+        return [at_least, f"{sure}{shown}.", signal(found)]
     raise ValueError(f"status is {found.status!r}; one of gns.estimate.STATUSES is needed")
 
 

@@ -187,15 +187,16 @@ def know_more(estimate: Estimate, *, sure: bool) -> tuple[str, ...]:
     """
     if math.isfinite(estimate.high):
         return () if sure else (f"To name a range that is sure, measure on. {estimate.outlook()}",)
-    limit = format_count(estimate.detection_limit)
+    known = not math.isnan(estimate.detection_limit)
+    limit = f", now {format_count(estimate.detection_limit)} examples," if known else ""
     if POOLED in estimate.view:
         return (
-            "To know more, give the probe more examples: the largest noise scale that it can see, now "
-            f"{limit} examples, grows in proportion. {estimate.outlook()}",
+            f"To know more, give the probe more examples: the largest noise scale that it can see{limit} "
+            f"grows in proportion. {estimate.outlook()}",
         )
     lines = [
-        "To know more, measure with a larger batch or more steps: the largest noise scale that can be seen, "
-        f"now {limit} examples, doubles with twice the batch or four times the steps. {estimate.outlook()}"
+        "To know more, measure with a larger batch or more steps: the largest noise scale that can be "
+        f"seen{limit} doubles with twice the batch or four times the steps. {estimate.outlook()}"
     ]
     b = estimate.examples_per_step
     if b > 1 and math.isfinite(estimate.detection_limit):

@@ -136,7 +136,7 @@ def indefinite(moments: Moments, level: float) -> bool:
 def detection_limit(moments: Moments, level: float) -> float:
     """Largest B that these steps could tell from infinity: X / (t · se(Y)), in examples; NaN where X < 0.
 
-    X is a sum of variances for B_simple and never below 0; tr(HΣ) may be.
+    tr(HΣ) may well be; tr Σ where examples of unequal weight make few steps.
     """
     se = moments.se_y()
     if moments.x < 0:

@@ -50,7 +50,7 @@ class Cell:
         return np.flatnonzero(~np.isnan(self.validation[j]).any(axis=-1))
 
 
-def draws(cell: Cell) -> list[list[int]]:
+def independent(cell: Cell) -> list[list[int]]:
     """Give the places of seeds that vary independently: each on its own, or all that share data together.
 
     Seeds that share the data and their order are no independent draws beside seeds that do not. Where all
@@ -71,7 +71,7 @@ def averaged(values: NDArray[Any], groups: Sequence[Sequence[int]]) -> Floats:
 
 def by_data(cell: Cell) -> Cell:
     """Give the cell with seeds averaged that are one draw together; S becomes the number of draws."""
-    groups = draws(cell)
+    groups = independent(cell)
     if len(groups) == len(cell.seeds):
         return cell
     validation, test, accuracy = (averaged(x, groups) for x in (cell.validation, cell.test, cell.accuracy))

@@ -29,8 +29,8 @@ from experiments.evidence.files import BRANCHES, FOLDER, runs_in
 from experiments.evidence.measured import measured
 
 SEEDS = tuple(range(4))  # of adapters and data
-MULTIPLES = (1, 2, 4, 8, 16, 32)
-LEAST = 4  # steps of a branch
+MULTIPLES = (1, 2, 4, 8, 16, 32)  # of the batch: on past where examples double
+LEAST = 4  # steps of a branch: one of fewer hardly trains
 
 
 def trunks(

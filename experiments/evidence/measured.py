@@ -89,7 +89,7 @@ def measured(rows: Iterable[Row], n: int, target: float | None = None) -> Measur
     if n > cell.fields["n_train"]:
         raise ValueError(f"n is {n}; the runs have {cell.fields['n_train']} rows of data")
     target = target_after(rows, n // 2) if target is None else target
-    examples = efficiency(rows, target, seed=seed_of(rows))
+    examples = efficiency(rows, target, seed=stream_of(rows))
     try:
         fit = hyperbola(examples)
     except ValueError:
@@ -195,7 +195,7 @@ def pooled(
     note = f"batch {REFERENCE}, learning rate {rate:.3g}, {len(runs)} run(s)"
     if best and rate != best:
         note += f"; the best was {best:.3g}"
-    return Estimated(value, low, high, note, _draws(value, low, high, seed_of(runs)))
+    return Estimated(value, low, high, note, _draws(value, low, high, stream_of(runs)))
 
 
 def _reads(row: Row, metric: str) -> bool:
@@ -312,7 +312,7 @@ def _lowest(row: Row, examples: int) -> float:
     return min(e["loss"] for e in seen)
 
 
-def seed_of(runs: Sequence[Row]) -> int:
+def stream_of(runs: Sequence[Row]) -> int:
     """Give a seed that only these runs have: ratios pair the draws of two configurations."""
     said = " ".join(sorted(str(row["hash"]) for row in runs))
     return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "little")

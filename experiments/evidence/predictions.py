@@ -213,7 +213,7 @@ def predictions(
         merged: the configuration of merged rows, read on the way to the reference's loss.
         curves: of whole runs, tuned.
     """
-    made: list[Prediction] = []
+    made = _at_initialisation(frozen)
 
     def add(name: str, says: str, number: Callable[[], Estimated], low: float, high: float) -> None:
         try:
@@ -228,24 +228,6 @@ def predictions(
     def by_merging(what: Callable[[Measured], Estimated]) -> Estimated:
         return MISSING if merged is None else ratio(what(merged), what(found["reference"][n]))
 
-    bases = sorted({row["base"] for row in frozen}, key=len, reverse=True)
-    for base in bases:
-        add(
-            "P1",
-            f"slope of log B_simple on log rank, {base}",
-            lambda b=base: rank_slope(frozen, b),
-            -0.15,
-            0.15,
-        )
-    for base in bases:
-        add("P2", f"slope of log B_simple on log N, {base}", lambda b=base: size_slope(frozen, b), -0.1, 0.1)
-        add(
-            "P2",
-            f"plug-in × (1/B + 1/N), B of another data set, {base}: algebra but for B",
-            lambda b=base: plug_in_excess(frozen, b),
-            0.9,
-            1.1,
-        )
     add("P3", "exponent of B_max in N, fixed target", lambda: growth(found["reference"][n]), 0.85, 1.15)
     add("P3", "the same, within 0.01 nat of the best", lambda: growth_within(by_size(curves)), 0.4, 0.9)
     add("P3", "the same, within 5 % of its own best", lambda: growth_within(by_size(curves), True), 0.15, 0.6)
@@ -274,6 +256,23 @@ def predictions(
     made.append(Prediction("P7", "the same under AdamW, middle (smallest … largest)", spread))
     add("P8", "B_crit, rank 64 over rank 4", lambda: moved("rank 64", _critical, "rank 4"), 1 / 1.5, 1.5)
     return made + _claims(curves)
+
+
+def _at_initialisation(frozen: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+    """P1 and P2, for each base."""
+    bases = sorted({row["base"] for row in frozen}, key=len, reverse=True)
+    ranks = [
+        Prediction("P1", f"slope of log B_simple on log rank, {b}", rank_slope(frozen, b), -0.15, 0.15)
+        for b in bases
+    ]
+    sizes = []
+    for b in bases:
+        says = f"plug-in × (1/B + 1/N), B of another data set, {b}: algebra but for B"
+        sizes += [
+            Prediction("P2", f"slope of log B_simple on log N, {b}", size_slope(frozen, b), -0.1, 0.1),
+            Prediction("P2", says, plug_in_excess(frozen, b), 0.9, 1.1),
+        ]
+    return ranks + sizes
 
 
 def _claims(curves: Sequence[Curve]) -> list[Prediction]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.analysis.agreement import heterogeneity
 from experiments.analysis.cells import Row
 from experiments.analysis.curves import Curve, Estimated, largest_within
 from experiments.analysis.noise import measured as whole_run
@@ -63,6 +64,17 @@ class Readout:
         """Readings at the size at which configurations are compared."""
         return {name: by_size[SIZE] for name, by_size in self.found.items() if SIZE in by_size}
 
+    @property
+    def critical_apart(self) -> tuple[float, int]:
+        """Whether critical batch sizes differ by more than their intervals: p, and of how many."""
+        return heterogeneity([each.doubled for each in self.compared.values()])
+
+    @property
+    def noise_apart(self) -> tuple[float, int]:
+        """The same of B_simple."""
+        there = [each.noise for each in self.compared.values() if PRIMARY in each.noise]
+        return heterogeneity([noise[PRIMARY] for noise in there])
+
 
 def read_out(
     rows: Sequence[Row],
@@ -115,7 +127,7 @@ def read_out(
         sorted({row["commit"] or "unknown" for row in rows}),
         branched_batches(branches),
         _gains(found),
-        {schedule: harmless(of) for schedule, (_, of) in priced.items()},
+        {schedule: judged_harmless(of) for schedule, (_, of) in priced.items()},
     )
 
 
@@ -189,7 +201,7 @@ def _gains(found: Mapping[str, Mapping[int, Measured]]) -> dict[str, Estimated]:
     return made
 
 
-def harmless(curves: Sequence[Curve]) -> Judged:
+def judged_harmless(curves: Sequence[Curve]) -> Judged:
     """Set the noise scale of whole runs beside the largest batch within `DELTA` of the best."""
     pairs = [(noise, each) for each in curves if (noise := whole_run(each.cell)) is not None]
     largest = [largest_within(each, DELTA) for _, each in pairs]

@@ -14,6 +14,7 @@ draw adapters and data: the first two differ in the adapter alone, and share dat
 from __future__ import annotations
 
 import argparse
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -219,10 +220,8 @@ def _cell(part: Sequence[RunConfig], differ: Sequence[str], defaults: Mapping[st
 
 
 def _toml(value: Any) -> str:
-    """Write a text, a number or a list of numbers."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    """Write a text, a number or a list of numbers: as JSON does."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from experiments.analysis.agreement import heterogeneity
-from experiments.analysis.cells import draws
+from experiments.analysis.cells import independent
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import LEVEL
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES
@@ -41,7 +40,7 @@ def answer(found: Readout) -> str:
 
 def _apart(found: Readout) -> str:
     """Whether the configurations' critical batch sizes differ at all."""
-    p, n = heterogeneity([each.doubled for each in found.compared.values()])
+    p, n = found.critical_apart
     if math.isnan(p):
         return ""
     do = "do differ" if p < 1 - LEVEL else "differ by no more than their intervals let them"
@@ -65,7 +64,7 @@ def _more(primary: Judged) -> str:
 
 def beside(found: Readout) -> str:
     """Say what the table of predictors does not: whether B_simple beats its rivals, what there is to see."""
-    p, n = heterogeneity([each.noise[PRIMARY] for each in found.compared.values() if PRIMARY in each.noise])
+    p, n = found.noise_apart
     parts = [
         "Off: the factor by which the calibrated predictor misses, on average; ceiling: the share that one "
         "without error would show at these intervals. At one N a batch in proportion to the data is one "
@@ -99,7 +98,8 @@ def of_seeds(compared: Mapping[str, Measured]) -> str:
         compared: configuration → reading.
     """
     data = {name: len({drawn for _, drawn in each.cell.seeds}) for name, each in compared.items()}
-    alone = [name for name, each in compared.items() if len(draws(each.cell)) < 2 <= len(each.cell.seeds)]
+    cells = {name: each.cell for name, each in compared.items()}
+    alone = [name for name, cell in cells.items() if len(independent(cell)) < 2 <= len(cell.seeds)]
     seeds = sorted({len(each.cell.seeds) for each in compared.values()})
     counted = " or ".join(map(str, seeds))
     shared = [name for name, drawn in data.items() if drawn < 2 and name not in alone]

@@ -13,6 +13,7 @@ from scipy import stats
 
 from gns import estimate as module
 from gns.estimate import MIN_STEPS, STATUSES, Estimate, Moments, confidence_set, estimate, format_count
+from gns.phrases import know_more
 from gns.sums import Layout, StepSums, from_rows
 from tests.reference import estimators as slow
 from tests.reference.tolerances import close
@@ -314,6 +315,26 @@ def test_the_detection_limit_is_where_a_measurement_becomes_a_lower_bound():
     for factor, unbounded in ((0.8, False), (1.25, True)):
         m = without_skewness(x, y - y.mean() + x.mean() / (factor * limit))
         assert math.isinf(confidence_set(m, 0.95)[1]) is unbounded
+
+
+def test_no_detection_limit_is_named_where_unequal_weights_bring_the_noise_below_zero():
+    """All gradients point one way, the longer the lighter the example: Σaᵢ²gᵢ² < a·(Σaᵢgᵢ)²."""
+    a, random = np.array([0.7, 0.1, 0.1, 0.1]), np.random.default_rng(0)
+    steps = [
+        StepSums(
+            step=k,
+            n_examples=4,
+            mean_sq_norm=4 * float(((a * g) ** 2).sum()),
+            sq_norm_of_mean=float((a * g).sum() ** 2),
+            sum_sq_weights=float((a**2).sum()),
+        )
+        for k, g in enumerate(random.choice([-1, 1], 40)[:, None] * random.uniform(0.5, 1.5, (40, 1)) / a)
+    ]
+    found = estimate(steps)
+    assert found.trace_sigma < 0 and math.isnan(found.detection_limit)
+    assert "detection limit" not in str(replace(found, status="lower bound"))
+    told = " ".join(know_more(replace(found, high=math.inf), sure=False))
+    assert "that can be seen doubles with" in told and "?" not in told and "nan" not in told
 
 
 def test_facts_planned_detection_limit():

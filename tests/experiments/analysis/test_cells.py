@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from experiments.analysis.cells import by_data, cells, draws, varied
+from experiments.analysis.cells import by_data, cells, independent, varied
 from tests.experiments.analysis.synthetic import rows
 
 
@@ -23,16 +23,16 @@ def test_cells_differ_in_what_is_no_axis_and_no_seed():
 def test_seeds_that_share_data_are_one_draw_among_others_and_seeds_where_there_are_no_others():
     made = rows(seeds=4)
     (shared,) = cells(made)
-    assert by_data(shared) is shared and draws(shared) == [[0], [1], [2], [3]]
+    assert by_data(shared) is shared and independent(shared) == [[0], [1], [2], [3]]
     (full,) = cells(rows(seeds=2, adapter="full"))  # nothing of it is drawn: one run, made twice
-    assert draws(full) == [[0, 1]] and by_data(full).validation.shape == (8, 9, 1)
+    assert independent(full) == [[0, 1]] and by_data(full).validation.shape == (8, 9, 1)
     (dropped,) = cells(rows(seeds=2, adapter="full", dropout=0.1))
-    assert draws(dropped) == [[0], [1]]
+    assert independent(dropped) == [[0], [1]]
     for row in made:
         row["config"]["data_seed"] = {1: 0}.get(row["config"]["seed"], row["config"]["seed"])
     (cell,) = cells([r for r in made if (r["config"]["seed"], r["config"]["batch_size"]) != (1, 8)])
     found = by_data(cell)
-    assert draws(cell) == [[0, 1], [2], [3]]
+    assert independent(cell) == [[0, 1], [2], [3]]
     assert found.seeds == ((0, 0), (2, 2), (3, 3)) and found.validation.shape == (8, 9, 3)
     inside = [j for j, batch in enumerate(cell.batches) if batch != 8]
     np.testing.assert_allclose(found.test[inside, :, 0], shared.test[inside, :, :2].mean(axis=-1))
