@@ -108,6 +108,16 @@ def test_seeds_that_share_data_do_not_count_as_two_draws_beside_others():
     assert hits["as one"] >= 50 and hits["as two"] < hits["as one"]
 
 
+def test_a_draw_of_several_seeds_is_censored_where_one_of_them_is():
+    made = _exact(seeds=3)
+    twins = [_row(b, E_MIN * (1 + b / B_CRIT) if b < 16 else None, seed=0) for b in BATCHES]
+    for row in twins:
+        row["config"]["seed"] = 7
+    found = efficiency(made + twins, draws=20)
+    assert found.batches[found.censored].tolist() == [16, 32, 64, 128, 256]
+    assert overhead(found).at_least and not overhead(efficiency(made, draws=20)).at_least
+
+
 def test_a_number_that_a_censored_batch_leaves_open_is_a_bound_and_so_are_its_replicates():
     made = [row for row in _exact(noise=0.02) if row["config"]["batch_size"] <= 64]
     lost = [_row(b, None, seed=s, seen=20_000) for b in (128, 256) for s in (0, 1)]

@@ -74,6 +74,21 @@ def test_the_constant_is_fitted_anew_in_each_replicate():
     assert found.steps.high / found.steps.low > 4
 
 
+def test_where_one_configuration_is_priced_the_constant_alone_spreads():
+    """B_max/B_simple of the two others is 4 and 16: two of them drawn make 4, 8 or 16; 8 · 4 of 128 is 4."""
+    found = priced(rows(512.0, noise=4.0) + rows(8.0, noise=4.0, rank=4) + rows(8.0, noise=1.0, rank=64))
+    steps = found[BY_FITTED].steps
+    assert found[BY_FITTED].used == 1
+    assert (steps.low, steps.value, steps.high) == pytest.approx((2.0, 4.0, 8.0), rel=1e-6)
+
+
+def test_each_configuration_draws_with_its_own_noise_scale():
+    """B_max is 4 · B_simple in all: whatever is drawn, the rule chooses B_max of that configuration."""
+    found = priced(rows(8.0, noise=4.0) + rows(2.0, noise=1.0, rank=4) + rows(32.0, noise=16.0, rank=64))
+    steps = found[BY_FITTED].steps
+    assert (steps.low, steps.high) == pytest.approx((1.0, 1.0), rel=1e-6)
+
+
 def test_configurations_that_cannot_be_priced_still_fit_the_constant():
     """The third has no end, so that the first two have one other each, and it two."""
     made = rows(8.0, noise=4.0) + rows(8.0, noise=4.0, rank=4) + rows(512.0, noise=4.0, rank=64)

@@ -1,14 +1,17 @@
 """Predictions judged by intervals, on rows whose truth is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments.analysis.curves import Estimated
+from experiments.critical import Efficiency
 from experiments.evidence.judged import Judged, gain, judge
 from experiments.evidence.measured import measured
 from experiments.evidence.predictions import (
+    harmless,
     plug_in_excess,
     rank_slope,
     ratio,
@@ -125,6 +128,9 @@ def test_a_ratio_has_the_spread_of_both():
     # and where it leaves single replicates open, in what they are at the most
     open_draws = ratio(Estimated(6.0, 5, 60, "", top.draws, top.draws, 3 * top.draws), bottom)
     assert open_draws.low == found.low and open_draws.high == pytest.approx(3 * found.high)
+    under_open = Estimated(2.0, 1, 9, "", bottom.draws, bottom.draws, 3 * bottom.draws)
+    assert ratio(top, under_open).low == pytest.approx(found.low / 3)
+    assert ratio(top, under_open).high == found.high
 
 
 def test_draws_of_two_configurations_have_nothing_to_do_with_each_other():
@@ -154,6 +160,18 @@ def frozen(slope=0.0, growth=0.0, spread=0.02, base="math-200k", b=4.0):
             }
         )  # fmt: skip
     return made
+
+
+def test_no_draw_of_a_censored_batch_needs_less_than_that_batch_saw():
+    """Batches 32 and 64 saw 2,000 rows each without arriving; draws below that cannot make them harmless."""
+    batches = np.array([4.0, 8, 16, 32, 64])
+    logs = np.log([1_000.0, 1_100, 1_300, 2_000, 2_000])
+    low = logs - np.array([0, 0, 0, 0.3, 0.3])  # 1,482
+    censored, rates = batches >= 32, np.full(5, 1e-3)
+    found = Efficiency(1.0, batches, logs, censored, rates, (), np.tile(low, (50, 1)))
+    (within,) = harmless(replace(measured(rows(), 1_024), examples=found), [1_600])
+    assert within.value == pytest.approx(16.0) and within.at_least
+    assert 16 < within.high < 32 and (within.most < 32).all()
 
 
 def test_slopes_at_initialisation():
