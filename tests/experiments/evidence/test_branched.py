@@ -65,10 +65,12 @@ def test_a_branch_that_fails_is_an_error_that_names_it(trunk, short, monkeypatch
 
 
 def test_the_largest_batch_that_costs_nothing_is_read_of_the_last_trunks():
-    made = told("reference", (0.0, 0.002, 0.05)) + told("full", (0.0, 0.0, 0.0, 0.02))
-    found = branched.branched_batches(made + told("reference", (0.0, 0.05, 0.1), lr=2e-3))
+    made = told("reference", (0.0, 0.002, 0.05), (0, 1, 2, 3)) + told("full", (0.0, 0.0, 0.0, 0.02))
+    last = told("reference", (0.0, 0.05, 0.1), lr=2e-3)
+    found = branched.branched_batches(made + last)
     assert list(found) == ["reference", "full"]
     assert 1 < found["reference"].value < 2 and 4 < found["full"].value < 8
+    assert found["reference"].value == branched.branched_batches(last)["reference"].value
     assert branched.branched_batches(told("reference", (0.0, 0.1), seeds=(0,))) == {}
     lost = told("reference", (0.0, 0.1))
     lost[1]["branches"][0] |= {"status": "diverged", "loss": None}

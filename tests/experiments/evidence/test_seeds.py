@@ -101,6 +101,25 @@ def test_an_edge_is_extended_by_one_rate_where_runs_arrived(tmp_path):
     assert {c.hash for c in preset.configs} == {c.hash for c in found} and "beyond the grid" in preset.title
 
 
+def test_what_other_seeds_did_does_not_change_a_preset(tmp_path):
+    """Run again once its own runs are committed: the same preset, for the seeds of the grid."""
+    own = swept(2e-3)
+    rows.write(tmp_path / "some.jsonl.gz", own)
+    later = [row for row in own if row["config"]["lr"] >= 1e-3]
+    later = [
+        row | {"hash": c.hash, "config": c.to_dict()}
+        for row in later
+        for c in [RunConfig.of(row["config"] | {"seed": row["config"]["seed"] + 2, "data_seed": 2})]
+    ]
+    for kind in ([], ["--edges"]):
+        made = []
+        for there in ([], later):
+            rows.write(tmp_path / "some-seeds.jsonl.gz", there)
+            seeds.main(["some", *kind, "--folder", str(tmp_path), "--out", str(tmp_path / "new.toml")])
+            made.append((tmp_path / "new.toml").read_text())
+        assert made[0] == made[1]
+
+
 def test_without_an_edge_there_is_nothing_to_extend(tmp_path, capsys):
     rows.write(tmp_path / "some.jsonl.gz", swept())
     with pytest.raises(SystemExit, match="2"):
