@@ -9,7 +9,7 @@ import pytest
 from experiments.analysis.curves import Estimated
 from experiments.critical import Efficiency
 from experiments.evidence.judged import Judged, gain, judge
-from experiments.evidence.measured import measured
+from experiments.evidence.measured import CURVED, measured
 from experiments.evidence.predictions import (
     harmless,
     plug_in_excess,
@@ -19,7 +19,7 @@ from experiments.evidence.predictions import (
     verdict,
     zero_verdict,
 )
-from experiments.evidence.readout import read_out
+from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, read_out
 from experiments.evidence.sentences import answer
 from tests.experiments.evidence.synthetic import curvature, rows
 
@@ -242,14 +242,18 @@ def test_a_readout_of_several_configurations():
     assert said["P1", "slope of log B_simple on log rank, math-200k"].verdict == "held"
     assert found.judged["B"].pairs == 4
     assert found.over_sizes["B"].of == 12
-    assert found.gains["a constant"].value < 1 and not found.harmless["constant"].bounds
+    for rival, of in ((BY_DEFAULT, found.judged), (BY_SIZE, found.over_sizes)):
+        assert found.gains[rival].value == pytest.approx(of["B"].off.value / of[rival].off.value)
+    assert found.gains[BY_DEFAULT].value < 1 and not found.harmless["constant"].bounds
 
 
 def test_b_noise_is_judged_under_sgd_and_shown_under_adamw():
     plain, noisy = rows(8.0, 8.0), rows(16.0, 16.0, dials={"label_noise": 0.2})
     sgd = rows(8.0, 8.0, optimizer="sgd")
     readings = curvature(plain, 80.0) + curvature(noisy, 40.0) + curvature(sgd, 16.0)
-    said = {p.says: p for p in read_out(plain + noisy + sgd, [], readings).predicted if p.name == "P7"}
+    found = read_out(plain + noisy + sgd, [], readings)
+    assert CURVED in found.judged and CURVED not in found.over_sizes  # it was read at one size
+    said = {p.says: p for p in found.predicted if p.name == "P7"}
     judged = said["B_noise / B_crit under SGD"]
     assert judged.number.value == pytest.approx(2.0, rel=0.2) and judged.verdict == "held"
     shown = said["the same under AdamW, middle (smallest … largest)"]
