@@ -7,7 +7,7 @@ float32, whatever the base is.
     lora, rslora, dora    peft's: A random, B zero
     pissa                 peft's: B·A are the first r singular directions, W becomes the residual
     milora                the last r singular directions, in the same way (peft has no MiLoRA)
-    foundation            adapters that `experiments.foundation` trained beforehand
+    foundation            adapters that `experiments.foundation` trained beforehand; one ships under assets/
     full                  the weights of the same layers, without an adapter: only the rank differs from LoRA
 """
 
@@ -23,6 +23,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from experiments.bases.paths import SHIPPED
 from experiments.configs import RunConfig, RunError
 from experiments.seeding import seeded
 from gns.preparation import linear_layers, quiet_peft
@@ -140,6 +141,8 @@ def _load(model: nn.Module, config: RunConfig) -> None:
         RunError: there are none in the folder, or they are of another rank, alpha or base.
     """
     folder = Path(str(config.init))
+    if not folder.is_dir() and (SHIPPED / folder).is_dir():
+        folder = SHIPPED / folder
     if not (folder / "adapter_config.json").is_file():
         raise RunError(
             f"init {folder}: no adapter_config.json; a folder that `python -m experiments.foundation` wrote "

@@ -36,7 +36,7 @@ class RunConfig:
         dials: of the task, e.g. {"difficulty": 2, "label_noise": 0.2, "merged": 2, "copies": 2}.
         n_train: examples of the training set, N; the sets of one `data_seed` are nested.
         adapter: one of `ADAPTERS`.
-        init: folder of trained adapters to start from, with adapter "foundation".
+        init: folder of trained adapters to start from, or name of a shipped one, with adapter "foundation".
         rank: r of the factors; not used by "full".
         alpha: LoRA scale; None: the rank.
         batch_size: examples in an optimizer step, over all micro-batches and ranks.

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,37 @@ def _steps(
         optimizer.zero_grad()
 
 
+def card(row: Mapping[str, Any]) -> str:
+    """Write the README of adapters from what was measured of them.
+
+    Args:
+        row: as `train` gives it.
+    """
+    config, before, after = FoundationConfig(**row["config"]), row["before"], row["after"]
+    training = config.training(config.batch_size)
+    text = "the library's base part" if config.text is None else config.text
+    return f"""\
+---
+library_name: peft
+base_model: {json.dumps(config.base, ensure_ascii=False)}
+---
+# A foundation for {config.base}: LoRA r = {config.rank}, α = {training.scale:g}
+
+Adapters on all linear layers, trained before there is a task: a start for adapter "foundation" of
+`experiments.run`, and of no use elsewhere.
+
+Made by `python -m experiments.foundation --base {config.base} --teacher {config.teacher} …`
+from {row["texts"]:,} texts ({text}): {config.steps:,} steps of {config.batch_size} texts, AdamW,
+peak learning rate {config.lr:g}, cosine after a warm-up of {config.warmup:.0%}, seed {config.seed};
+{row["seconds"] / 60:.0f} minutes, torch {row["torch"]}, commit {row["commit"]}. `{ABOUT}` has it all.
+
+| held out, nats per token | before | after |
+| --- | --- | --- |
+| divergence from the teacher | {before["divergence"]:.4f} | {after["divergence"]:.4f} |
+| loss on the text | {before["text"]:.4f} | {after["text"]:.4f} |
+"""
+
+
 def _refuse_foreign(out: Path) -> None:
     """Let nothing be replaced but an older foundation.
 
@@ -240,7 +271,10 @@ def _save(model: Any, out: Path, row: dict[str, Any]) -> None:
     """Write the folder of the adapters beside its place, then put it there."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    for held in model.peft_config.values():
+        held.base_model_name_or_path = row["config"]["base"]  # not where it lies on this machine
     model.save_pretrained(str(partial), save_embedding_layers=False)
+    (partial / "README.md").write_text(card(row), encoding="utf-8")
     (partial / ABOUT).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -54,12 +54,13 @@ def independent(cell: Cell) -> list[list[int]]:
     """Give the places of seeds that vary independently: each on its own, or all that share data together.
 
     Seeds that share the data and their order are no independent draws beside seeds that do not. Where all
-    share them there is only what their adapters do; without adapters and dropout they are one run.
+    share them there is only what their adapters do; where nothing is drawn (full fine-tuning and trained
+    adapters, without dropout) they are one run.
     """
     places: dict[int, list[int]] = {}
     for place, (_, data) in enumerate(cell.seeds):
         places.setdefault(data, []).append(place)
-    alike = cell.fields.get("adapter") == "full" and not cell.fields.get("dropout")
+    alike = cell.fields.get("adapter") in ("full", "foundation") and not cell.fields.get("dropout")
     apart = len(places) == 1 and not alike
     return [[i] for i in range(len(cell.seeds))] if apart else list(places.values())
 

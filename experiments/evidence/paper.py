@@ -28,6 +28,7 @@ FIGURES = {
     "laptop-noise": "label noise",
     "laptop-merged": "merged and duplicated rows",
     "laptop-beta2": "the optimizer's memory",
+    "laptop-foundation": "a trained start or a random one",
 }
 
 

@@ -3,14 +3,19 @@
 import dataclasses
 import json
 
+import peft
 import pytest
 import torch
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments import foundation
+from experiments.adapters import adapted
+from experiments.bases.paths import SHIPPED
 from experiments.configs import RunError
 from experiments.foundation import FoundationConfig, comparison, train
+from experiments.prepared import load_base
 from experiments.run import run
 from tests.experiments.small_runs import Sentences, config
 from tests.gns import tiny
@@ -78,6 +83,10 @@ def test_a_run_starts_from_it(given, tiny_base, tmp_path):
     row = train(given, init)
     about = json.loads((init / "foundation.json").read_text())
     assert about["after"] == row["after"] and FoundationConfig(**about["config"]) == given
+    held = json.loads((init / "adapter_config.json").read_text())
+    assert held["base_model_name_or_path"] == given.base  # as it was asked for, not where it was found
+    said = (init / "README.md").read_text()
+    assert f"| loss on the text | {row['before']['text']:.4f} | {row['after']['text']:.4f} |" in said
     random_start, from_it = (run(each) for each in comparison(config(tiny_base, n_train=64), init)[:2])
     assert from_it["status"] == random_start["status"] == "done", from_it["error"]
     assert from_it["validation"][0]["loss"] < random_start["validation"][0]["loss"] - 0.03
@@ -147,3 +156,19 @@ def test_without_texts_it_is_the_library(given, monkeypatch, tmp_path):
     monkeypatch.setattr("gns.corpus.examples", lambda part: tiny.sentences(40) if part == "base" else [])
     row = train(dataclasses.replace(given, text=None, steps=1), tmp_path / "out")
     assert row["texts"] == 24
+
+
+def test_a_shipped_one_is_found_by_its_name():
+    shipped = config("math-200k", rank=16, adapter="foundation", init="foundation-200k")
+    model, _ = load_base(shipped)
+    about = json.loads((SHIPPED / "foundation-200k" / "foundation.json").read_text())
+    assert about["config"]["base"] == "math-200k" and about["after"]["text"] < about["before"]["text"]
+    held = load_peft_weights(str(SHIPPED / "foundation-200k"), device="cpu")
+    made = peft.get_peft_model_state_dict(adapted(model, shipped))
+    assert made.keys() == held.keys() and all(torch.equal(made[name], held[name]) for name in held)
+    assert (
+        "/"
+        not in json.loads((SHIPPED / "foundation-200k" / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+    )

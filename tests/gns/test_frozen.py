@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import signal
 import warnings
 from collections import UserDict
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from gns.calling import ProbeError, moved
 from gns.estimate import estimate
 from gns.frozen import probe
 from gns.frozenestimate import FrozenEstimate
+from gns.frozenwords import verdict
 from gns.looks import declared
 from gns.monitor import GNSMonitor, GNSWarning
 from gns.segments import stacked
@@ -152,6 +155,14 @@ def test_it_is_an_estimate_and_speaks():
     assert found.target.startswith("all pairs of examples at one parameter point")
     assert found.steps == (0, 24) and found.coverage == 1 and found.unit == "examples"
     assert "0 usable batch(es)" in str(probe(plain(), [], loss=mean_loss))
+
+
+def test_no_limit_is_named_where_there_is_none():
+    found = probe(plain(), rows(*[4] * 25), loss=mean_loss)
+    for status in ("lower bound", "not detectable"):
+        told = replace(found, status=status, detection_limit=12.0)
+        assert any("95 % sure; these batches show no noise scale above 12" in x for x in verdict(told))
+        assert "95 % sure." in verdict(replace(told, detection_limit=math.nan))
 
 
 def test_sees_more_than_the_steps_of_the_same_batches():

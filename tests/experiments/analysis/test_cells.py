@@ -26,6 +26,8 @@ def test_seeds_that_share_data_are_one_draw_among_others_and_seeds_where_there_a
     assert by_data(shared) is shared and independent(shared) == [[0], [1], [2], [3]]
     (full,) = cells(rows(seeds=2, adapter="full"))  # nothing of it is drawn: one run, made twice
     assert independent(full) == [[0, 1]] and by_data(full).validation.shape == (8, 9, 1)
+    (trained,) = cells(rows(seeds=2, adapter="foundation", init="there"))
+    assert independent(trained) == [[0, 1]]
     (dropped,) = cells(rows(seeds=2, adapter="full", dropout=0.1))
     assert independent(dropped) == [[0], [1]]
     for row in made:
