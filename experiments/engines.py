@@ -29,7 +29,7 @@ def companions(config: RunConfig, waiting: Sequence[RunConfig], device: str | No
     from experiments import packed  # torch: not needed to list or merge
 
     alike = [other for other in waiting if packed.packable(config, other)]
-    return alike[: packed.best_width(config, device) - 1] if alike else []
+    return alike[: packed.best_width(config, device, len(alike) + 1) - 1] if alike else []
 
 
 def execute(configs: Sequence[RunConfig], device: str | None) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ WIDTHS = (2, 4, 8, 16, 32, 64)
 PAYS = 1.05  # a wider program must give so many times the examples a second: padding and memory grow too
 MISSES = 2  # one may be the machine's: at batch 4 a single slow timing of two slots hid that sixteen give 1.8
 STEPS, REPEATS = 2, 3  # timed; the fastest counts, for what else runs on the machine only slows it
+ENOUGH = 1.0  # seconds of them; a search must not take longer than the runs that it is for
 EXAMPLES = 16  # of a solo run in one timing, at the least
 
 Clock = Callable[[int], float]
@@ -78,7 +79,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def best_width(config: RunConfig, device: str | None = None) -> int:
+def best_width(config: RunConfig, device: str | None = None, most: int = WIDTHS[-1]) -> int:
     """Say how many slots of a kind of run pay; 1: the solo loop is as fast, as on a machine at its limit.
 
     Widths are tried in turn until two in a row are not `PAYS` times as fast as the best before them, or one
@@ -87,6 +88,7 @@ def best_width(config: RunConfig, device: str | None = None) -> int:
     Args:
         config: of the kind; one that can be packed.
         device: of torch; None: an accelerator if there is one.
+        most: slots that there are runs for, at least 1; no wider program is timed.
     """
     kind = replace(
         RunConfig(config.base, config.task, config.dials),
@@ -99,7 +101,7 @@ def best_width(config: RunConfig, device: str | None = None) -> int:
             )
         },
     )
-    return _best_width(_Key(kind), str(device_of(device)), torch.get_num_threads())
+    return _search(_Key(kind), str(device_of(device)), torch.get_num_threads()).up_to(most)
 
 
 class _Key:
@@ -115,26 +117,46 @@ class _Key:
         return isinstance(other, _Key) and self.config.hash == other.config.hash
 
 
-@functools.lru_cache(maxsize=256)
-def _best_width(key: _Key, device: str, threads: int) -> int:
-    """Time until a wider program does not pay; the number of threads is part of the key only."""
-    config, where = key.config, torch.device(device)
-    solo = max(STEPS, -(-EXAMPLES // config.batch_size))
-    best, rate, missed = 1, solo / _fastest(solo_clock(config, where), solo), 0
-    for width in WIDTHS:
+class _Search:
+    """Times wider and wider programs of one kind, as far as it is asked to, and goes on from there."""
+
+    def __init__(self, config: RunConfig, where: torch.device) -> None:
+        self.config, self.where = config, where
+        self.paid: list[tuple[int, float]] = []  # widths that paid, and the runs' steps in a second
+        self.left, self.missed = list(WIDTHS), 0
+
+    def up_to(self, most: int) -> int:
+        """Give the widest of at most so many slots that pays."""
+        if not self.paid and most > 1:
+            steps = max(STEPS, -(-EXAMPLES // self.config.batch_size))
+            self.paid.append((1, steps / _fastest(solo_clock(self.config, self.where), steps)))
+        while self.left and self.left[0] <= most and self.missed < MISSES:
+            self._time(self.left.pop(0))
+        return max((width for width, _ in self.paid if width <= most), default=1)
+
+    def _time(self, width: int) -> None:
         try:
-            now = STEPS * width / _fastest(packed_clock(config, width, where), STEPS)
+            now = STEPS * width / _fastest(packed_clock(self.config, width, self.where), STEPS)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            break
-        if now >= PAYS * rate:
-            best, rate, missed = width, now, 0
-            continue
-        missed += 1
-        if missed == MISSES:
-            break
-    return best
+            self.left.clear()
+            return
+        if now >= PAYS * self.paid[-1][1]:
+            self.paid.append((width, now))
+            self.missed = 0
+        else:
+            self.missed += 1
+
+
+@functools.lru_cache(maxsize=256)
+def _search(key: _Key, device: str, threads: int) -> _Search:
+    """Give the one search of a kind; the number of threads is part of the key only."""
+    return _Search(key.config, torch.device(device))
 
 
 def _fastest(clock: Clock, steps: int) -> float:
-    return min(clock(steps) for _ in range(REPEATS))
+    """Give the fastest of a few timings; of long ones, which what else runs moves less, fewer."""
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < ENOUGH:
+        taken.append(clock(steps))
+    return min(taken)

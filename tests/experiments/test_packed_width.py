@@ -24,11 +24,11 @@ def clocks(monkeypatch):
 
         monkeypatch.setattr(packed_width, "solo_clock", lambda *_: lambda n: n * seconds[1])
         monkeypatch.setattr(packed_width, "packed_clock", packed)
-        packed_width._best_width.cache_clear()
+        packed_width._search.cache_clear()
         return asked
 
     yield set_
-    packed_width._best_width.cache_clear()
+    packed_width._search.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,23 @@ def test_the_widest_that_pays_is_chosen(clocks, seconds, chosen, tried):
     asked = clocks(seconds)
     assert best_width(config("x"), "cpu") == chosen
     assert asked == tried
+
+
+def test_no_wider_program_is_timed_than_there_are_runs_for(clocks):
+    """At the end of a sweep a few long runs are left: timing 64 of them would take longer than they do."""
+    asked = clocks(dict.fromkeys((1, *packed_width.WIDTHS), 1.0))
+    assert best_width(config("x"), "cpu", 1) == 1 and asked == []
+    assert best_width(config("x"), "cpu", 3) == 2 and asked == [2]
+    assert best_width(config("x"), "cpu", 2) == 2 and asked == [2]
+    assert best_width(config("x"), "cpu", 9) == 8 and asked == [2, 4, 8]
+    assert best_width(config("x"), "cpu", 5) == 4 and best_width(config("x"), "cpu", 1) == 1
+
+
+def test_long_timings_are_repeated_less():
+    for seconds, times in ((0.1, packed_width.REPEATS), (0.6, 2), (5.0, 1)):
+        asked = []
+        assert packed_width._fastest(lambda n, s=seconds: asked.append(n) or s, 2) == seconds
+        assert asked == [2] * times
 
 
 def test_runs_of_one_kind_are_timed_once(clocks):
