@@ -61,11 +61,11 @@ def test_no_wider_program_is_timed_than_there_are_runs_for(clocks):
     assert best_width(config("x"), "cpu", 5) == 4 and best_width(config("x"), "cpu", 1) == 1
 
 
-def test_long_timings_are_repeated_less():
-    for seconds, times in ((0.1, packed_width.REPEATS), (0.6, 2), (5.0, 1)):
-        asked = []
-        assert packed_width._fastest(lambda n, s=seconds: asked.append(n) or s, 2) == seconds
-        assert asked == [2] * times
+@pytest.mark.parametrize(("seconds", "times"), [(0.1, packed_width.REPEATS), (0.6, 2), (5.0, 1)])
+def test_long_timings_are_repeated_less(seconds, times):
+    asked = []
+    assert packed_width._fastest(lambda n: asked.append(n) or seconds, 2) == seconds
+    assert asked == [2] * times
 
 
 def test_runs_of_one_kind_are_timed_once(clocks):
