@@ -80,6 +80,12 @@ class Curve:
     edge_draws: NDArray[np.bool_]
     diverged: Floats = field(default_factory=lambda: np.empty(0))
 
+    def place(self, batch: float) -> tuple[int, int]:
+        """Give the places in the cell of a batch and of its learning rate, the best on validation loss."""
+        j = self.cell.batches.index(int(batch))
+        losses = self.cell.validation[j].mean(axis=-1)
+        return j, int(np.where(np.isfinite(losses), losses, math.inf).argmin())
+
     def ends(self, level: float = LEVEL) -> tuple[Floats, Floats]:
         """Give the interval of each loss, [J] and [J]; without what a seed does to all batches alike."""
         pairs = [interval(column, level) for column in self.draws.T]

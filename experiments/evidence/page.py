@@ -25,6 +25,10 @@ WORDS = {
     BY_SIZE: "rival: proportional to the data",
     BY_DEFAULT: "rival: one batch size for all",
 }
+ANSWERED = (
+    "Right answers given away: share of exact matches at the best batch less that at the rule's, paired item "
+    "by item; bootstrap over configurations and items, not over seeds."
+)
 
 
 def page(found: Readout, drawn: Mapping[str, str]) -> str:
@@ -55,6 +59,7 @@ def page(found: Readout, drawn: Mapping[str, str]) -> str:
             "batch anew and lean high by that, which is taken out) and worst. Steps: over those of the "
             f"largest batch within {DELTA} nat of the best; above 1 the rule is slower than it need be. "
             "Runs: spent on choosing a batch, one seed."
+            + (" " + ANSWERED if any(_answered(each) for each in priced) else "")
             + "".join(f" {each.rule}: {each.note}." for each in priced if each.note)
         )
     if found.compared:
@@ -140,16 +145,22 @@ def _range(of: Prediction) -> str:
     return f"at most {number(of.high)}" if math.isinf(of.low) else f"{number(of.low)} … {number(of.high)}"
 
 
+def _answered(price: Price) -> bool:
+    """Whether any configuration was asked for answers."""
+    return not math.isnan(price.answers.value)
+
+
 def prices_table(priced: Sequence[Price]) -> str:
-    """Tabulate what rules cost."""
+    """Tabulate what rules cost; in right answers too, where any were asked for."""
+    answered = any(_answered(each) for each in priced)
     lines = []
     for each in priced:
         steps = shown(each.steps) + (f"; {each.steps.note}" if each.steps.note else "")
         used = f"{each.used} of {each.of}"
-        lines.append(
-            (each.rule, number(each.batch), shown(each.regret), number(each.worst), steps, each.runs, used)
-        )
-    head = ("rule", "batch it chose", "regret, nats", "worst", "steps", "runs", "configurations")
+        losses = shown(each.regret), number(each.worst), *([percent(each.answers)] if answered else [])
+        lines.append((each.rule, number(each.batch), *losses, steps, each.runs, used))
+    losses = "regret, nats", "worst", *(["right answers given away"] if answered else [])
+    head = ("rule", "batch it chose", *losses, "steps", "runs", "configurations")
     return table(head, lines)
 
 

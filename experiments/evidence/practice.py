@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis.agreement import regret
+from experiments.analysis.answers import answers_lost
 from experiments.analysis.cells import Floats
 from experiments.analysis.curves import Curve, Estimated, largest_within
 from experiments.analysis.noise import measured
@@ -38,6 +39,7 @@ class Price:
         runs: spent on choosing, in words.
         used: configurations.
         of: all.
+        answers: share of right answers at the best batch less that at its own; NaN where none were asked for.
         note: what a reader must know of it.
     """
 
@@ -49,6 +51,7 @@ class Price:
     runs: str
     used: int
     of: int
+    answers: Estimated
     note: str = ""
 
 
@@ -97,7 +100,8 @@ def _priced(
     inside = [_inside(each, b) for each, b in zip(curves, batches, strict=True)]
     batch = float(np.exp(np.mean(np.log(inside))))
     steps = _steps(curves, inside, others)
-    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), note)
+    answers = answers_lost(curves, batches)
+    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), answers, note)
 
 
 def _steps(

@@ -129,7 +129,8 @@ def percent(value: Estimated) -> str:
     """A share with its interval."""
     if math.isnan(value.value):
         return "–"
-    return f"{100 * value.value:.0f} % ({100 * value.low:.0f} … {100 * value.high:.0f} %)"
+    said = f"{100 * value.value:.0f} % ({100 * value.low:.0f} … {100 * value.high:.0f} %)"
+    return said.replace("-", "−")
 
 
 def number(value: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -117,20 +116,12 @@ def _accuracies(axes: Axes, found: Sequence[Curve]) -> None:
     """Share of right answers at the rates that were chosen on validation loss, with its items' own noise."""
     for k, (curve, style) in enumerate(zip(found, _styles(len(found)), strict=True)):
         cell = curve.cell
-        places = [cell.batches.index(int(b)) for b in curve.batches]
-        rates = [_chosen(curve, j) for j in places]
-        share = np.array([np.nanmean(cell.accuracy[j, i]) for j, i in zip(places, rates, strict=True)])
+        share = np.array([np.nanmean(cell.accuracy[curve.place(batch)]) for batch in curve.batches])
         error = 1.96 * np.sqrt(share * (1 - share) / max(1, cell.items))  # all seeds answer the same items
         beside = curve.batches * 1.06 ** (k - (len(found) - 1) / 2)  # bars must not hide each other
         axes.errorbar(beside, 100 * share, 100 * error, capsize=2, markersize=5, linewidth=1.2, **style)
     batch_axis(axes, [float(b) for curve in found for b in curve.batches])
     label(axes, "batch size B (examples a step)", "right answers (%; bars: the noise of the items)")
-
-
-def _chosen(curve: Curve, j: int) -> int:
-    """Place of the learning rate that is best on validation data at a batch."""
-    losses = curve.cell.validation[j].mean(axis=-1)
-    return int(np.where(np.isfinite(losses), losses, math.inf).argmin())
 
 
 def _tried(found: Sequence[Curve]) -> list[float]:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from experiments.evidence import calibrated
+from experiments.evidence.page import prices_table
 from experiments.evidence.practice import (
     BY_FITTED,
     BY_NOISE,
@@ -59,6 +60,19 @@ def test_a_rule_without_an_answer_is_priced_where_it_has_one():
     found = priced(made)
     assert (found[BY_NOISE].used, found[BY_NOISE].of) == (1, 3)
     assert BY_FITTED not in found  # one other is not enough to fit c
+
+
+def test_right_answers_are_priced_where_there_are_any():
+    silent = bowls()
+    assert all(math.isnan(each.answers.value) for each in prices(tuned(silent)))
+    assert "right answers" not in prices_table(prices(tuned(silent)))
+    made = [
+        row | {"items_right": [int(row["config"]["batch_size"] < 64)] * 4, "accuracy": 1.0} for row in silent
+    ]
+    found = priced(made)
+    assert found["128, always"].answers.value == 1.0 and found[SMALLEST].answers.value == 0.0
+    table = prices_table(list(found.values()))
+    assert "| right answers given away |" in table and "| 100 % (100 … 100 %) |" in table
 
 
 def test_the_constant_is_fitted_without_the_configuration_that_is_priced():
