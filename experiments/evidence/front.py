@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import markdown
+from experiments.analysis.curves import Estimated
 from experiments.evidence.configurations import SIZE
 from experiments.evidence.practice import DELTA, Price
 from experiments.evidence.readout import Readout
@@ -50,6 +52,8 @@ def front(found: Readout, folder: str) -> str:
             "intervals:"
         )
         parts.append(prices(priced))
+        if schedule in found.harmless and math.isfinite(found.harmless[schedule].constant.value):
+            parts.append(taken_as_it_is(found.harmless[schedule].constant))
         parts += [f"{each.rule}: {each.note}." for each in priced if each.note]
     if found.compared:
         parts.append(
@@ -57,6 +61,19 @@ def front(found: Readout, folder: str) -> str:
             f"intervals on both axes]({folder}/{PICTURE})"
         )
     return "\n\n".join(parts)
+
+
+def taken_as_it_is(constant: Estimated) -> str:
+    """Say in a sentence what B_simple is worth as a batch size.
+
+    Args:
+        constant: the largest batch that costs nothing over B_simple.
+    """
+    times = Estimated(1 / constant.value, 1 / constant.high, 1 / constant.low)
+    return (
+        f"In these runs B_simple, taken as a batch size, is {shown(times)} times the largest batch that "
+        f"costs no more than {DELTA} nat."
+    )
 
 
 def prices(priced: Sequence[Price]) -> str:

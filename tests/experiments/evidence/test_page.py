@@ -10,11 +10,13 @@ from experiments import rowsfile
 from experiments.evidence import figures
 from experiments.evidence.__main__ import main
 from experiments.evidence.configurations import CONFIGURATIONS
+from experiments.evidence.front import front
 from experiments.evidence.measured import measured
 from experiments.evidence.readout import read_out
 from experiments.evidence.sentences import of_seeds
 from experiments.markdown import marks
 from tests.experiments.evidence.synthetic import rows
+from tests.experiments.evidence.test_practice import bowls
 from tests.experiments.evidence.test_predictions import frozen
 
 
@@ -41,6 +43,13 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     for name in ("referee", "efficiency", "frozen"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert f"({name}.png)" in text
+
+
+def test_the_front_says_what_the_noise_scale_is_worth_as_a_batch_size():
+    """B_max is an octave above the best batch, 4 · B_simple in all: B_simple is a quarter of it."""
+    said = front(read_out(bowls(), []), "there")
+    assert "B_simple, taken as a batch size, is 0.25 (0.2" in said
+    assert "taken as a batch size" not in front(read_out(rows(8.0), []), "there")
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path):
