@@ -52,8 +52,9 @@ class Efficiency:
     Args:
         target: nats per token.
         batches: [J], rising.
-        log_examples: [J], mean over seeds of ln E; where `censored` a lower bound, ∞ where all diverged.
-        censored: [J]; a seed did not reach the target at any learning rate.
+        log_examples: [J], mean over seeds of ln E; where `censored` a lower bound, ∞ where a seed diverged at
+            every learning rate.
+        censored: [J]; at no learning rate did all seeds reach the target.
         rates: [J], the chosen learning rates.
         edges: batches whose best learning rate is the last of its grid, which should be extended.
         draws: [R, J], bootstrap replicates of `log_examples`; [0, J] with a single seed.
@@ -158,7 +159,7 @@ def efficiency(
     return Efficiency(
         target,
         batches,
-        logs.mean(axis=2)[at],
+        _of_choice(logs.mean(axis=2), chosen),
         short[at] > 0,
         np.array(cell.rates)[chosen],
         tuple(int(b) for b, own, i in zip(batches, told, chosen, strict=True) if _at_edge(own, int(i))),
@@ -327,6 +328,15 @@ def _choice(means: Floats, short: Floats) -> np.ndarray:
     return np.where(short == short.min(axis=-1, keepdims=True), key, 3.0).argmin(axis=-1)
 
 
+def _of_choice(means: Floats, chosen: np.ndarray) -> Floats:
+    """[..., J], ln E at the chosen learning rates; where a seed diverged there, the least of all rates.
+
+    One that diverged says nothing of the rates below, at which runs are censored.
+    """
+    own = np.take_along_axis(means, chosen[..., None], axis=-1)[..., 0]
+    return np.where(np.isinf(own), np.where(np.isnan(means), np.inf, means).min(axis=-1), own)
+
+
 def _of_equals(chosen: np.ndarray, means: Floats, short: Floats, losses: Floats) -> np.ndarray:
     """[J], of rates that are equally far from the target the one of the lowest loss at the end.
 
@@ -369,8 +379,7 @@ def _replicates(logs: Floats, short: Floats, chosen: np.ndarray, draws: int, see
     random = np.random.default_rng(seed)
     drawn = random.choice(pool, size=(draws, n_batches, n_rates, n_seeds)).mean(axis=3)
     new = logs.mean(axis=2) + drawn  # [R, J, L]
-    picked = _choice(new, np.broadcast_to(short, new.shape))
-    return np.take_along_axis(new, picked[..., None], axis=2)[..., 0]
+    return _of_choice(new, _choice(new, np.broadcast_to(short, new.shape)))
 
 
 def _drawn(values: Floats, draws: int, seed: int) -> Floats:

@@ -178,6 +178,17 @@ def test_a_batch_that_never_arrives_is_censored_not_dropped():
     assert hyperbola(found).b_crit.value == pytest.approx(B_CRIT, rel=0.02)
 
 
+def test_a_rate_at_which_one_seed_diverges_says_nothing_of_the_others():
+    """At batch 16 it arrives with one seed and diverges with the other; below it runs saw 9,000 examples."""
+    made = _exact(batches=BATCHES[:4])
+    made += [_row(16, None, seed=s, seen=9_000) for s in range(2)]
+    made += [_row(16, 3_500, seed=0, lr=2e-3), _row(16, None, seed=1, lr=2e-3, status="diverged", seen=32)]
+    found = efficiency(made, draws=50)
+    assert found.rates[-1] == 2e-3 and (found.draws[:, -1] < 9.3).all()  # ln 9,000 is 9.1
+    one = overhead(found)
+    assert one.at_least and one.value == pytest.approx(8.0) and 8.5 < one.high < 16
+
+
 def test_where_every_learning_rate_diverges_no_batch_arrives():
     rows = _exact(batches=BATCHES[:4])
     rows += [_row(16, None, seed=s, status="diverged", seen=32) for s in range(2)]
