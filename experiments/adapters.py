@@ -129,6 +129,11 @@ def _to_minor(where: str, layer: LoraLayer) -> None:
     layer.lora_B[name].weight.data = b.contiguous()
 
 
+def shipped() -> list[str]:
+    """Name the trained adapters under assets/."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/adapter_config.json"))
+
+
 def _turned(weight: Tensor, layer: LoraLayer) -> Tensor:
     """[O, I] from a layer's weight or back; only GPT-2's layers hold it the other way round."""
     return weight.T.contiguous() if layer.fan_in_fan_out else weight
@@ -141,12 +146,12 @@ def _load(model: nn.Module, config: RunConfig) -> None:
         RunError: there are none in the folder, or they are of another rank, alpha or base.
     """
     folder = Path(str(config.init))
-    if not folder.is_dir() and (SHIPPED / folder).is_dir():
+    if str(folder) in (names := shipped()):
         folder = SHIPPED / folder
     if not (folder / "adapter_config.json").is_file():
         raise RunError(
             f"init {folder}: no adapter_config.json; a folder that `python -m experiments.foundation` wrote "
-            "is needed"
+            f"is needed, or the name of a shipped one: {', '.join(names)}"
         )
     held = peft.LoraConfig.from_pretrained(str(folder))
     for name, seen, needed in (("rank", held.r, config.rank), ("alpha", held.lora_alpha, config.scale)):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from experiments.adapters import adapted
 from experiments.configs import RunConfig, RunError
 from experiments.distillation import Pair, same_tokenizer
+from experiments.forecast import words
 from experiments.loop import optimizer_of
 from experiments.order import batches_of
 from experiments.prepared import device_of, load_base
@@ -247,8 +248,8 @@ Adapters on all linear layers, trained before there is a task: a start for adapt
 
 Made by `python -m experiments.foundation --base {config.base} --teacher {config.teacher} …`
 from {row["texts"]:,} texts ({text}): {config.steps:,} steps of {config.batch_size} texts, AdamW,
-peak learning rate {config.lr:g}, cosine after a warm-up of {config.warmup:.0%}, seed {config.seed};
-{row["seconds"] / 60:.0f} minutes, torch {row["torch"]}, commit {row["commit"]}. `{ABOUT}` has it all.
+peak learning rate {config.lr:g}, cosine after a warm-up of {100 * config.warmup:g} %, seed {config.seed};
+{words(row["seconds"])}, torch {row["torch"]}, commit {row["commit"] or "unknown"}. `{ABOUT}` has it all.
 
 | held out, nats per token | before | after |
 | --- | --- | --- |
@@ -272,7 +273,7 @@ def _save(model: Any, out: Path, row: dict[str, Any]) -> None:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for held in model.peft_config.values():
-        held.base_model_name_or_path = row["config"]["base"]  # not where it lies on this machine
+        held.base_model_name_or_path = row["config"]["base"]  # as it was asked for
     model.save_pretrained(str(partial), save_embedding_layers=False)
     (partial / "README.md").write_text(card(row), encoding="utf-8")
     (partial / ABOUT).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")

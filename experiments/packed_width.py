@@ -126,13 +126,13 @@ class _Search:
         self.left, self.missed = list(WIDTHS), 0
 
     def up_to(self, most: int) -> int:
-        """Give the widest of at most so many slots that pays."""
+        """Give the most of so many slots that pay: all, where a wider program is known to."""
         if not self.paid and most > 1:
             steps = max(STEPS, -(-EXAMPLES // self.config.batch_size))
             self.paid.append((1, steps / _fastest(solo_clock(self.config, self.where), steps)))
         while self.left and self.left[0] <= most and self.missed < MISSES:
             self._time(self.left.pop(0))
-        return max((width for width, _ in self.paid if width <= most), default=1)
+        return min(most, self.paid[-1][0]) if self.paid else 1
 
     def _time(self, width: int) -> None:
         try:

@@ -292,11 +292,9 @@ def _costs(found: Curve, batches: Floats, losses: Floats, validation: Floats) ->
         losses: [R, J], of the test split.
         validation: [R, J].
     """
-    x = np.log2(found.batches)
-    at = np.interp(np.log2(np.clip(batches, found.batches[0], found.batches[-1])), x, np.arange(len(x)))
-    low = np.minimum(at.astype(int), max(0, len(x) - 2))
-    high, rows = np.minimum(low + 1, len(x) - 1), np.arange(len(losses))
-    between = losses[rows, low] + (at - low) * (losses[rows, high] - losses[rows, low])
+    low, high, share = found.between(batches)
+    rows = np.arange(len(losses))
+    between = losses[rows, low] + share * (losses[rows, high] - losses[rows, low])
     return between - losses[rows, validation.argmin(axis=1)]
 
 

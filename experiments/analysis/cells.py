@@ -16,6 +16,7 @@ AXES = ("batch_size", "lr")
 SEEDS = ("seed", "data_seed")
 # what does not move the weights of a run; `evals` only where no evaluation can end it, see `_kept`
 IGNORED = (*AXES, *SEEDS, "engine", "micro_batch", "gns_every", "gns_metric", "evals", "generate")
+NOT_DRAWN = ("full", "foundation", "pissa", "milora")  # adapters that are the same whatever the seed
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Cell:
             there is no result.
         test: the same on the test split.
         accuracy: [J, L, S], share of the answers that are right; NaN where none was asked for.
+        right: [J, L, I, S], 1 where an item of the test split was answered right, 0 where wrong, NaN where
+            it was not asked.
         items: answers a run.
         rows: that it was made of.
     """
@@ -42,6 +45,7 @@ class Cell:
     validation: Floats
     test: Floats
     accuracy: Floats
+    right: Floats
     items: int
     rows: tuple[Row, ...] = field(compare=False, repr=False)
 
@@ -54,13 +58,13 @@ def independent(cell: Cell) -> list[list[int]]:
     """Give the places of seeds that vary independently: each on its own, or all that share data together.
 
     Seeds that share the data and their order are no independent draws beside seeds that do not. Where all
-    share them there is only what their adapters do; where nothing is drawn (full fine-tuning and trained
-    adapters, without dropout) they are one run.
+    share them there is only what their adapters do; where those are not drawn (`NOT_DRAWN`, without dropout)
+    they are one run.
     """
     places: dict[int, list[int]] = {}
     for place, (_, data) in enumerate(cell.seeds):
         places.setdefault(data, []).append(place)
-    alike = cell.fields.get("adapter") in ("full", "foundation") and not cell.fields.get("dropout")
+    alike = cell.fields.get("adapter") in NOT_DRAWN and not cell.fields.get("dropout")
     apart = len(places) == 1 and not alike
     return [[i] for i in range(len(cell.seeds))] if apart else list(places.values())
 
@@ -75,9 +79,9 @@ def by_data(cell: Cell) -> Cell:
     groups = independent(cell)
     if len(groups) == len(cell.seeds):
         return cell
-    validation, test, accuracy = (averaged(x, groups) for x in (cell.validation, cell.test, cell.accuracy))
+    names = "validation", "test", "accuracy", "right"
     seeds = tuple(cell.seeds[group[0]] for group in groups)
-    return replace(cell, seeds=seeds, validation=validation, test=test, accuracy=accuracy)
+    return replace(cell, seeds=seeds, **{name: averaged(getattr(cell, name), groups) for name in names})
 
 
 def ruled_out(losses: Floats, best: int) -> NDArray[np.bool_]:
@@ -139,6 +143,8 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
     seeds = sorted({(fields["seed"], fields["data_seed"]) for fields, _ in members})
     validation = np.full((len(batches), len(rates), len(seeds)), math.nan)
     test, accuracy = validation.copy(), validation.copy()
+    items = max(len(row.get("items_right") or ()) for _, row in members)
+    right = np.full((*validation.shape[:2], items, len(seeds)), math.nan)
     for fields, row in sorted(members, key=lambda member: len(member[1].get("items_right") or ())):
         seed = (fields["seed"], fields["data_seed"])
         at = batches.index(fields["batch_size"]), rates.index(fields["lr"]), seeds.index(seed)
@@ -148,7 +154,8 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
             validation[at] = row["validation"][-1]["loss"]
             test[at] = row["test_loss"]
             accuracy[at] = math.nan if row.get("accuracy") is None else row["accuracy"]
-    items = max(len(row.get("items_right") or ()) for _, row in members)
+            answers = row.get("items_right") or ()
+            right[(*at[:2], slice(len(answers)), at[2])] = answers
     rows = tuple(row for _, row in members)
     return Cell(
         _kept(members[0][0]),
@@ -158,6 +165,7 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
         validation,
         test,
         accuracy,
+        right,
         items,
         rows,
     )

@@ -86,6 +86,17 @@ class Curve:
         losses = self.cell.validation[j].mean(axis=-1)
         return j, int(np.where(np.isfinite(losses), losses, math.inf).argmin())
 
+    def between(self, batches: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
+        """Give the places of the neighbours of batch sizes, and how far in log₂ B they lie towards the upper.
+
+        Args:
+            batches: [R]; what lies beyond the grid counts as its edge.
+        """
+        x = np.log2(self.batches)
+        at = np.interp(np.log2(np.clip(batches, self.batches[0], self.batches[-1])), x, np.arange(len(x)))
+        low = np.minimum(at.astype(int), max(0, len(x) - 2))
+        return low, np.minimum(low + 1, len(x) - 1), at - low
+
     def ends(self, level: float = LEVEL) -> tuple[Floats, Floats]:
         """Give the interval of each loss, [J] and [J]; without what a seed does to all batches alike."""
         pairs = [interval(column, level) for column in self.draws.T]

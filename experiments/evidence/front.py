@@ -10,6 +10,7 @@ from pathlib import Path
 from experiments import markdown
 from experiments.analysis.curves import Estimated
 from experiments.evidence.configurations import SIZE
+from experiments.evidence.judged import Judged
 from experiments.evidence.practice import DELTA, Price
 from experiments.evidence.readout import Readout
 from experiments.evidence.sentences import answer, number, shown
@@ -53,7 +54,7 @@ def front(found: Readout, folder: str) -> str:
         )
         parts.append(prices(priced))
         if schedule in found.harmless and math.isfinite(found.harmless[schedule].constant.value):
-            parts.append(taken_as_it_is(found.harmless[schedule].constant))
+            parts.append(taken_as_it_is(found.harmless[schedule]))
         parts += [f"{each.rule}: {each.note}." for each in priced if each.note]
     if found.compared:
         parts.append(
@@ -63,16 +64,18 @@ def front(found: Readout, folder: str) -> str:
     return "\n\n".join(parts)
 
 
-def taken_as_it_is(constant: Estimated) -> str:
+def taken_as_it_is(found: Judged) -> str:
     """Say in a sentence what B_simple is worth as a batch size.
 
     Args:
-        constant: the largest batch that costs nothing over B_simple.
+        found: B_simple beside the largest batch that costs nothing.
     """
-    times = Estimated(1 / constant.value, 1 / constant.high, 1 / constant.low)
+    c = found.constant
+    times = Estimated(1 / c.value, 1 / c.high, 1 / c.low)
+    left = f" of the {found.of}; in the others one of the two has no end" if found.pairs < found.of else ""
     return (
-        f"In these runs B_simple, taken as a batch size, is {shown(times)} times the largest batch that "
-        f"costs no more than {DELTA} nat."
+        f"B_simple, taken as a batch size, is {shown(times)} times the largest batch that costs no more than "
+        f"{DELTA} nat (geometric mean of {found.pairs} configurations{left})."
     )
 
 

@@ -27,7 +27,8 @@ WORDS = {
 }
 ANSWERED = (
     "Right answers given away: share of exact matches at the best batch less that at the rule's, paired item "
-    "by item; bootstrap over configurations and items, not over seeds."
+    "by item; Student's interval with configurations and items as random effects, the best batch and what "
+    "the rule is fitted to as they are."
 )
 
 
@@ -157,7 +158,8 @@ def prices_table(priced: Sequence[Price]) -> str:
     for each in priced:
         steps = shown(each.steps) + (f"; {each.steps.note}" if each.steps.note else "")
         used = f"{each.used} of {each.of}"
-        losses = shown(each.regret), number(each.worst), *([percent(each.answers)] if answered else [])
+        answers = percent(each.answers) + (f", {each.answers.note}" if each.answers.note else "")
+        losses = shown(each.regret), number(each.worst), *([answers] if answered else [])
         lines.append((each.rule, number(each.batch), *losses, steps, each.runs, used))
     losses = "regret, nats", "worst", *(["right answers given away"] if answered else [])
     head = ("rule", "batch it chose", *losses, "steps", "runs", "configurations")

@@ -132,7 +132,10 @@ def read_out(
 
 
 def _priced(curves: Sequence[Curve]) -> dict[str, tuple[list[Price], list[Curve]]]:
-    """Price the rules on each schedule's configurations; warm-up and β₂ are recipes of one, and left out."""
+    """Price the rules on each schedule's configurations.
+
+    Warm-up and β₂ are recipes of one, and left out; so is a trained start, which was announced as a figure.
+    """
     made = {}
     for schedule in ("cosine", "constant"):
         of = [
@@ -141,6 +144,7 @@ def _priced(curves: Sequence[Curve]) -> dict[str, tuple[list[Price], list[Curve]
             if each.cell.fields["schedule"] == schedule
             and not each.cell.fields["warmup"]
             and each.cell.fields["beta2_batch"] is None
+            and each.cell.fields["adapter"] != "foundation"
         ]
         if len(of) > 1:
             made[schedule] = prices(of), of

@@ -129,8 +129,13 @@ def percent(value: Estimated) -> str:
     """A share with its interval."""
     if math.isnan(value.value):
         return "–"
-    said = f"{100 * value.value:.0f} % ({100 * value.low:.0f} … {100 * value.high:.0f} %)"
-    return said.replace("-", "−")
+    low, high = _rounded(value.low), _rounded(value.high)
+    return f"{_rounded(value.value)} % ({low} … {high} %)"
+
+
+def _rounded(share: float) -> str:
+    """A share in percent, without digits; no zero is negative."""
+    return number(share) if math.isinf(share) else f"{round(100 * share)}".replace("-", "−")
 
 
 def number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +102,7 @@ def html(found: Findings, images: Sequence[Image]) -> str:
         outlook=outlook(result, found.change),
         notes=found.notes,
         batch_size=found.batch_size,
-        limit=format_count(result.detection_limit),
+        limit=None if math.isnan(result.detection_limit) else format_count(result.detection_limit),
         table=[tables.cost_row(row) for row in advice.table] if advice else [],
         factors=[tables.factor_row(*named) for named in [("all", result), *result.groups.items()]],
         averages=[] if found.frozen else tables.averages(result, found.progress),

@@ -58,7 +58,9 @@ def test_no_wider_program_is_timed_than_there_are_runs_for(clocks):
     assert best_width(config("x"), "cpu", 3) == 2 and asked == [2]
     assert best_width(config("x"), "cpu", 2) == 2 and asked == [2]
     assert best_width(config("x"), "cpu", 9) == 8 and asked == [2, 4, 8]
-    assert best_width(config("x"), "cpu", 5) == 4 and best_width(config("x"), "cpu", 1) == 1
+    assert best_width(config("x"), "cpu", 5) == 5 and best_width(config("x"), "cpu", 1) == 1
+    assert best_width(config("x"), "cpu", 63) == 32 and best_width(config("x"), "cpu") == 64
+    assert best_width(config("x"), "cpu", 63) == 63  # a program of 64 is known to pay: one of 63 does
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(0.1, packed_width.REPEATS), (0.6, 2), (5.0, 1)])

@@ -26,8 +26,9 @@ def test_seeds_that_share_data_are_one_draw_among_others_and_seeds_where_there_a
     assert by_data(shared) is shared and independent(shared) == [[0], [1], [2], [3]]
     (full,) = cells(rows(seeds=2, adapter="full"))  # nothing of it is drawn: one run, made twice
     assert independent(full) == [[0, 1]] and by_data(full).validation.shape == (8, 9, 1)
-    (trained,) = cells(rows(seeds=2, adapter="foundation", init="there"))
-    assert independent(trained) == [[0, 1]]
+    for adapter in ("foundation", "pissa", "milora"):
+        (same,) = cells(rows(seeds=2, adapter=adapter))
+        assert independent(same) == [[0, 1]]
     (dropped,) = cells(rows(seeds=2, adapter="full", dropout=0.1))
     assert independent(dropped) == [[0], [1]]
     for row in made:
@@ -71,3 +72,17 @@ def test_a_row_without_answers_does_not_hide_those_of_another():
     for made in (answered + rows(generate=0), rows(generate=0) + answered):
         (found,) = cells(made)
         assert (found.accuracy == 0.5).all() and found.items == 2
+
+
+def test_answers_are_kept_by_item_and_those_of_the_fuller_row():
+    made = [row | {"items_right": [1, 0, 1], "accuracy": 2 / 3} for row in rows(seeds=2)]
+    fewer = [row | {"items_right": [0], "accuracy": 0.0} for row in made[:1]]
+    (cell,) = cells(made + fewer)
+    assert cell.right.shape == (*cell.accuracy.shape[:2], 3, 2) and cell.items == 3
+    assert (cell.right[:, :, :, 0] == [1, 0, 1]).all()
+    (silent,) = cells(rows(seeds=2))
+    assert silent.right.shape[2] == 0
+    for row in made:
+        row["items_right"] = row["items_right"][: 3 - 2 * (row["config"]["seed"] == 1)]
+    (uneven,) = cells(made)
+    assert np.isnan(uneven.right[..., 1:, 1]).all() and not np.isnan(uneven.right[..., 0]).any()

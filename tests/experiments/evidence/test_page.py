@@ -18,6 +18,7 @@ from experiments.markdown import marks
 from tests.experiments.evidence.synthetic import rows
 from tests.experiments.evidence.test_practice import bowls
 from tests.experiments.evidence.test_predictions import frozen
+from tests.experiments.evidence.test_tuned import rows as whole
 
 
 def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
@@ -48,7 +49,9 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
 def test_the_front_says_what_the_noise_scale_is_worth_as_a_batch_size():
     """B_max is an octave above the best batch, 4 · B_simple in all: B_simple is a quarter of it."""
     said = front(read_out(bowls(), []), "there")
-    assert "B_simple, taken as a batch size, is 0.25 (0.2" in said
+    assert "B_simple, taken as a batch size, is 0.25 (0.2" in said and "mean of 4 configurations)" in said
+    open_ = front(read_out(bowls() + whole(512.0, noise=4.0, rank=2), []), "there")
+    assert "mean of 4 configurations of the 5; in the others one of the two has no end)" in open_
     assert "taken as a batch size" not in front(read_out(rows(8.0), []), "there")
 
 

@@ -73,6 +73,9 @@ def test_right_answers_are_priced_where_there_are_any():
     assert found["128, always"].answers.value == 1.0 and found[SMALLEST].answers.value == 0.0
     table = prices_table(list(found.values()))
     assert "| right answers given away |" in table and "| 100 % (100 … 100 %) |" in table
+    assert "| 0 % (0 … 0 %) |" in table
+    part = priced(rows(16.0, noise=8.0, rank=2) + made)
+    assert "| 100 % (100 … 100 %), 4 of 5 configurations |" in prices_table(list(part.values()))
 
 
 def test_the_constant_is_fitted_without_the_configuration_that_is_priced():
@@ -123,6 +126,7 @@ def test_a_curve_without_an_end_makes_the_steps_a_bound():
 
 def test_a_readout_prices_each_schedule_and_leaves_recipes_out():
     made = bowls() + rows(1.0, warmup=0.05) + rows(1.0, beta2_batch=16)
+    made += rows(1.0, noise=1.0, adapter="foundation", init="there")
     found = read_out(made, [])
     assert set(found.priced) == {"cosine"} and len(found.priced["cosine"][1]) == 4
 

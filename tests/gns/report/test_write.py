@@ -133,6 +133,18 @@ def test_warnings_signal_and_outlook_stand_at_the_top(tmp_path, runs):
     assert "learning rate0.0002" in top and "clippingnot recorded" in top
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_no_limit_is_named_where_the_noise_comes_out_below_zero(tmp_path, runs):
+    """Legal with unequal weights: then no upper end can be promised."""
+    said = "can give an upper end to a noise scale of at most"
+    loud = [replace(row, rows=None, layout=None) for row in runs["measured"] if row.usable]
+    quiet = [replace(row, mean_sq_norm=row.sq_norm_of_mean * (0.5 + row.step % 3 / 50)) for row in loud]
+    assert estimate(quiet).trace_sigma < 0
+    assert said in page_of(write_report(tmp_path / "a", loud).parent).text
+    text = page_of(write_report(tmp_path / "b", quiet).parent).text
+    assert said not in text and "at most ?" not in text
+
+
 def test_a_frozen_probe_is_reported_as_what_it_is(tmp_path):
     model = torch.nn.Linear(4, 1)
     batches = torch.randn(30, 8, 4, generator=torch.Generator().manual_seed(0))
