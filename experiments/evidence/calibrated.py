@@ -20,6 +20,7 @@ HARMLESS = (
     f"the largest batch whose loss after one epoch, cosine schedule, was within {DELTA} nat of the best"
 )
 SCHEDULE = "cosine"  # of what users train with
+LEAST = 8  # configurations: a bootstrap of fewer gives ends that it does not keep
 
 
 def calibrations(found: Readout) -> list[Calibration]:
@@ -43,9 +44,9 @@ def write(found: Readout, path: Path) -> Path:
 
 
 def _calibration(says: str, of: Judged, bases: set[str], planned: int | None) -> list[Calibration]:
-    """Put a judged predictor into the package's form; nothing without a finite interval."""
+    """Put a judged predictor into the package's form; nothing of few, or without an interval."""
     ends = (of.constant.value, of.constant.low, of.constant.high)
-    if not all(math.isfinite(end) and end > 0 for end in ends):
+    if of.pairs < LEAST or not all(math.isfinite(end) and end > 0 for end in ends):
         return []
     sizes = [paths.parameters(base) for base in bases]
     share = (of.share.value, of.share.low, of.share.high)

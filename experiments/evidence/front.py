@@ -45,7 +45,8 @@ def front(found: Readout, folder: str) -> str:
     """
     parts = [f"{answer(found)} [Every number, figure and verdict]({folder}/README.md)."]
     if found.priced:
-        schedule, (priced, curves) = next(iter(found.priced.items()))  # cosine where there is one
+        schedule = max(found.priced, key=lambda name: len(found.priced[name][1]))  # of most configurations
+        priced, curves = found.priced[schedule]
         parts.append(
             f"What a rule for the batch size costs, over {len(curves)} configurations (one epoch, {schedule} "
             "learning rate, tuned at every batch size): loss given away against the best batch size tried, "

@@ -32,15 +32,15 @@ def draw(
     panels = [["loss", "accuracy"], ["places", "accuracy"]] if accurate else [["loss"], ["places"]]
     axes = figure.subplot_mosaic(panels, height_ratios=[4, 0.5 + 0.45 * len(found)])
     axes["loss"].sharex(axes["places"])
-    _losses(axes["loss"], found, series)
-    _places(axes["places"], found, critical)
+    _losses(axes["loss"], found, series, axes["accuracy" if accurate else "loss"])
+    _places(axes["places"], found, critical, 2 if accurate else 4)
     if accurate:
         _accuracies(axes["accuracy"], found)
     return figure
 
 
-def _losses(axes: Axes, found: Sequence[Curve], series: Sequence[str]) -> None:
-    """Test loss with intervals, a line for each cell."""
+def _losses(axes: Axes, found: Sequence[Curve], series: Sequence[str], beside: Axes) -> None:
+    """Test loss with intervals, a line for each cell; their names where there is more room."""
     batches = _tried(found)
     for curve, style in zip(found, _styles(len(found)), strict=True):
         low, high = curve.ends()
@@ -51,10 +51,10 @@ def _losses(axes: Axes, found: Sequence[Curve], series: Sequence[str]) -> None:
             curve.batches[edges], curve.loss[edges], linestyle="", marker="o", markersize=10,
             fillstyle="none", markeredgecolor=style["color"], markeredgewidth=0.8,
         )  # fmt: skip
-        axes.plot(
-            curve.diverged, np.ones(len(curve.diverged)), transform=axes.get_xaxis_transform(), marker="x",
-            color=style["color"], linestyle="", markersize=7, clip_on=False,
-        )  # fmt: skip
+        if len(curve.diverged):  # an empty line that is not clipped takes the corner of the figure
+            above = {"transform": axes.get_xaxis_transform(), "clip_on": False, "linestyle": ""}
+            ones = np.ones(len(curve.diverged))
+            axes.plot(curve.diverged, ones, marker="x", markersize=7, color=style["color"], **above)
     batch_axis(axes, batches)
     label(axes, "", "test loss (nats per token)\nat the best learning rate")
     handles, _ = axes.get_legend_handles_labels()
@@ -70,11 +70,14 @@ def _losses(axes: Axes, found: Sequence[Curve], series: Sequence[str]) -> None:
     if any(len(curve.diverged) for curve in found):
         said = "every run of the batch diverged"
         handles.append(Line2D([], [], label=said, marker="x", markersize=7, color=GREY, linestyle=""))
-    axes.legend(handles=handles, fontsize=8, loc="best")
+    beside.legend(handles=handles, fontsize=8, loc="best")
 
 
-def _places(axes: Axes, found: Sequence[Curve], critical: Sequence[Estimated | None]) -> None:
-    """Best batch, largest batch within δ, noise scale and critical batch of each cell, with intervals."""
+def _places(axes: Axes, found: Sequence[Curve], critical: Sequence[Estimated | None], columns: int) -> None:
+    """Best batch, largest batch within δ, noise scale and critical batch of each cell, with intervals.
+
+    The legend stands above the panel, in so many columns: one wider than the panel leaves no room for any.
+    """
     batches = _tried(found)
     low, high = min(batches) / 1.6, max(batches) * 1.6
     kinds = (("best batch", optimum, "*"), (f"B_max({DELTA:g} nat)", lambda c: largest_within(c, DELTA), ">"))
@@ -95,7 +98,7 @@ def _places(axes: Axes, found: Sequence[Curve], critical: Sequence[Estimated | N
         handles.append(Line2D([], [], color=GREY, marker="d", label="B_simple, factor B (measured)"))
     if any(critical):
         handles.append(Line2D([], [], color=GREY, marker="P", label="B_crit (constant rate)"))
-    axes.legend(handles=handles, fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=4)
+    axes.legend(handles=handles, fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=columns)
 
 
 def _mark(axes: Axes, place: Estimated, y: float, marker: str, color: str, ends: tuple[float, float]) -> None:

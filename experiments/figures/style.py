@@ -162,7 +162,8 @@ def at_left(axes: Axes) -> bool:
 def heading(figure: Figure, title: str, below: str) -> None:
     """Write a figure's title, and in small what was run."""
     width = int(figure.get_figwidth() * 15)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    said = "\n".join(textwrap.wrap(title, int(figure.get_figwidth() * 9)))
+    figure.suptitle(said, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     figure.supxlabel("\n".join(textwrap.wrap(below, width)), x=0.01, ha="left", fontsize=7.5, color=GREY)
 
 

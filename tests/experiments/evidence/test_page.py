@@ -55,6 +55,14 @@ def test_the_front_says_what_the_noise_scale_is_worth_as_a_batch_size():
     assert "taken as a batch size" not in front(read_out(rows(8.0), []), "there")
 
 
+def test_the_front_prices_the_schedule_of_most_configurations():
+    constant = [
+        row for r in (2, 3, 5, 6, 7) for row in whole(8.0, noise=4.0, schedule="constant", rank=r)
+    ]  # of ranks that are not compared
+    said = front(read_out(bowls() + constant, []), "there")
+    assert "over 5 configurations (one epoch, constant learning rate" in said
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path):
     made = rows(8.0, n=1)
     made += [row | {"validation": row["validation"][:3]} for row in rows(8.0, n=2, dials={"merged": 2})]

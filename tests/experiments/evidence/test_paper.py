@@ -51,6 +51,24 @@ def test_a_sweep_with_rows_is_drawn(name, tmp_path):
     figure.savefig(tmp_path / "a.png")
 
 
+def test_with_answers_every_panel_has_room_and_the_title_fits():
+    made = rows("laptop-data")
+    for row in made:
+        row |= {"accuracy": 0.5, "items_right": [0, 1]}
+    figure, _ = figures(made, {"reference": {1_024: reading(10.0)}})["laptop-data"]
+    figure.canvas.draw()
+    loss, accuracy, places = (axes.get_position() for axes in figure.axes)
+    assert loss.height > 0.3 and places.height > 0.15 and accuracy.height > 0.7
+    assert min(loss.width, accuracy.width) > 0.35
+    assert figure.axes[1].get_legend() is not None and figure.axes[0].get_legend() is None
+
+
+def test_titles_are_as_wide_as_the_figure(tmp_path):
+    figure, _ = figures(rows("laptop-lr"), {})["laptop-lr"]
+    figure.canvas.draw()
+    assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_a_sweep_of_one_curve_is_not_drawn_and_half_of_one_says_so():
     assert figures(rows("laptop-rank", lambda c: c.rank == 4), {}) == {}
     made = figures(rows("laptop-rank", lambda c: c.rank != 64), {})

@@ -23,10 +23,11 @@ def priced(made):
     return {each.rule: each for each in prices(tuned(made))}
 
 
-def bowls():
+def bowls(**fields):
     """Loss 1 + 0.01·(octaves from the best)²; the noise scale is half the best batch."""
-    made = rows(4.0, noise=2.0, rank=4) + rows(8.0, noise=4.0) + rows(16.0, noise=8.0, rank=64)
-    return made + rows(32.0, noise=16.0, base="math-1m")
+    made = rows(4.0, noise=2.0, rank=4, **fields) + rows(8.0, noise=4.0, **fields)
+    made += rows(16.0, noise=8.0, rank=64, **fields)
+    return made + rows(32.0, noise=16.0, base="math-1m", **fields)
 
 
 def test_every_rule_costs_what_its_batch_costs():
@@ -133,12 +134,12 @@ def test_a_readout_prices_each_schedule_and_leaves_recipes_out():
 
 def test_constants_for_the_package_come_from_rows_with_both_numbers(tmp_path):
     """B_max is an octave above the best batch, and that twice the noise scale."""
-    found = read_out(bowls(), [])
+    found = read_out(bowls() + bowls(n_train=2_048), [])
     (harmless,) = calibrated.calibrations(found)
     assert harmless.says.startswith("the largest batch whose loss")
     assert harmless.constant == pytest.approx(4.0, rel=0.02) and harmless.share == 1.0
-    assert (harmless.configurations, harmless.planned) == (4, None)
+    assert (harmless.configurations, harmless.planned) == (8, None)
     assert harmless.parameters == (254_400, 1_053_824)
     path = calibrated.write(found, tmp_path / "calibration.json")
     assert parsed(path.read_text()) == (harmless,)
-    assert calibrated.calibrations(read_out(rows(8.0, noise=4.0, rank=4), [])) == []
+    assert calibrated.calibrations(read_out(bowls(), [])) == []  # of four nothing is shipped
