@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from experiments.analysis.cells import independent
 from experiments.analysis.curves import Estimated
 from experiments.analysis.resampling import LEVEL
-from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES
+from experiments.evidence.configurations import CONFIGURATIONS, SIZES
 from experiments.evidence.judged import WANTED, Judged
 from experiments.evidence.measured import PRIMARY, Measured
 from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
@@ -34,17 +34,30 @@ def answer(found: Readout) -> str:
         f"{100 * WANTED:.0f} % was wanted, and at intervals as wide as these a predictor without error would "
         f"show about {100 * primary.ceiling:.0f} %. One batch size for all does so for "
         f"{percent(fixed.share)}. The rank correlation of noise scale and critical batch size is "
-        f"{shown(primary.correlation)}.{_apart(found)}{_more(primary)}"
+        f"{shown(primary.correlation)}.{_beats(found)}{_apart(found)}{_more(primary)}"
     )
 
 
 def _apart(found: Readout) -> str:
-    """Whether the configurations' critical batch sizes differ at all."""
+    """Whether the configurations' critical batch sizes differ at all, and whether their noise scales do."""
     p, n = found.critical_apart
     if math.isnan(p):
         return ""
-    do = "do differ" if p < 1 - LEVEL else "differ by no more than their intervals let them"
-    return f" Their critical batch sizes {do} (p = {p:.2g}, {n} of them)."
+    no_more = "by no more than their intervals let them"
+    said = f" Their critical batch sizes {'do differ' if p < 1 - LEVEL else f'differ {no_more}'}"
+    said += f" (p = {p:.2g}, {n} of them)"
+    p, n = found.noise_apart
+    if not math.isnan(p):
+        said += f"; their noise scales {'do' if p < 1 - LEVEL else f'differ {no_more}'} (p = {p:.2g}, {n})"
+    return f"{said}."
+
+
+def _beats(found: Readout) -> str:
+    """Whether B_simple comes closer than one batch size for all."""
+    gain = found.gains[BY_DEFAULT]
+    if math.isnan(gain.value):
+        return ""
+    return f" B_simple misses by {shown(gain)} times the factor by which one batch size for all does."
 
 
 def _more(primary: Judged) -> str:
@@ -63,19 +76,15 @@ def _more(primary: Judged) -> str:
 
 
 def beside(found: Readout) -> str:
-    """Say what the table of predictors does not: whether B_simple beats its rivals, what there is to see."""
-    p, n = found.noise_apart
+    """Say what the tables of predictors do not: their words, and whether B_simple beats the data size."""
     parts = [
         "Off: the factor by which the calibrated predictor misses, on average; ceiling: the share that one "
         "without error would show at these intervals. At one N a batch in proportion to the data is one "
         "batch size for all."
     ]
-    told = {BY_DEFAULT: f"one batch size for all does, at N = {SIZE:,}", BY_SIZE: "c · N does, over all N"}
-    for rival, words in told.items():
-        if not math.isnan(found.gains[rival].value):
-            parts.append(f"B_simple misses by {shown(found.gains[rival])} times the factor by which {words}.")
-    if not math.isnan(p):
-        parts.append(f"Do the noise scales differ by more than their intervals? p = {p:.2g}, {n} of them.")
+    if not math.isnan(found.gains[BY_SIZE].value):
+        gain = shown(found.gains[BY_SIZE])
+        parts.append(f"Over all N, B_simple misses by {gain} times the factor by which c · N does.")
     return " ".join(parts)
 
 

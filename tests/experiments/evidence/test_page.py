@@ -36,7 +36,9 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     assert "from 4 of 16 configurations" in short and "| smaller is better | 1 |" in short
     assert "from 4 of 16 configurations" in text
     assert "Not run yet: noise 0.5; merged" in text and "No branched runs yet: reference" in text
-    assert "a predictor without error would show about" in short and "p = " in short
+    assert "a predictor without error would show about" in short
+    assert "Their critical batch sizes do differ (p = " in short and "; their noise scales do (p = " in short
+    assert "times the factor by which one batch size for all does." in short
     assert "| constant | " in text.partition("## Predictors of the largest harmless batch")[2]
     assert "| P8 | B_crit, rank 64 over rank 4 |" in text
     assert "Each has 2 seeds. All draw adapters alone and share data and their order" in text
