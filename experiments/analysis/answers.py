@@ -50,14 +50,14 @@ def _variance(lost: Sequence[Floats]) -> tuple[float, float]:
     With x = μ + configuration + item + rest: s²(means of configurations)/K holds the configurations and the
     rest, s²(means of items)/I the items and the rest once more, which is taken out.
     """
-    shared = ~np.isnan(np.array([own[: min(map(len, lost))] for own in lost])).any(axis=0)
     if len(lost) == 1:
         own = lost[0][~np.isnan(lost[0])]
         return (float(own.var(ddof=1)) / len(own), len(own) - 1.0) if len(own) > 1 else (math.inf, 0.0)
-    n = len(lost)
+    n, asked = len(lost), min(map(len, lost))
+    shared = ~np.isnan(np.array([own[:asked] for own in lost])).any(axis=0)
     parts = [(float(np.var([np.nanmean(own) for own in lost], ddof=1)) / n, n - 1.0)]
     if (n_items := int(shared.sum())) > 1:
-        x = np.array([own[: len(shared)][shared] for own in lost])
+        x = np.array([own[:asked][shared] for own in lost])
         rest = x - x.mean(axis=1, keepdims=True) - x.mean(axis=0) + x.mean()
         each = (rest**2).sum() / ((n - 1) * (n_items - 1)) / n
         parts.append((max(0.0, float(x.mean(axis=0).var(ddof=1) - each) / n_items), n_items - 1.0))

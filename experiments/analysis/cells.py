@@ -31,10 +31,8 @@ class Cell:
         validation: [J, L, S], nats per token at the end of the run; infinite where it diverged, NaN where
             there is no result.
         test: the same on the test split.
-        accuracy: [J, L, S], share of the answers that are right; NaN where none was asked for.
         right: [J, L, I, S], 1 where an item of the test split was answered right, 0 where wrong, NaN where
-            it was not asked.
-        items: answers a run.
+            it was not asked; I is 0 without answers.
         rows: that it was made of.
     """
 
@@ -44,9 +42,7 @@ class Cell:
     seeds: tuple[tuple[int, int], ...]
     validation: Floats
     test: Floats
-    accuracy: Floats
     right: Floats
-    items: int
     rows: tuple[Row, ...] = field(compare=False, repr=False)
 
     def tried(self, j: int) -> NDArray[np.intp]:
@@ -79,7 +75,7 @@ def by_data(cell: Cell) -> Cell:
     groups = independent(cell)
     if len(groups) == len(cell.seeds):
         return cell
-    names = "validation", "test", "accuracy", "right"
+    names = "validation", "test", "right"
     seeds = tuple(cell.seeds[group[0]] for group in groups)
     return replace(cell, seeds=seeds, **{name: averaged(getattr(cell, name), groups) for name in names})
 
@@ -142,7 +138,7 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
     rates = sorted({fields["lr"] for fields, _ in members})
     seeds = sorted({(fields["seed"], fields["data_seed"]) for fields, _ in members})
     validation = np.full((len(batches), len(rates), len(seeds)), math.nan)
-    test, accuracy = validation.copy(), validation.copy()
+    test = validation.copy()
     items = max(len(row.get("items_right") or ()) for _, row in members)
     right = np.full((*validation.shape[:2], items, len(seeds)), math.nan)
     for fields, row in sorted(members, key=lambda member: len(member[1].get("items_right") or ())):
@@ -153,7 +149,6 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
         else:
             validation[at] = row["validation"][-1]["loss"]
             test[at] = row["test_loss"]
-            accuracy[at] = math.nan if row.get("accuracy") is None else row["accuracy"]
             answers = row.get("items_right") or ()
             right[(*at[:2], slice(len(answers)), at[2])] = answers
     rows = tuple(row for _, row in members)
@@ -164,8 +159,6 @@ def _cell(members: Sequence[tuple[dict[str, Any], Row]]) -> Cell:
         tuple(seeds),
         validation,
         test,
-        accuracy,
         right,
-        items,
         rows,
     )

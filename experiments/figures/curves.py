@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.analysis.cells import Floats
 from experiments.analysis.curves import Curve, Estimated, largest_within, optimum
 from experiments.analysis.noise import measured
 from experiments.figures.style import GREY, STYLES, batch_axis, figure_of, label, named
@@ -27,7 +29,7 @@ def draw(
         critical: the critical batch size of each, where one was measured.
     """
     critical = critical or [None] * len(found)
-    accurate = any(np.isfinite(curve.cell.accuracy).any() for curve in found)
+    accurate = any(np.isfinite(curve.cell.right).any() for curve in found)
     figure = figure_of(11.0 if accurate else 6.6, 4.6 + 0.2 * len(found))
     panels = [["loss", "accuracy"], ["places", "accuracy"]] if accurate else [["loss"], ["places"]]
     axes = figure.subplot_mosaic(panels, height_ratios=[4, 0.5 + 0.45 * len(found)])
@@ -119,12 +121,18 @@ def _accuracies(axes: Axes, found: Sequence[Curve]) -> None:
     """Share of right answers at the rates that were chosen on validation loss, with its items' own noise."""
     for k, (curve, style) in enumerate(zip(found, _styles(len(found)), strict=True)):
         cell = curve.cell
-        share = np.array([np.nanmean(cell.accuracy[curve.place(batch)]) for batch in curve.batches])
-        error = 1.96 * np.sqrt(share * (1 - share) / max(1, cell.items))  # all seeds answer the same items
+        share = np.array([_share(cell.right[curve.place(batch)]) for batch in curve.batches])
+        items = max(1, cell.right.shape[2])
+        error = 1.96 * np.sqrt(share * (1 - share) / items)  # all seeds answer the same items
         beside = curve.batches * 1.06 ** (k - (len(found) - 1) / 2)  # bars must not hide each other
         axes.errorbar(beside, 100 * share, 100 * error, capsize=2, markersize=5, linewidth=1.2, **style)
     batch_axis(axes, [float(b) for curve in found for b in curve.batches])
     label(axes, "batch size B (examples a step)", "right answers (%; bars: the noise of the items)")
+
+
+def _share(right: Floats) -> float:
+    """Share of the answers that are right; NaN without any."""
+    return float(np.nanmean(right)) if np.isfinite(right).any() else math.nan
 
 
 def _tried(found: Sequence[Curve]) -> list[float]:

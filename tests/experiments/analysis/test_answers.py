@@ -20,7 +20,6 @@ def swept(share_of, seeds=2, answered=True, items=ITEMS, **more):
         config = row["config"]
         n = round(items * share_of(config["batch_size"])) if config["lr"] == pytest.approx(1e-3) else items
         row["items_right"] = [int(i < n) for i in range(items)] if answered else None
-        row["accuracy"] = n / items if answered else None
     (cell,) = cells(made)
     return curve(cell, draws=20)
 
@@ -72,7 +71,7 @@ def made_of(losses):
         rows = synthetic.rows(best=8.0, seeds=1)
         for each in rows:
             lost = row if each["config"]["batch_size"] == 64 else 0 * row
-            each["items_right"], each["accuracy"] = list(0.5 - lost), 0.5
+            each["items_right"] = list(0.5 - lost)
         (cell,) = cells(rows)
         found.append(curve(cell, draws=2))
     return found

@@ -71,14 +71,14 @@ def test_a_row_without_answers_does_not_hide_those_of_another():
     answered = [r | {"accuracy": 0.5, "items_right": [0, 1]} for r in rows(generate=2)]
     for made in (answered + rows(generate=0), rows(generate=0) + answered):
         (found,) = cells(made)
-        assert (found.accuracy == 0.5).all() and found.items == 2
+        assert (found.right == [[0], [1]]).all() and found.right.shape[2] == 2
 
 
 def test_answers_are_kept_by_item_and_those_of_the_fuller_row():
     made = [row | {"items_right": [1, 0, 1], "accuracy": 2 / 3} for row in rows(seeds=2)]
     fewer = [row | {"items_right": [0], "accuracy": 0.0} for row in made[:1]]
     (cell,) = cells(made + fewer)
-    assert cell.right.shape == (*cell.accuracy.shape[:2], 3, 2) and cell.items == 3
+    assert cell.right.shape == (*cell.test.shape[:2], 3, 2)
     assert (cell.right[:, :, :, 0] == [1, 0, 1]).all()
     (silent,) = cells(rows(seeds=2))
     assert silent.right.shape[2] == 0
