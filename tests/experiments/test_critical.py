@@ -183,6 +183,7 @@ def test_a_rate_at_which_one_seed_diverges_says_nothing_of_the_others():
     made = _exact(batches=BATCHES[:4])
     made += [_row(16, None, seed=s, seen=9_000) for s in range(2)]
     made += [_row(16, 3_500, seed=0, lr=2e-3), _row(16, None, seed=1, lr=2e-3, status="diverged", seen=32)]
+    made += [_row(16, None, seed=0, lr=4e-3, seen=9_000)]  # a rate that the other seed lacks
     found = efficiency(made, draws=50)
     assert found.rates[-1] == 2e-3 and (found.draws[:, -1] < 9.3).all()  # ln 9,000 is 9.1
     one = overhead(found)

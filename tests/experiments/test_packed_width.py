@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from experiments import loop, packed_width
+from experiments import engines, loop, packed, packed_width
 from experiments.packed_width import best_width, packed_clock, solo_clock
 from tests.experiments.small_runs import config
 
@@ -79,6 +79,14 @@ def test_runs_of_one_kind_are_timed_once(clocks):
     best_width(dataclasses.replace(first, batch_size=2), "cpu")
     best_width(dataclasses.replace(first, rank=2), "cpu")
     assert asked == [2, 4] * 3
+
+
+def test_a_sweep_asks_for_no_more_slots_than_there_are_runs(monkeypatch):
+    asked = []
+    monkeypatch.setattr(packed, "best_width", lambda config, device, most: asked.append(most) or 2)
+    runs = [config("x", lr=lr) for lr in (1e-3, 2e-3, 3e-3, 4e-3)]
+    other = config("x", batch_size=2)  # no companion
+    assert engines.companions(runs[0], [*runs[1:], other], "cpu") == runs[1:2] and asked == [4]
 
 
 @pytest.mark.usefixtures("sentences")

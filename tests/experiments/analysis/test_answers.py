@@ -77,7 +77,9 @@ def made_of(losses):
     return found
 
 
-@pytest.mark.parametrize(("own", "item", "rest"), [(0.2, 0.0, 0.5), (0.0, 0.3, 0.3), (0.1, 0.2, 0.5)])
+@pytest.mark.parametrize(
+    ("own", "item", "rest"), [(0.2, 0.0, 0.5), (0.0, 0.3, 0.3), (0.1, 0.2, 0.5), (0.0, 0.0, 0.5)]
+)
 def test_intervals_cover_with_configurations_and_items_as_random_effects(own, item, rest):
     random, hits, widths, k, n = np.random.default_rng(0), 0, [], 8, 30
     truth = math.sqrt(own**2 / k + item**2 / n + rest**2 / (k * n))

@@ -7,13 +7,14 @@ import pytest
 
 from experiments import rows as files
 from experiments import rowsfile
+from experiments.analysis.curves import Estimated
 from experiments.evidence import figures
 from experiments.evidence.__main__ import main
 from experiments.evidence.configurations import CONFIGURATIONS
-from experiments.evidence.front import front
+from experiments.evidence.front import front, taken_as_it_is
 from experiments.evidence.measured import measured
 from experiments.evidence.readout import read_out
-from experiments.evidence.sentences import of_seeds
+from experiments.evidence.sentences import of_seeds, percent
 from experiments.markdown import marks
 from tests.experiments.evidence.synthetic import rows
 from tests.experiments.evidence.test_practice import bowls
@@ -55,6 +56,17 @@ def test_the_front_says_what_the_noise_scale_is_worth_as_a_batch_size():
     open_ = front(read_out(bowls() + whole(512.0, noise=4.0, rank=2), []), "there")
     assert "mean of 4 configurations of the 5; in the others one of the two has no end)" in open_
     assert "taken as a batch size" not in front(read_out(rows(8.0), []), "there")
+
+
+def test_the_ends_of_a_reciprocal_change_places():
+    found = read_out(bowls(), []).harmless["cosine"]
+    said = taken_as_it_is(replace(found, constant=Estimated(0.2, 0.1, 0.5)))
+    assert "is 5 (2 … 10) times the largest batch" in said
+
+
+def test_no_share_is_a_negative_zero():
+    assert percent(Estimated(-0.002, -0.004, 0.004)) == "0 % (0 … 0 %)"
+    assert percent(Estimated(0.5, -0.054, math.inf)) == "50 % (−5 … ∞ %)"
 
 
 def test_the_front_prices_the_schedule_of_most_configurations():

@@ -53,13 +53,18 @@ def test_a_sweep_with_rows_is_drawn(name, tmp_path):
 
 def test_with_answers_every_panel_has_room_and_the_title_fits():
     made = rows("laptop-data")
+    noise = {"b_simple": 20.0, "low": 10.0, "high": 40.0, "status": "measured"}
     for row in made:
         row |= {"accuracy": 0.5, "items_right": [0, 1]}
+        if row["config"]["gns_every"]:  # four entries in the legend of places
+            row["gns"] = {"metric": "euclidean", "progress_weighted": {"joint": noise, "B": noise}}
     figure, _ = figures(made, {"reference": {1_024: reading(10.0)}})["laptop-data"]
     figure.canvas.draw()
     loss, accuracy, places = (axes.get_position() for axes in figure.axes)
     assert loss.height > 0.3 and places.height > 0.15 and accuracy.height > 0.7
     assert min(loss.width, accuracy.width) > 0.35
+    legend = figure.axes[2].get_legend().get_window_extent()
+    assert legend.x1 <= figure.axes[2].get_window_extent().x1  # it does not reach into the panel beside it
     assert figure.axes[1].get_legend() is not None and figure.axes[0].get_legend() is None
 
 
