@@ -177,7 +177,14 @@ def written(of: str, runs: Mapping[str, list[RunConfig]], kind: str = "seeds") -
     """
     every = [config for part in runs.values() for config in part]
     first = every[0]
-    differ = sorted({key for name in runs for key in CONFIGURATIONS[name]})
+    own = [CONFIGURATIONS[name] for name in runs]
+    differ = sorted({key for each in own for key in each})
+    if len(own) > 1:  # what they have in common tells no curve from another
+        differ = [
+            key
+            for key in differ
+            if key not in COMMON or any(each.get(key) != own[0].get(key) for each in own)
+        ]
     defaults = {key: getattr(first, key) for key in COMMON if key not in differ}
     how, title, question = ABOUT[kind]
     text = HEAD.format(

@@ -1,6 +1,7 @@
 """More seeds: which learning rates go on, and that the file says exactly these runs."""
 
 import tomllib
+from dataclasses import replace
 
 import pytest
 
@@ -132,6 +133,18 @@ def test_what_a_preset_of_seeds_cannot_say_is_refused():
     warm = RunConfig.of(part[0].to_dict() | {"weight_decay": 0.1})
     with pytest.raises(RunError, match="differ in more than a preset of seeds can say"):
         seeds.written("some", {"reference": [*part[1:], warm]})
+
+
+def test_what_configurations_share_is_no_name_of_a_curve():
+    """Two of the larger base: `base` is a default, and their noise alone tells one curve from another."""
+    part = [
+        replace(config, base="math-1m", dials={"label_noise": 0.0}) for config in seeds.more(swept(), (2,))
+    ]
+    noisy = [replace(config, dials={"label_noise": 0.5}) for config in part]
+    text = seeds.written("some", {"math-1m": part, "math-1m, noise 0.5": noisy})
+    preset = grids.parsed("some", tomllib.loads(text), "some.toml")
+    assert preset.series == ("dials.label_noise",) and text.count('base = "math-1m"') == 1
+    assert {config.hash for config in preset.configs} == {config.hash for config in [*part, *noisy]}
 
 
 @pytest.mark.parametrize(
