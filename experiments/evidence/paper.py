@@ -16,7 +16,7 @@ from experiments.evidence.measured import Measured
 from experiments.figures import curves, rates
 from experiments.figures.style import LOOK, fixed, heading
 
-# preset → what it repeats of arXiv:2602.09492; those without a number are ours
+# preset → what it repeats of arXiv:2602.09492; ours repeat nothing
 FIGURES = {
     "laptop-data": "Fig. 2: data",
     "laptop-rank": "Fig. 2: rank",
@@ -25,10 +25,10 @@ FIGURES = {
     "laptop-steps": "Fig. 3: a fixed number of steps",
     "laptop-schedule": "Fig. 4: schedule and warm-up",
     "laptop-lr": "Fig. 5: best learning rate",
-    "laptop-noise": "label noise",
-    "laptop-merged": "merged and duplicated rows",
-    "laptop-beta2": "the optimizer's memory",
-    "laptop-foundation": "a trained start or a random one",
+    "laptop-noise": "",
+    "laptop-merged": "",
+    "laptop-beta2": "",
+    "laptop-foundation": "",
 }
 
 
@@ -56,7 +56,7 @@ def figures(
                 figure = rates.draw(drawn, preset.series)
             else:
                 figure = curves.draw(drawn, preset.series, [critical(each.cell, found) for each in drawn])
-            title = f"{preset.title} ({FIGURES[name]})"
+            title = f"{preset.title} ({FIGURES[name]})" if FIGURES[name] else preset.title
             heading(figure, title, _below(own, len(preset.configs), drawn, preset.series))
         made[name] = figure, title
     return made

@@ -46,7 +46,6 @@ NAMES = {
     "dials.merged": "merged per row",
     "dials.copies": "copies",
     "dials.difficulty": "difficulty",
-    "beta2_batch": "β₂ kept over batch",
     "weight_decay": "weight decay",
     "optimizer": "",
     "adapter": "",
@@ -66,6 +65,9 @@ SPELT = {
 SPELT |= {"epochs": "fixed sample", "steps": "fixed steps", "target": "to a target loss"}
 SPELT |= {"full": "full fine-tuning", "adamw": "AdamW", "foundation": "foundation"}
 
+# what is not "name value": (at None, else)
+SAID = {"beta2_batch": ("β₂ fixed", "β₂^(B/{})")}
+
 
 def named(cell: Cell, fields: Sequence[str]) -> str:
     """Name a cell by the fields that tell it from others: "rank 8", "LoRA, N 1,024"."""
@@ -76,6 +78,9 @@ def named(cell: Cell, fields: Sequence[str]) -> str:
         shown = SPELT.get(
             str(shown), f"{shown:g}" if isinstance(shown, float) else str(shown).rpartition("/")[2]
         )
+        if field in SAID:
+            parts.append(SAID[field][value is not None].format(shown))
+            continue
         if value is None:
             shown = "none"
         parts.append(f"{NAMES.get(field, field.removeprefix('dials.'))} {shown}".strip())

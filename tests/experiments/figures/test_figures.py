@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import tomllib
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -100,7 +101,8 @@ def test_cells_are_named_by_what_tells_them_apart():
         rows(seeds=1, batches=[1], rates=[1e-3], dials={"label_noise": 0.2}, beta2_batch=None, **BASE)
     )
     assert named(cell, ["adapter", "n_train", "dials.label_noise"]) == "LoRA, N 512, label noise 0.2"
-    assert named(cell, ["beta2_batch"]) == "β₂ kept over batch none" and named(cell, []) == "all runs"
+    assert named(cell, ["beta2_batch"]) == "β₂ fixed" and named(cell, []) == "all runs"
+    assert named(replace(cell, fields=cell.fields | {"beta2_batch": 16}), ["beta2_batch"]) == "β₂^(B/16)"
 
 
 @pytest.fixture
