@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from scipy import stats
 
+from experiments.figures.palette import BLUE, VERMILION
 from experiments.overhead.measure import machine
 from gns import corpus, probe
 from gns.estimate import Estimate
@@ -38,7 +39,6 @@ from gns.preparation import quiet_peft
 
 RANKS = (2, 4, 8, 16, 32, 64)
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the examples, for the readings on fewer
-BLUE, ORANGE, INK = "#0072B2", "#D55E00", "#222222"
 
 
 def adapted(base: Path, rank: int | None, seed: int, device: str) -> torch.nn.Module:
@@ -143,8 +143,8 @@ def _over_rank(ax: Any, rows: Sequence[dict[str, Any]], base: str) -> None:
     full = max((r for r in rows if r["rank"] is None), key=lambda r: r["n_examples"], default=None)
     if full is not None:
         if np.isfinite(full["high"]):
-            ax.axhspan(full["low"], full["high"], color=ORANGE, alpha=0.15, linewidth=0)
-        ax.axhline(full["b_simple"], color=ORANGE, label="full weights, 95 % band")
+            ax.axhspan(full["low"], full["high"], color=VERMILION, alpha=0.15, linewidth=0)
+        ax.axhline(full["b_simple"], color=VERMILION, label="full weights, 95 % band")
     middle, low, high = slope(lora, "rank")
     ax.plot([], [], "o", color=BLUE, label=f"factor B, slope {middle:.3f} ({low:.3f} … {high:.3f})")
     ax.set_xlabel("LoRA rank")
@@ -154,7 +154,7 @@ def _over_rank(ax: Any, rows: Sequence[dict[str, Any]], base: str) -> None:
 
 def _over_examples(ax: Any, rows: Sequence[dict[str, Any]]) -> None:
     ranks = sorted({r["rank"] for r in rows if r["rank"] is not None})
-    for rank, colour in ((ranks[len(ranks) // 2], BLUE), (None, ORANGE)):
+    for rank, colour in ((ranks[len(ranks) // 2], BLUE), (None, VERMILION)):
         mine = [r for r in rows if r["rank"] == rank]
         if not mine:
             continue

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from experiments.figures.palette import BLUE, VERMILION
 from experiments.rows import provenance, read, write
 from gns.data import Collator, pad_id
 from gns.examples import IGNORED
@@ -279,7 +280,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
         found.best,
         [found.best - found.low, found.high - found.best],
         fmt="o",
-        color="#0072B2",
+        color=BLUE,
         capsize=3,
         label="best step, averaged over batches (95 %)",
     )
@@ -288,7 +289,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
     ax.plot(
         b,
         1 / (found.intercept + found.slope / b),
-        color="#0072B2",
+        color=BLUE,
         label=f"law fitted to them: B_noise {found.b_noise:.3g} ({ends})",
     )
     largest = reading["grad_sq_norm"] / reading["g_h_g"]
@@ -296,14 +297,14 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
         b,
         largest / (1 + reading["b_noise"] / b),
         "--",
-        color="#D55E00",
+        color=VERMILION,
         label=f"Hessian: B_noise {reading['b_noise']:.3g} ({reading['low']:.3g} … {reading['high']:.3g})",
     )
     ax.fill_between(
         b,
         largest / (1 + reading["high"] / b),
         largest / (1 + reading["low"] / b),
-        color="#D55E00",
+        color=VERMILION,
         alpha=0.15,
         linewidth=0,
     )

@@ -14,19 +14,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import (
-    coverage_frozen_report,
-    coverage_report,
     frozen_rank,
     line_search,
     live,
-    packed_speed,
     rows,
     rowsfile,
 )
 from experiments.configs import RunError
+from experiments.coverage import frozen_page
+from experiments.coverage import page as coverage_page
 from experiments.evidence import __main__ as evidence
 from experiments.overhead import page as overhead
 from experiments.overhead import table as overhead_table
+from experiments.packed import speed
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,7 +51,7 @@ def redraw(name: str, results: Path = RESULTS) -> list[Path]:
 
 def _coverage(folder: Path) -> list[Path]:
     steps, frozen = rows.read(folder / "rows.jsonl.gz"), rows.read(folder / "frozen.jsonl.gz")
-    return coverage_report.report(steps, folder) + coverage_frozen_report.report(frozen, folder)
+    return coverage_page.report(steps, folder) + frozen_page.report(frozen, folder)
 
 
 def _evidence(folder: Path) -> list[Path]:
@@ -84,7 +84,7 @@ def _packed(folder: Path) -> list[Path]:
     written = []
     for path in sorted(folder.glob("*.jsonl")):
         written.append(path.with_suffix(".md"))
-        written[-1].write_text(packed_speed.table(rowsfile.objects(path)), encoding="utf-8")
+        written[-1].write_text(speed.table(rowsfile.objects(path)), encoding="utf-8")
     return written
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.analysis.cells import Cell
-from experiments.coverage_figures import BLUE, GREEN, GREY, INK, LOOK, ORANGE, PURPLE, SKY, VERMILION
+from experiments.figures.palette import BLUE, GREEN, GREY, INK, LOOK, ORANGE, PURPLE, SKY, VERMILION
 
 __all__ = [
     "GREY",

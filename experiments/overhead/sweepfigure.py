@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from experiments.figures.palette import BLUE, GREEN, GREY, INK, VERMILION
 from experiments.overhead.measure import AA
 from experiments.overhead.presets import SHARED_NAME
 from experiments.overhead.ratios import Ratio, ratio
 from experiments.overhead.sweeps import SWEEPS
-from experiments.overhead.table import BLUE, GREEN, GREY, INK, ORANGE
 
 SAME = "untouched beside itself"
 COLUMNS = 4
@@ -21,7 +21,7 @@ ROOM = 0.1  # around the medians; an interval beyond it is cut off, so that one 
 STYLE = {
     "monitor": (BLUE, "o", "-"),
     SHARED_NAME: ("#CC79A7", "D", "-"),
-    "monitor, product only": (ORANGE, "s", "--"),
+    "monitor, product only": (VERMILION, "s", "--"),
     "monitor, Gram form only": (GREEN, "^", ":"),
 }
 Rows = Sequence[Mapping[str, Any]]

@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments import markdown, rowsfile
+from experiments.figures.palette import BLUE, GREY, INK, VERMILION
 from experiments.overhead import verdicts
 from experiments.overhead.measure import AA
 from experiments.overhead.ratios import ratio
 
-BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#767676", "#222222"
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # under text that a line may cross
 GIB, MIB = 2**30, 2**20
 SAID = 130  # characters of an error
@@ -153,7 +153,7 @@ def _panel(ax: Axes, arms: Sequence[str], here: Mapping[str, Row], wanted: float
             ax.annotate("could not run", (1.02, y), va="center", fontsize=7, color=GREY, bbox=PAPER)
             continue
         found, ours = ratio(here[arm]), arm.startswith("monitor")
-        colour = GREY if arm == AA else BLUE if ours else ORANGE
+        colour = GREY if arm == AA else BLUE if ours else VERMILION
         ax.plot([found.low, found.high], [y, y], color=colour, linewidth=6, alpha=0.25, solid_capstyle="butt")
         ax.plot([found.least, found.most], [y, y], color=colour, linewidth=2)
         ax.plot([found.middle], [y], "o" if ours else "s", color=colour, markersize=5)

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from experiments import sets as module
-from experiments.noise import DIRECTIONS, LAWS, simulate
-from experiments.sets import METHODS, clamped_ema, ema_of_ratios, hull, moments_of, statuses
+from experiments.coverage import sets as module
+from experiments.coverage.noise import DIRECTIONS, LAWS, simulate
+from experiments.coverage.sets import METHODS, clamped_ema, ema_of_ratios, hull, moments_of, statuses
 from gns.estimate import Moments, estimate
 from gns.moments import BETWEEN
 from gns.sums import StepSums

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from experiments import engines, loop, packed, packed_width
-from experiments.packed_width import best_width, packed_clock, solo_clock
+from experiments import engines, loop, packed
+from experiments.packed import width as module
+from experiments.packed.width import best_width, packed_clock, solo_clock
 from tests.experiments.small_runs import config
 
 
@@ -22,13 +23,13 @@ def clocks(monkeypatch):
                 raise torch.OutOfMemoryError("out of memory")
             return lambda n: n * seconds[width]
 
-        monkeypatch.setattr(packed_width, "solo_clock", lambda *_: lambda n: n * seconds[1])
-        monkeypatch.setattr(packed_width, "packed_clock", packed)
-        packed_width._search.cache_clear()
+        monkeypatch.setattr(module, "solo_clock", lambda *_: lambda n: n * seconds[1])
+        monkeypatch.setattr(module, "packed_clock", packed)
+        module._search.cache_clear()
         return asked
 
     yield set_
-    packed_width._search.cache_clear()
+    module._search.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def clocks(monkeypatch):
             [2, 4, 8, 16],
         ),  # one slow timing is passed over
         ({1: 1.0, 2: 1.1}, 2, [2, 4]),  # no memory for four
-        ({1: 1.0, **{w: 1.0 for w in packed_width.WIDTHS}}, 64, list(packed_width.WIDTHS)),
+        ({1: 1.0, **{w: 1.0 for w in module.WIDTHS}}, 64, list(module.WIDTHS)),
     ],
 )
 def test_the_widest_that_pays_is_chosen(clocks, seconds, chosen, tried):
@@ -53,7 +54,7 @@ def test_the_widest_that_pays_is_chosen(clocks, seconds, chosen, tried):
 
 def test_no_wider_program_is_timed_than_there_are_runs_for(clocks):
     """At the end of a sweep a few long runs are left: timing 64 of them would take longer than they do."""
-    asked = clocks(dict.fromkeys((1, *packed_width.WIDTHS), 1.0))
+    asked = clocks(dict.fromkeys((1, *module.WIDTHS), 1.0))
     assert best_width(config("x"), "cpu", 1) == 1 and asked == []
     assert best_width(config("x"), "cpu", 3) == 2 and asked == [2]
     assert best_width(config("x"), "cpu", 2) == 2 and asked == [2]
@@ -63,10 +64,10 @@ def test_no_wider_program_is_timed_than_there_are_runs_for(clocks):
     assert best_width(config("x"), "cpu", 63) == 63  # a program of 64 is known to pay: one of 63 does
 
 
-@pytest.mark.parametrize(("seconds", "times"), [(0.1, packed_width.REPEATS), (0.6, 2), (5.0, 1)])
+@pytest.mark.parametrize(("seconds", "times"), [(0.1, module.REPEATS), (0.6, 2), (5.0, 1)])
 def test_long_timings_are_repeated_less(seconds, times):
     asked = []
-    assert packed_width._fastest(lambda n: asked.append(n) or seconds, 2) == seconds
+    assert module._fastest(lambda n: asked.append(n) or seconds, 2) == seconds
     assert asked == [2] * times
 
 

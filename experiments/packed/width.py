@@ -12,7 +12,7 @@ import torch
 from experiments import loop
 from experiments.configs import RunConfig
 from experiments.course import Course
-from experiments.packed_program import Program, Slot
+from experiments.packed.program import Program, Slot
 from experiments.prepared import data_of, device_of, prepare
 
 WIDTHS = (2, 4, 8, 16, 32, 64)

@@ -1,4 +1,4 @@
-"""`OMP_NUM_THREADS=1 python -m experiments.packed_speed`: packed runs against solo ones, by batch and width.
+"""`OMP_NUM_THREADS=1 python -m experiments.packed.speed`: packed runs against solo ones, by batch and width.
 
 Times optimizer steps of the solo loop, of a second solo loop (A/A), and of packed programs, in turn, in one
 process: 3 minutes on one core of a CPU. On a GPU: `--device cuda --base 25m --dtype bfloat16`. Rows go to
@@ -20,9 +20,9 @@ import torch
 
 from experiments.configs import RunConfig
 from experiments.overhead.measure import machine
-from experiments.packed_width import best_width, packed_clock, solo_clock
+from experiments.packed.width import best_width, packed_clock, solo_clock
 
-RESULTS = Path(__file__).parent / "results" / "packed"
+RESULTS = Path(__file__).parent.parent / "results" / "packed"
 BATCHES = (1, 4, 16, 64)
 WIDTHS = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 8, 16, 32, 64)}
 MOST_ROWS = {"cpu": 128, "cuda": 1_024}  # of a forward pass, unless it is one slot's
@@ -110,7 +110,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
-    asked = argparse.ArgumentParser(prog="python -m experiments.packed_speed", description=__doc__)
+    asked = argparse.ArgumentParser(prog="python -m experiments.packed.speed", description=__doc__)
     asked.add_argument("--base", default="1m")
     asked.add_argument("--task", default="wordmath")
     asked.add_argument("--adapter", default="lora")

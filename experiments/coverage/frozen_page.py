@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from experiments.coverage_figures import (
+from experiments.coverage.figures import (
     BLUE,
     GREEN,
     GREY,
@@ -33,9 +33,9 @@ from experiments.coverage_figures import (
     truth_axis,
     values_of,
 )
-from experiments.coverage_report import percent, share, usable
+from experiments.coverage.noise import SPECTRA
+from experiments.coverage.page import percent, share, usable
 from experiments.markdown import table
-from experiments.noise import SPECTRA
 from theory.intervals import planned_detection_limit
 
 ONE_SIDED_5 = 1  # place of the 90 % set, whose upper end is a one-sided test of |G|² > 0 at 5 %
@@ -107,7 +107,7 @@ def head(rows: Sequence[Row], lost: str) -> str:
 {c["n"] * c["k"]} examples as {c["k"]} batches of {c["n"]} at one parameter point, all pairs pooled
 (score set, delete-one-batch jackknife, sign-flip test), and the same batches as {c["k"]} training steps.
 {len(rows):,} cells of {repeats:,} simulated probes each.{lost} Written by
-`python -m experiments.coverage_frozen` from `frozen.jsonl.gz` (commit {made}, seed {c["seed"]}); do not edit.
+`python -m experiments.coverage.frozen` from `frozen.jsonl.gz` (commit {made}, seed {c["seed"]}); do not edit.
 Laws, spectra and directions are those of [README.md](README.md). Monte Carlo error of one cell at 95 %:
 {percent(low)} … {percent(high)} %."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.configs import RunConfig
-from experiments.packed_layers import Stack
+from experiments.packed.layers import Stack
 
 EPS = 1e-8  # of AdamW, torch's default
 IN_CACHE = 2**18  # numbers that a CPU updates at once: their moments stay in its cache

@@ -1,9 +1,9 @@
-"""`python -m experiments.coverage_frozen`: coverage and reach of the frozen probe, by simulation.
+"""`python -m experiments.coverage.frozen`: coverage and reach of the frozen probe, by simulation.
 
 800 examples as 50 batches of 16 at one parameter point, all pairs pooled, against the same 800 as 50 training
 steps. Without options 200 repeats a cell into `runs/coverage_frozen`; the study in the repository is
 
-    OMP_NUM_THREADS=1 python -m experiments.coverage_frozen --repeats 2000 --out experiments/results/coverage
+    OMP_NUM_THREADS=1 python -m experiments.coverage.frozen --repeats 2000 --out experiments/results/coverage
 
 and `--figures` redraws it from its rows alone. Noise, directions and counting are those of
 `experiments.coverage`; both methods of a cell see the same noise.
@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.coverage import LEVELS, RESULTS, noise_seed, tally
-from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Pooled, simulate_pooled
+from experiments.coverage.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Pooled, simulate_pooled
+from experiments.coverage.sets import Sets, hull, hull_of, moments_of, statuses
+from experiments.coverage.study import LEVELS, RESULTS, noise_seed, tally
 from experiments.rows import command, complete, provenance, row_of
-from experiments.sets import Sets, hull, hull_of, moments_of, statuses
 from gns.estimate import Moments
 from gns.pairspread import ScoreMoments
 
@@ -80,7 +80,7 @@ def jackknifed(noise: Pooled, b_simple: float, direction: str) -> Moments:
     Returns:
         The moments, [repeats] in each field.
 
-    Slow twin: `gns.pairs.jackknife`, probe by probe, in tests/experiments/test_coverage_frozen.py.
+    Slow twin: `gns.pairs.jackknife`, probe by probe, in tests/experiments/coverage/test_frozen.py.
     """
     x, y = noise.whole(b_simple, direction)
     return replace(moments_of(*noise.jackknife(b_simple, direction)), x=x, y=y)  # type: ignore[arg-type]
@@ -186,12 +186,12 @@ def computed(todo: Sequence[FrozenCell], bar: tqdm) -> Iterator[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, compute what is missing, draw."""
-    from experiments.coverage_frozen_report import report
+    from experiments.coverage.frozen_page import report
 
     def make(chosen: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
         return complete(cells(chosen.repeats, chosen.seed), path, computed)
 
-    asked = argparse.ArgumentParser(prog="python -m experiments.coverage_frozen")
+    asked = argparse.ArgumentParser(prog="python -m experiments.coverage.frozen")
     command(asked, arguments, RESULTS / ROWS, make, report)
 
 

@@ -9,13 +9,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import coverage as study
-from experiments.coverage import LEVELS, Cell, cells, measure, run, tally
-from experiments.coverage_figures import interval
-from experiments.coverage_report import conditional, levels, report, sides, target, usable
-from experiments.noise import simulate
+from experiments.coverage import study
+from experiments.coverage.figures import interval
+from experiments.coverage.noise import simulate
+from experiments.coverage.page import conditional, levels, report, sides, target, usable
+from experiments.coverage.sets import METHODS, Sets
+from experiments.coverage.study import LEVELS, Cell, cells, measure, run, tally
 from experiments.rows import append, mended, read, write
-from experiments.sets import METHODS, Sets
 from gns.estimate import estimate
 from gns.moments import BETWEEN
 from gns.sums import StepSums

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.packed_speed import main, noise, speedup, table
+from experiments.packed.speed import main, noise, speedup, table
 
 ROW = {
     **{"base": "1m", "task": "wordmath", "adapter": "lora", "rank": 16, "dtype": "float32", "chosen": 4},

@@ -7,8 +7,8 @@ import torch
 
 from experiments.configs import RunConfig
 from experiments.loop import optimizer_of
-from experiments.packed_layers import Stack
-from experiments.packed_optim import StackedOptimizer
+from experiments.packed.layers import Stack
+from experiments.packed.optim import StackedOptimizer
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}  # of numbers about 1, after 30 steps
 SLOTS = (
@@ -28,7 +28,7 @@ def _states(dtype):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("in_cache", [1, 2**18])
 def test_a_step_is_torchs(optimizer, dtype, in_cache, monkeypatch):
-    monkeypatch.setattr("experiments.packed_optim.IN_CACHE", in_cache)
+    monkeypatch.setattr("experiments.packed.optim.IN_CACHE", in_cache)
     configs = [
         dataclasses.replace(RunConfig("x", "y", lr=1e-2, optimizer=optimizer), **slot) for slot in SLOTS
     ]

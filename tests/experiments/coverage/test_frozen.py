@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import coverage_frozen as study
-from experiments.coverage import LEVELS, RESULTS
-from experiments.coverage_frozen import FrozenCell, SignFlips, cells, jackknifed, main, measure, scored
-from experiments.coverage_frozen_report import covered, limit, limits, report
-from experiments.coverage_report import share, usable
-from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, simulate_pooled
+from experiments.coverage import frozen as study
+from experiments.coverage.frozen import FrozenCell, SignFlips, cells, jackknifed, main, measure, scored
+from experiments.coverage.frozen_page import covered, limit, limits, report
+from experiments.coverage.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, simulate_pooled
+from experiments.coverage.page import share, usable
+from experiments.coverage.sets import METHODS, hull_of, statuses
+from experiments.coverage.study import LEVELS, RESULTS
 from experiments.rows import complete, read
-from experiments.sets import METHODS, hull_of, statuses
 from gns.pairs import Batches, jackknife
 from gns.pairspread import score
 from gns.sets import honest_set, status_of

@@ -15,8 +15,8 @@ from experiments.course import Course
 from experiments.evaluation import eval_batch, token_mean
 from experiments.order import batches_of
 from experiments.outcome import askable, compared, tested
-from experiments.packed_layers import LearnedRows, Stack, State, pack, state_of, token_losses
-from experiments.packed_optim import StackedOptimizer
+from experiments.packed.layers import LearnedRows, Stack, State, pack, state_of, token_losses
+from experiments.packed.optim import StackedOptimizer
 from experiments.prepared import Data, Prepared, prepare
 from experiments.schedules import lr_at
 from experiments.tasks.accuracy import AT_ONCE, answers

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from experiments import packed, packed_program, prepared
+from experiments import prepared
 from experiments.course import Course
 from experiments.loop import train
-from experiments.packed import groups, packable, refusal, run_packed
-from experiments.packed_layers import state_of
-from experiments.packed_program import Slot
+from experiments.packed import engine, groups, packable, refusal, run_packed
+from experiments.packed.layers import state_of
+from experiments.packed.program import Program, Slot
 from experiments.run import run
 from tests.experiments.small_runs import Sentences, config
 
@@ -91,7 +91,7 @@ def test_every_slot_is_its_solo_twin(tiny_base, double, name):
 @pytest.mark.parametrize("adapter", ["lora", "pissa", "dora"])
 def test_every_slot_ends_in_the_weights_of_its_solo_twin(tiny_base, double, adapter):
     configs = _slots(tiny_base, {"adapter": adapter, "epochs": 2, "clip": 0.5, "micro_batch": 3})[:3]
-    program = packed_program.Program([Slot(c, prepared.data_of(c)) for c in configs], torch.device("cpu"))
+    program = Program([Slot(c, prepared.data_of(c)) for c in configs], torch.device("cpu"))
     start = program._stack.rows()
     program.train()
     for slot, first in zip(program.slots, start, strict=True):
@@ -247,14 +247,14 @@ def test_runs_of_two_kinds_are_refused(tiny_base):
 def test_a_program_too_large_for_the_memory_is_halved(tiny_base, monkeypatch):
     sizes = []
 
-    class Small(packed_program.Program):
+    class Small(Program):
         def train(self, progress=None):
             sizes.append(len(self.slots))
             if len(self.slots) > 2:
                 raise torch.OutOfMemoryError("out of memory")
             super().train(progress)
 
-    monkeypatch.setattr(packed, "Program", Small)
+    monkeypatch.setattr(engine, "Program", Small)
     configs = [config(tiny_base, lr=lr) for lr in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3)]
     rows = run_packed(configs, device="cpu")
     assert sizes == [5, 2, 3, 1, 2]

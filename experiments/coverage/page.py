@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from experiments.coverage_figures import (
+from experiments.coverage.figures import (
     LEVEL,
     METHOD_STYLE,
     Row,

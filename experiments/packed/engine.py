@@ -2,11 +2,11 @@
 
 A slot is one run, with its own learning rate, seed, data order, betas, decay, schedule and clip; the slots
 share base, adapter kind, rank, batch size and the number of steps. Each slot's row is what its solo twin's
-would be, to rounding (`tests/experiments/test_packed.py`). How: see `experiments.packed_layers`.
+would be, to rounding (`tests/experiments/packed/test_engine.py`). How: see `experiments.packed.layers`.
 
     groups(configs, width)   what can share a program
     run_packed(group)        a row each, engine "packed"
-    best_width(config)       how many slots pay on this machine (`experiments.packed_width`)
+    best_width(config)       how many slots pay on this machine (`experiments.packed.width`)
 
 A slot that is over (diverged, or at its target) leaves the program; the others go on without it.
 """
@@ -24,8 +24,8 @@ import torch
 
 from experiments.configs import RunConfig, RunError
 from experiments.outcome import device_name, header, one_line
-from experiments.packed_program import Program, Slot
-from experiments.packed_width import best_width
+from experiments.packed.program import Program, Slot
+from experiments.packed.width import best_width
 from experiments.prepared import data_of, device_of
 from experiments.rowsfile import finite
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import noise as module
-from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, simulate
+from experiments.coverage import noise as module
+from experiments.coverage.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, simulate
 from gns.sums import StepSums
 from tests.reference.tolerances import close
 

@@ -1,7 +1,4 @@
-"""Figures of the coverage study, drawn from its rows alone.
-
-Colours are Okabe and Ito's, which colour-blind readers tell apart; lines differ in dash or marker as well.
-"""
+"""Figures of the coverage study, drawn from its rows alone."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats
 
+from experiments.figures.palette import BLUE, GREEN, GREY, INK, LOOK, ORANGE, PURPLE, SKY, VERMILION
+
 Row = dict[str, Any]
 LEVEL = 2  # place of 95 % in the lists of a row
-INK, GREY, BLUE, SKY = "#222222", "#767676", "#0072B2", "#56B4E9"
-VERMILION, ORANGE, GREEN, PURPLE = "#D55E00", "#E69F00", "#009E73", "#CC79A7"
 BAND = (93, 97)
 SPECTRUM_STYLE = {"flat": (GREEN, "o"), "1/j": (BLUE, "s"), "1/j^2": (VERMILION, "^")}
 METHOD_STYLE = {
@@ -39,19 +36,6 @@ LABEL = {
     "lognormal": "Lognormal",
     "fieller": "plain Fieller",
     "delta": "delta method",
-}
-LOOK: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E8E8E8",
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
 }
 
 

@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Noise, simulate
+from experiments.coverage.noise import DIMENSIONS, DIRECTIONS, LAWS, SPECTRA, Noise, simulate
+from experiments.coverage.sets import DECAY, METHODS, RESAMPLES, Sets, statuses
 from experiments.rows import command, complete, provenance, row_of
-from experiments.sets import DECAY, METHODS, RESAMPLES, Sets, statuses
 
-RESULTS = Path(__file__).parent / "results" / "coverage"
+RESULTS = Path(__file__).parent.parent / "results" / "coverage"
 ROWS = "rows.jsonl.gz"
 LEVELS = (0.80, 0.90, 0.95)
 TRUE_B = (5, 50, 500, 5_000, 20_000)
@@ -190,7 +190,7 @@ def noise_seed(law: str, spectrum: str, n: int, repeats: int, seed: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, compute what is missing, draw."""
-    from experiments.coverage_report import report  # matplotlib is needed for this alone
+    from experiments.coverage.page import report  # matplotlib is needed for this alone
 
     asked = argparse.ArgumentParser(
         prog="python -m experiments.coverage", description="Coverage by simulation."

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from experiments.configs import RunError
-from experiments.packed_layers import LearnedRows, PackedLinear, Stack, pack, state_of, token_losses
+from experiments.packed.layers import LearnedRows, PackedLinear, Stack, pack, state_of, token_losses
 from tests.gns import tiny
 
 SLOTS, ROWS, TOKENS = 3, 2, 5

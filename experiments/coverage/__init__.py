@@ -1,0 +1,1 @@
+"""How often the confidence sets hold the true noise scale, by simulation."""
