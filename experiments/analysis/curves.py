@@ -98,8 +98,11 @@ class Curve:
         return low, np.minimum(low + 1, len(x) - 1), at - low
 
     def ends(self, level: float = LEVEL) -> tuple[Floats, Floats]:
-        """Give the interval of each loss, [J] and [J]; without what a seed does to all batches alike."""
-        pairs = [interval(column, level) for column in self.draws.T]
+        """Give the interval of each loss, [J] and [J]; without what a seed does to all batches alike.
+
+        None reaches below 0, where no cross-entropy lies: residuals are added, not multiplied.
+        """
+        pairs = [interval(np.maximum(column, 0), level) for column in self.draws.T]
         return np.array([low for low, _ in pairs]), np.array([high for _, high in pairs])
 
 

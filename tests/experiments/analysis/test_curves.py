@@ -151,3 +151,12 @@ def test_control_intervals_that_are_too_narrow_fail_that_test():
 
     hits, repeats = covered(narrow, 8.0, 2, sigma=0.01, repeats=40)
     assert stats.binom.cdf(hits, repeats, 0.95) < 1e-3, hits
+
+
+def test_no_interval_of_a_loss_reaches_below_nothing():
+    """Losses of some 0.3 ± 0.5 nat: the additive residuals would go there."""
+    made = [r | {"test_loss": abs(r["test_loss"] - 0.7)} for r in rows(sigma=0.5, shift=0.0, seeds=2)]
+    found = only(made)
+    low, high = found.ends()
+    assert (found.draws < 0).any() and (low >= 0).all() and (low == 0).any()
+    assert ((low <= found.loss) & (found.loss <= high)).mean() > 0.9
