@@ -13,13 +13,19 @@ from experiments.configs import RunConfig
 from experiments.rowsfile import Row
 
 
-def companions(config: RunConfig, waiting: Sequence[RunConfig], device: str | None) -> list[RunConfig]:
+def companions(
+    config: RunConfig, waiting: Sequence[RunConfig], device: str | None, most: int
+) -> list[RunConfig]:
     """Choose the runs that pay when they are executed in one program with a run.
+
+    Those that see the same examples come first: their rows have the same lengths, so nothing is padded for
+    another's sake.
 
     Args:
         config: run that was claimed.
         waiting: others that could be.
         device: to run on; None: the best there is.
+        most: companions; the others are left to other workers, and no program for them is timed.
 
     Returns:
         None of them, where the machine is saturated by one run, or the run's engine is another.
@@ -29,7 +35,13 @@ def companions(config: RunConfig, waiting: Sequence[RunConfig], device: str | No
     from experiments import packed  # torch: not needed to list or merge
 
     alike = [other for other in waiting if packed.packable(config, other)]
-    return alike[: packed.best_width(config, device, len(alike) + 1) - 1] if alike else []
+    alike.sort(key=lambda other: _data(other) != _data(config))
+    slots = min(most, len(alike)) + 1
+    return alike[: packed.best_width(config, device, slots) - 1] if slots > 1 else []
+
+
+def _data(config: RunConfig) -> tuple[Any, ...]:
+    return config.data_seed, config.n_train, sorted(config.dials.items())
 
 
 def execute(configs: Sequence[RunConfig], device: str | None) -> list[dict[str, Any]]:
@@ -48,7 +60,7 @@ def execute(configs: Sequence[RunConfig], device: str | None) -> list[dict[str, 
 
 
 def accompanied(
-    engine: Any, config: RunConfig, waiting: Sequence[RunConfig], device: str | None
+    engine: Any, config: RunConfig, waiting: Sequence[RunConfig], device: str | None, most: int
 ) -> list[RunConfig]:
     """Ask an engine for a run's companions; none where it cannot tell: what is wrong, the run's row will say.
 
@@ -57,9 +69,10 @@ def accompanied(
         config: as of `companions`.
         waiting: as of `companions`.
         device: as of `companions`.
+        most: as of `companions`.
     """
     try:
-        return engine.companions(config, waiting, device)
+        return engine.companions(config, waiting, device, most)
     except Exception:
         return []
 

@@ -81,7 +81,7 @@ def run_file(source: Path, target: Path, *, engine: str, device: str | None, ret
 def _executed(todo: list[RunConfig], engine: Any, device: str | None) -> Iterator[list[rowsfile.Row]]:
     """Execute runs, several in one program where that pays."""
     while todo:
-        group = [todo[0], *accompanied(engine, todo[0], todo[1:], device)]
+        group = [todo[0], *accompanied(engine, todo[0], todo[1:], device, len(todo) - 1)]
         done = {config.hash for config in group}
         todo = [config for config in todo if config.hash not in done]
         yield executed(engine, group, device)

@@ -21,6 +21,8 @@ from experiments.engines import accompanied, executed
 from experiments.patience import patiently
 from experiments.rowsfile import Row
 
+TRIES = 3  # to fill a program while other workers claim from the same runs
+
 
 @dataclass(frozen=True)
 class Job:
@@ -97,16 +99,22 @@ def work(job: Job) -> None:
 def _claimed(ledger: Any, engine: Any, job: Job) -> list[Any]:
     """Claim a run and what pays to be executed with it; leave the other workers their share."""
     claims = ledger.claim(ledger.waiting())
-    waiting = ledger.waiting()
-    share = math.ceil((len(waiting) + 1) / job.workers) - 1
-    if not claims or not share:
-        return claims
-    try:
-        others = accompanied(engine, claims[0].config, waiting, job.device)
-    except KeyboardInterrupt:
-        ledger.release(claims[0])
-        raise
-    return claims + ledger.claim(others, min(share, len(others)))
+    room: float = math.inf
+    for _ in range(TRIES if claims else 0):  # what another worker takes meanwhile is asked for again
+        waiting = ledger.waiting()
+        share = math.ceil((len(waiting) + len(claims)) / job.workers) - len(claims)
+        if (most := int(min(share, room))) < 1:
+            break
+        try:
+            others = accompanied(engine, claims[0].config, waiting, job.device, most)
+        except KeyboardInterrupt:
+            for claim in claims:
+                ledger.release(claim)
+            raise
+        gained = ledger.claim(others, len(others))
+        claims += gained
+        room = len(others) - len(gained)
+    return claims
 
 
 def _execute(ledger: Any, claims: Sequence[Any], engine: Any, job: Job) -> None:

@@ -1,5 +1,5 @@
 """Many runs in one program: engine "packed". See `experiments.packed.engine`."""
 
-from experiments.packed.engine import best_width, groups, packable, refusal, run_packed
+from experiments.packed.engine import best_width, packable, refusal, run_packed
 
-__all__ = ["best_width", "groups", "packable", "refusal", "run_packed"]
+__all__ = ["best_width", "packable", "refusal", "run_packed"]

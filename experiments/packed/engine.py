@@ -4,7 +4,7 @@ A slot is one run, with its own learning rate, seed, data order, betas, decay, s
 share base, adapter kind, rank, batch size and the number of steps. Each slot's row is what its solo twin's
 would be, to rounding (`tests/experiments/packed/test_engine.py`). How: see `experiments.packed.layers`.
 
-    groups(configs, width)   what can share a program
+    packable(a, b)           whether two can share a program
     run_packed(group)        a row each, engine "packed"
     best_width(config)       how many slots pay on this machine (`experiments.packed.width`)
 
@@ -29,7 +29,7 @@ from experiments.packed.width import best_width
 from experiments.prepared import data_of, device_of
 from experiments.rowsfile import finite
 
-__all__ = ["best_width", "groups", "packable", "refusal", "run_packed"]
+__all__ = ["best_width", "packable", "refusal", "run_packed"]
 
 KINDS = ("lora", "rslora", "dora", "pissa", "milora", "foundation")
 FREE = (  # what may differ between slots; how many steps they make may not
@@ -77,29 +77,6 @@ def _shared(config: RunConfig) -> tuple[Any, ...]:
 
 def _dials(config: RunConfig) -> str:
     return json.dumps(dict(config.dials), sort_keys=True)
-
-
-def groups(configs: Sequence[RunConfig], width: int | Callable[[RunConfig], int]) -> list[list[RunConfig]]:
-    """Sort runs into programs, none larger than `width`, in the order of their first runs.
-
-    Runs that see the same examples come together: their rows have the same lengths, so nothing is padded for
-    another's sake. Groups of a kind are of nearly equal size.
-
-    Args:
-        configs: of any kinds; one that cannot be packed is a group of its own.
-        width: most slots of a program, or a function that says so for a kind of run, such as `best_width`.
-    """
-    kinds: dict[Any, list[RunConfig]] = {}
-    for i, config in enumerate(configs):
-        kinds.setdefault(i if refusal(config) else _shared(config), []).append(config)
-    found: list[list[RunConfig]] = []
-    for kind in kinds.values():
-        most = 1 if len(kind) == 1 else max(1, width(kind[0]) if callable(width) else width)
-        order = sorted(kind, key=lambda c: (c.data_seed, c.n_train, _dials(c)))
-        n_groups = -(-len(order) // most)
-        bounds = [len(order) * i // n_groups for i in range(n_groups + 1)]
-        found += [order[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
-    return found
 
 
 def run_packed(

@@ -5,10 +5,12 @@ import os
 import time
 
 
-def companions(config, waiting, device):
+def companions(config, waiting, device, most):
     if config.dials.get("breaks"):
         raise RuntimeError("no base to time")
-    return [other for other in waiting if config.engine == "packed" and other.rank == config.rank][:3]
+    return [other for other in waiting if config.engine == "packed" and other.rank == config.rank][
+        : min(3, most)
+    ]
 
 
 def execute(configs, device):

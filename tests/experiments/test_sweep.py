@@ -1,5 +1,6 @@
 """A sweep from end to end with runs that train nothing: killed, stopped, resumed, merged, failed."""
 
+import importlib
 import random
 import signal
 import sqlite3
@@ -130,6 +131,31 @@ def test_runs_that_are_packed_are_claimed_together_and_shared_among_workers(tmp_
     assert [row["together"] for row in rows_of(tmp_path / "one")] == [4] * 4 + [3] * 3
     in_process(job(path, tmp_path / "two", workers=4))  # ceil(7/4), ceil(5/4), ceil(3/4), ...
     assert [row["together"] for row in rows_of(tmp_path / "two")] == [2, 2, 2, 2, 1, 1, 1]
+
+
+def test_a_program_is_filled_although_another_worker_takes_the_same_runs_first(tmp_path):
+    """Two workers start at once and want the same companions: whoever is later takes the next ones."""
+    from experiments.ledger import Ledger
+
+    path = preset_of(tmp_path, 12, more='[[cells]]\nengine = "packed"')
+    the_job = job(path, tmp_path / "out", workers=2)
+    crew.settled(the_job)
+    mine, other = (Ledger(the_job.url, the_job.preset, the_job.configs) for _ in range(2))
+    asked, wanted = [], importlib.import_module(FAKE)
+
+    class Late:
+        """Another worker claims what it was told just now, before it is claimed here; once."""
+
+        def companions(self, config, waiting, device, most):
+            found = wanted.companions(config, waiting, device, most)
+            if not asked:
+                other.claim(found[:2], 2)
+            asked.append(most)
+            return found
+
+    claims = worker._claimed(mine, Late(), the_job)
+    assert [claim.config.hash for claim in claims] == [the_job.configs[i].hash for i in (0, 3, 4, 5)]
+    assert asked == [5, 2]  # of 12, 6 are a worker's share; then those that are missing from a program of 4
 
 
 def test_a_full_disk_is_said_and_the_finished_row_waits_for_space(tmp_path, monkeypatch, capsys):

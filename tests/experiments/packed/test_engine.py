@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from experiments import prepared
 from experiments.course import Course
 from experiments.loop import train
-from experiments.packed import engine, groups, packable, refusal, run_packed
+from experiments.packed import engine, packable, refusal, run_packed
 from experiments.packed.layers import state_of
 from experiments.packed.program import Program, Slot
 from experiments.run import run
@@ -207,27 +207,6 @@ def test_what_shares_a_program(changed, fits):
 def test_answers_are_generated_for_the_same_items():
     first = config("x", generate=2)
     assert not packable(first, dataclasses.replace(first, dials={"answered": False}))
-
-
-def test_groups_hold_every_run_once_and_runs_of_one_data_order_together():
-    first = config("x")
-    slots = [
-        dataclasses.replace(first, lr=lr, data_seed=d)
-        for lr in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3)
-        for d in (0, 1)
-    ]
-    other = [
-        dataclasses.replace(first, rank=2),
-        dataclasses.replace(first, dropout=0.5),
-        dataclasses.replace(first),
-    ]
-    found = groups([*slots, *other], 4)
-    assert sorted(c.hash for group in found for c in group) == sorted(c.hash for c in [*slots, *other])
-    assert [len(group) for group in found] == [3, 4, 4, 1, 1]
-    assert [{c.data_seed for c in group} for group in found[:3]] == [{0}, {0, 1}, {1}]
-    assert all(packable(group[0], c) for group in found[:4] for c in group)
-    assert [len(group) for group in groups(slots, lambda c: 100)] == [10]
-    assert [len(group) for group in groups(slots, 1)] == [1] * 10
 
 
 def test_one_slots_missing_data_fail_that_slot(tiny_base):

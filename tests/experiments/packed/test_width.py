@@ -82,12 +82,24 @@ def test_runs_of_one_kind_are_timed_once(clocks):
     assert asked == [2, 4] * 3
 
 
-def test_a_sweep_asks_for_no_more_slots_than_there_are_runs(monkeypatch):
+@pytest.mark.parametrize(("most", "slots"), [(5, 4), (2, 3)])
+def test_a_sweep_asks_for_no_more_slots_than_there_are_runs_for(monkeypatch, most, slots):
     asked = []
     monkeypatch.setattr(packed, "best_width", lambda config, device, most: asked.append(most) or 2)
     runs = [config("x", lr=lr) for lr in (1e-3, 2e-3, 3e-3, 4e-3)]
     other = config("x", batch_size=2)  # no companion
-    assert engines.companions(runs[0], [*runs[1:], other], "cpu") == runs[1:2] and asked == [4]
+    assert engines.companions(runs[0], [*runs[1:], other], "cpu", most) == runs[1:2] and asked == [slots]
+    assert not engines.companions(runs[0], [other], "cpu", most) and len(asked) == 1
+
+
+def test_companions_that_see_the_same_examples_come_first(monkeypatch):
+    monkeypatch.setattr(packed, "best_width", lambda config, device, most: most)
+    first = config("x", data_seed=1)
+    else_ = [config("x", data_seed=0), config("x", data_seed=1, dials={"answered": False})]
+    same = [config("x", data_seed=1, lr=lr) for lr in (2e-3, 3e-3)]
+    waiting = [else_[0], same[0], else_[1], same[1]]
+    assert engines.companions(first, waiting, "cpu", 9) == [*same, *else_]
+    assert engines.companions(first, waiting, "cpu", 2) == same
 
 
 @pytest.mark.usefixtures("sentences")
