@@ -22,12 +22,13 @@ from __future__ import annotations
 import difflib
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from experiments.configs import RunConfig, RunError
+from experiments.rowsfile import Row
 
 FOLDER = Path(__file__).parent / "presets"
 SCALES = ("smoke", "laptop", "gpu", "paper")
@@ -64,6 +65,11 @@ class Preset:
     configs: tuple[RunConfig, ...]
     starved: int
     least_steps: int
+
+    def own(self, rows: Iterable[Row]) -> list[Row]:
+        """Give the rows of its runs, in its order, whichever sweep made them and in whatever order."""
+        order = {config.hash: i for i, config in enumerate(self.configs)}
+        return sorted((row for row in rows if row["hash"] in order), key=lambda row: order[row["hash"]])
 
 
 def names() -> list[str]:

@@ -46,8 +46,7 @@ def figures(
     made = {}
     for name in FIGURES:
         preset = grids.load(name)
-        wanted = {config.hash for config in preset.configs}
-        own = [row for row in rows if row["hash"] in wanted]
+        own = preset.own(rows)
         drawn = [curve(cell) for cell in cells(own) if (cell.validation < math.inf).any()]
         if len(drawn) < (1 if name == "laptop-lr" else 2):
             continue

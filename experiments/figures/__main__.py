@@ -82,8 +82,7 @@ def draw_all(preset: grids.Preset, found: Sequence[dict[str, Any]], out: Path) -
     Raises:
         RunError: none of the rows is a result of the preset.
     """
-    wanted = {config.hash for config in preset.configs}
-    own = [row for row in found if row["hash"] in wanted]
+    own = preset.own(found)
     sorted_cells = [cell for cell in cells(own) if (cell.validation < float("inf")).any()]
     if not sorted_cells:
         raise RunError(f"preset {preset.name}: none of {len(found)} rows is a finished run of it")

@@ -130,6 +130,21 @@ def test_a_sweep_half_done_is_drawn_and_says_so(preset, tmp_path):
         draw_all(preset, made[5:6], tmp_path)
 
 
+def test_curves_come_in_the_order_of_the_preset(tmp_path):
+    """The reference's rows are merged first, whatever the rank that it has."""
+    text = 'scale = "smoke"\ntitle = "T"\nfigures = ["curves"]\nseries = ["rank"]\n'
+    text += '[defaults]\nbase = "1m"\ntask = "wordmath"\nn_train = 64\n'
+    text += "[grid]\nrank = [4, 16, 64]\nbatch_size = [1, 2, 4]"
+    three = grids.parsed("x", tomllib.loads(text), "x.toml")
+    made = [row_of(config) for config in three.configs]
+    lines = draw_all(three, [*made[3:6], *made[6:], *made[:3]], tmp_path)[0].read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines if "| rank" in line] == [
+        "| rank 4",
+        "| rank 16",
+        "| rank 64",
+    ]
+
+
 def test_rows_are_read_from_either_kind_of_file_and_each_run_once(preset, tmp_path):
     text = json.dumps(row_of(preset.configs[0])) + "\n"
     (tmp_path / "a.jsonl").write_text(text * 2)
