@@ -22,6 +22,7 @@ from experiments.tasks import Item
 from experiments.tasks.accuracy import AT_ONCE, answers
 from gns.sources import first_line
 
+ROOM = 4  # times the longest worked solution, that an answer may take
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 RESULTS = (
     *("steps_done", "examples_seen", "tokens_seen", "train_loss", "validation", "test_loss", "test_losses"),
@@ -117,7 +118,7 @@ def items_right(prepared: Prepared) -> list[int]:
             prepared.model,
             prepared.tokenizer,
             asked,
-            max_new_tokens=config.max_length,
+            max_new_tokens=room(asked, prepared.tokenizer, config.max_length),
             batch_size=AT_ONCE,
         )
     return compared(data, asked, given)
@@ -126,6 +127,15 @@ def items_right(prepared: Prepared) -> list[int]:
 def askable(data: Data) -> list[Item]:
     """Give the items to be answered that have an answer."""
     return [item for item in data.answered if item.answer is not None]
+
+
+def room(asked: Sequence[Item], tokenizer: Any, most: int) -> int:
+    """Say how many tokens an answer may take: `ROOM` times those of the longest worked solution, or `most`.
+
+    A model that learned too little to come to an end would ramble on to the longest example that it may see.
+    """
+    longest = max(len(tokenizer(item.response, add_special_tokens=False)["input_ids"]) for item in asked)
+    return min(most, ROOM * longest)
 
 
 def compared(data: Data, asked: Sequence[Item], given: Sequence[str]) -> list[int]:

@@ -14,7 +14,7 @@ from experiments.configs import RunConfig, RunError
 from experiments.course import Course
 from experiments.evaluation import eval_batch, token_mean
 from experiments.order import batches_of
-from experiments.outcome import askable, compared, tested
+from experiments.outcome import askable, compared, room, tested
 from experiments.packed.layers import LearnedRows, Stack, State, pack, state_of, token_losses
 from experiments.packed.optim import StackedOptimizer
 from experiments.prepared import Data, Prepared, prepare
@@ -198,8 +198,9 @@ class Program:
                 _Interleaved(self._model, n),
                 self._prepared.tokenizer,
                 [item for item in asked for _ in slots],
-                max_new_tokens=config.max_length,
+                max_new_tokens=room(asked, self._prepared.tokenizer, config.max_length),
                 batch_size=n * AT_ONCE,
+                together=n,
             )
         return [compared(slot.data, asked, texts[i::n]) for i, slot in enumerate(slots)]
 

@@ -35,8 +35,10 @@ def one_by_one(model, tokenizer, item, most):
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_a_batch_answers_as_one_by_one(batch_size, model, tokenizer):
+@pytest.mark.parametrize(("batch_size", "first"), [(1, 32), (3, 32), (8, 32), (3, 2), (8, 5)])
+def test_a_batch_answers_as_one_by_one(batch_size, first, model, tokenizer, monkeypatch):
+    """Also where answers are gathered anew, after 2, 4 and 8 tokens or 5 and 10."""
+    monkeypatch.setattr("experiments.tasks.accuracy.FIRST", first)
     found = answers(model, tokenizer, ITEMS, max_new_tokens=12, batch_size=batch_size)
     assert found == [one_by_one(model, tokenizer, item, 12) for item in ITEMS]
     assert len(set(found)) > 1
@@ -63,6 +65,23 @@ def test_an_answer_ends_at_its_end_token_and_the_loop_with_the_last(tokenizer):
     found = answers(model, tokenizer, items, max_new_tokens=50, batch_size=2)
     assert [len(tokenizer(text)["input_ids"]) - 1 for text in found] == [2, 4]
     assert model.calls == 5  # the longest answer and its end token, not 50
+
+
+@pytest.mark.parametrize(("together", "last"), [(1, [1, 1]), (2, [2, 2])])
+def test_what_comes_to_no_end_goes_on_alone(tokenizer, monkeypatch, together, last):
+    """Six answers; the fourth takes 12 tokens: the others are not made again, or its companion alone."""
+    monkeypatch.setattr("experiments.tasks.accuracy.FIRST", 4)
+    model = Ending(tokenizer, {"d": 12})
+    items = [Item(letter, "-") for letter in "abcdef"]
+    if together == 2:  # two of one prompt side by side, as the slots of a program ask
+        items = [Item(letter, "-") for letter in "aabbccddeeff"]
+    found = answers(model, tokenizer, items, max_new_tokens=50, batch_size=2 * together, together=together)
+    assert [len(tokenizer(text)["input_ids"]) - 1 for text in found] == [
+        12 if item.prompt == "d" else 2 for item in items
+    ]
+    first = [2 * together] * (3 + 4 + 3)  # calls for three batches; in the second one answer has no end yet
+    assert model.rows[: len(first)] == first
+    assert model.rows[len(first) :] == last[:1] * (4 + 5)  # 4 tokens more, then 5 with the end token
 
 
 def test_a_limit_ends_what_does_not_end(tokenizer):
@@ -100,3 +119,24 @@ class Scripted(torch.nn.Module):
                 logits[row, -1, self.end] = 2
         self.calls += 1
         return type("Out", (), {"logits": logits, "past_key_values": None})()
+
+
+class Ending(torch.nn.Module):
+    """Says "!" as often as a prompt's first letter asks, whatever was said of it before; 2 times else."""
+
+    def __init__(self, tokenizer, lengths):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.tokenizer, self.lengths, self.rows = tokenizer, lengths, []
+
+    def forward(self, input_ids, past_key_values, **given):
+        said = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], 1)
+        logits = torch.zeros(*input_ids.shape, 2_048)
+        logits[..., 3] = 1
+        for row, ids in enumerate(said.tolist()):
+            text = self.tokenizer.decode([i for i in ids if i != 3], skip_special_tokens=True)
+            wanted = next((n for letter, n in self.lengths.items() if letter in text), 2)
+            if ids.count(3) >= wanted:
+                logits[row, -1, self.tokenizer.eos_token_id] = 2
+        self.rows.append(len(input_ids))
+        return type("Out", (), {"logits": logits, "past_key_values": said})()
