@@ -155,7 +155,8 @@ def optimum(found: Curve) -> Estimated:
 
     Returns:
         Examples a step. Its note says if it lies on the edge of the grid, in the data or in the interval:
-        then the end beyond which nothing was tried is 0 or infinite. Beside a batch at which all diverged
+        then the end beyond which nothing was tried is 0 or infinite; a grid that begins at batch 1 has no
+        end below, as no batch is smaller. Beside a batch at which all diverged
         there is no parabola: the value is the best batch itself, the interval spans its neighbours.
     """
     return _located(found, _lowest)
@@ -206,9 +207,11 @@ def _located(found: Curve, locate: Callable[[Floats, Floats], Place]) -> Estimat
 
 
 def _lowest(x: Floats, losses: Floats) -> Place:
-    """Place of the minimum; ± infinity where it is an edge of the grid."""
+    """Place of the minimum; ± infinity where it is an edge of the grid, and not batch 1."""
     j = int(np.argmin(losses))
     if j == 0:
+        if x[0] == 0:
+            return 0.0, 0.0, 0.0
         return -math.inf, -math.inf, float(x[0])
     if j == len(x) - 1:
         return math.inf, float(x[-1]), math.inf

@@ -20,6 +20,7 @@ from experiments.evidence.tuned import above_best, growth_within, octaves_betwee
 from experiments.monotone import first_reach
 
 MISSING = Estimated(math.nan, -math.inf, math.inf)
+OCTAVE = 1.0  # a difference of best batches that would matter: the factor of two that all is judged by
 FIXED_TARGET = (1_024, 1_448, 2_048)  # N by √2, from twice what the smallest batch needs on
 WHOLE = (512, 1_024, 2_048)  # N of whole runs
 Found = Mapping[str, Mapping[int, Measured]]  # configuration → data size → reading
@@ -70,12 +71,12 @@ def verdict(number: Estimated, low: float, high: float) -> str:
 
 
 def zero_verdict(number: Estimated, inside: bool) -> str:
-    """Say whether 0 lies inside, or outside; an interval with an open end that holds 0 decides nothing."""
+    """Say whether 0 lies inside, or outside; an interval that holds more than an octave beside it cannot say."""
     if math.isnan(number.value) and not number.note:
         return "not measured"
     if number.low > 0 or number.high < 0:
         return "failed" if inside else "held"
-    if math.isinf(number.low) or math.isinf(number.high):
+    if number.low < -OCTAVE or number.high > OCTAVE:
         return "undecided"
     return "held" if inside else "failed"
 

@@ -94,8 +94,15 @@ def test_a_batch_whose_runs_are_not_all_there_is_no_diverged_one():
     "best, low, note", [(0.25, 0.0, "at the smallest batch"), (512, math.inf, "at the largest batch")]
 )
 def test_a_minimum_on_the_edge_is_said(best, low, note):
-    place = optimum(only(rows(best=best, sigma=0.001), draws=50))
+    place = optimum(only(rows(best=best, sigma=0.001, batches=[2, 4, 8, 16]), draws=50))
     assert place.value == low and note in place.note
+
+
+def test_no_batch_is_smaller_than_one():
+    place = optimum(only(rows(best=0.25, sigma=0.001), draws=50))
+    assert (place.value, place.low, place.high, place.note) == (1.0, 1.0, 1.0, "")
+    near = optimum(only(rows(best=1.3, sigma=0.01), draws=200))
+    assert near.low == 1.0 < near.high < 8.0 and near.note == ""
 
 
 def test_a_curve_that_stays_within_delta_gives_a_lower_bound():

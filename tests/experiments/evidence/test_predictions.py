@@ -49,6 +49,8 @@ def test_an_interval_decides(low, high, said):
         (0.5, 1.0, "failed", "held"),
         (-1.0, -0.5, "failed", "held"),
         (-1.0, math.inf, "undecided", "undecided"),  # an end that is open holds any number
+        (-1.1, 1.0, "undecided", "undecided"),  # and one beyond an octave what would matter
+        (-1.0, 1.1, "undecided", "undecided"),
         (0.5, math.inf, "failed", "held"),
         (-math.inf, -0.5, "failed", "held"),
     ],

@@ -79,11 +79,11 @@ def test_the_noise_scale_is_that_of_the_smallest_batch_and_its_best_rate():
 
 def test_the_table_says_what_was_found_and_what_to_extend():
     made = with_noise(rows(best=8, shift=0, **BASE), high=90.0) + rows(
-        best=0.1, rank=64, rates=[1e-3, 2e-3], **BASE
+        best=0.1, rank=64, rates=[1e-3, 2e-3], batches=[2, 4, 8], **BASE
     )
     text = table(curves_of(made), ["rank"]).splitlines()
     assert text[2].startswith("| rank 8 | 3 | 1.000 | 8 (8–8) |") and "| 12 (4–90) | – |" in text[2]
-    assert "| ≤ 1 (…–1) |" in text[3] and "at the smallest batch, ε low at 1" in text[3]
+    assert "| ≤ 2 (…–2) |" in text[3] and "at the smallest batch, ε low at 2" in text[3]
 
 
 def test_a_batch_at_which_every_run_diverged_is_a_bound_in_table_and_figure():
