@@ -60,26 +60,27 @@ def read(folder: Path) -> Readout:
 def draw(found: Readout, folder: Path) -> list[Path]:
     """Draw what there are rows for, and write the page."""
     below = f"{found.runs:,} runs, {found.diverged} diverged (censored). Intervals: 95 %."
-    drawn = {}
+    drawn: dict[str, paper.Drawn] = {}
     with matplotlib.rc_context(LOOK):
         if any(each.noise for each in found.compared.values()):
-            drawn["referee"] = (
-                figures.referee(found.compared, found.judged),
-                "Noise scale and critical batch size",
-            )
+            figure = figures.referee(found.compared, found.judged)
+            drawn["referee"] = paper.Drawn(figure, "Noise scale and critical batch size")
         if found.compared:
-            drawn["efficiency"] = figures.efficiency(found.compared), "Examples to one loss, over batch size"
+            figure = figures.efficiency(found.compared)
+            drawn["efficiency"] = paper.Drawn(figure, "Examples to one loss, over batch size")
         if found.frozen:
-            drawn["frozen"] = figures.frozen(found.frozen), "Noise scales at initialisation, nothing trained"
-        for name, (figure, title) in drawn.items():
-            heading(figure, title, below if name != "frozen" else f"{len(found.frozen)} frozen probes.")
+            figure = figures.frozen(found.frozen)
+            drawn["frozen"] = paper.Drawn(figure, "Noise scales at initialisation, nothing trained")
+        for name, each in drawn.items():
+            said = below if name != "frozen" else f"{len(found.frozen)} frozen probes."
+            heading(each.figure, each.title, said)
         drawn |= paper.figures(found.rows, found.found)
         written = []
-        for name, (figure, _) in drawn.items():
+        for name, each in drawn.items():
             written.append(folder / f"{name}.png")
-            figure.savefig(written[-1], dpi=130, metadata={"Software": None})
+            each.figure.savefig(written[-1], dpi=130, metadata={"Software": None})
     text = folder / "README.md"
-    text.write_text(page.page(found, {name: title for name, (_, title) in drawn.items()}), encoding="utf-8")
+    text.write_text(page.page(found, drawn), encoding="utf-8")
     return [*written, text]
 
 

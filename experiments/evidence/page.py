@@ -9,6 +9,7 @@ from experiments.analysis.curves import Estimated
 from experiments.evidence.configurations import SIZE
 from experiments.evidence.judged import Judged
 from experiments.evidence.measured import PRIMARY, VARIANTS, Measured
+from experiments.evidence.paper import Drawn
 from experiments.evidence.practice import DELTA, Price
 from experiments.evidence.predictions import Prediction
 from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
@@ -31,13 +32,20 @@ ANSWERED = (
     "the rule is fitted to as they are."
 )
 
+WHOLE = (
+    "One pass over the data unless a title says otherwise, each batch size at its best learning rate. Best "
+    "test loss: in nats per token, of the batch size that is best on validation data; right answers: there, "
+    "of the problems of the test split, all seeds together. To extend: batch sizes whose best learning rate "
+    "(ε) is the last of its grid."
+)
 
-def page(found: Readout, drawn: Mapping[str, str]) -> str:
+
+def page(found: Readout, drawn: Mapping[str, Drawn]) -> str:
     """Write the page.
 
     Args:
         found: what the rows say.
-        drawn: names of the figures beside it, and their titles.
+        drawn: the figures beside it, by their names.
     """
     parts = ["# Does the measured noise scale predict the critical batch size of LoRA?", answer(found)]
     parts.append(
@@ -71,7 +79,11 @@ def page(found: Readout, drawn: Mapping[str, str]) -> str:
     if without := [name for name in found.compared if name not in found.branched]:
         parts.append(f"No branched runs yet: {'; '.join(without)}.")
     parts += [f"{name} cannot be read: {why}." for name, why in found.broken.items()]
-    parts += [f"![{title}]({name}.png)" for name, title in drawn.items()]
+    parts += [f"![{each.title}]({name}.png)" for name, each in drawn.items() if not each.table]
+    if whole := {name: each for name, each in drawn.items() if each.table}:
+        parts += ["## Whole runs, by batch size", WHOLE]
+        for name, each in whole.items():
+            parts += [f"### {each.title}", f"![{each.title}]({name}.png)", each.table]
     if found.commits:
         parts.append(
             f"Rows of {found.runs:,} runs, {found.diverged} diverged; commits {', '.join(found.commits)}."

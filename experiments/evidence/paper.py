@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from experiments.evidence.configurations import CONFIGURATIONS, differing, per_r
 from experiments.evidence.measured import Measured
 from experiments.figures import curves, rates
 from experiments.figures.style import LOOK, fixed, heading
+from experiments.figures.table import table
 
 # preset → what it repeats of arXiv:2602.09492; ours repeat nothing
 FIGURES = {
@@ -32,10 +34,16 @@ FIGURES = {
 }
 
 
-def figures(
-    rows: Sequence[Row], found: Mapping[str, Mapping[int, Measured]]
-) -> dict[str, tuple[Figure, str]]:
-    """Draw the sweeps that there are rows of, a figure a preset: name → (figure, title).
+class Drawn(NamedTuple):
+    """A figure, its title, and the numbers behind it, a table in Markdown; "" where they stand elsewhere."""
+
+    figure: Figure
+    title: str
+    table: str = ""
+
+
+def figures(rows: Sequence[Row], found: Mapping[str, Mapping[int, Measured]]) -> dict[str, Drawn]:
+    """Draw the sweeps that there are rows of, a figure a preset: name → figure.
 
     A sweep is drawn from the first two cells on that can be told apart, and says how much of it was run.
 
@@ -57,7 +65,7 @@ def figures(
                 figure = curves.draw(drawn, preset.series, [critical(each.cell, found) for each in drawn])
             title = f"{preset.title} ({FIGURES[name]})" if FIGURES[name] else preset.title
             heading(figure, title, _below(own, len(preset.configs), drawn, preset.series))
-        made[name] = figure, title
+        made[name] = Drawn(figure, title, table(drawn, preset.series))
     return made
 
 

@@ -71,7 +71,7 @@ def verdict(number: Estimated, low: float, high: float) -> str:
 
 
 def zero_verdict(number: Estimated, inside: bool) -> str:
-    """Say whether 0 lies inside, or outside; an interval that holds more than an octave beside it cannot say."""
+    """Say whether 0 lies inside, or outside; an interval wider than an octave to a side decides not."""
     if math.isnan(number.value) and not number.note:
         return "not measured"
     if number.low > 0 or number.high < 0:

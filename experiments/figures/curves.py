@@ -121,17 +121,17 @@ def _accuracies(axes: Axes, found: Sequence[Curve]) -> None:
     """Share of right answers at the rates that were chosen on validation loss, with its items' own noise."""
     for k, (curve, style) in enumerate(zip(found, _styles(len(found)), strict=True)):
         cell = curve.cell
-        share = np.array([_share(cell.right[curve.place(batch)]) for batch in curve.batches])
+        right = np.array([share(cell.right[curve.place(batch)]) for batch in curve.batches])
         items = max(1, cell.right.shape[2])
-        error = 1.96 * np.sqrt(share * (1 - share) / items)  # all seeds answer the same items
+        error = 1.96 * np.sqrt(right * (1 - right) / items)  # all seeds answer the same items
         beside = curve.batches * 1.06 ** (k - (len(found) - 1) / 2)  # bars must not hide each other
-        axes.errorbar(beside, 100 * share, 100 * error, capsize=2, markersize=5, linewidth=1.2, **style)
+        axes.errorbar(beside, 100 * right, 100 * error, capsize=2, markersize=5, linewidth=1.2, **style)
     batch_axis(axes, [float(b) for curve in found for b in curve.batches])
     label(axes, "batch size B (examples a step)", "right answers (%; bars: the noise of the items)")
 
 
-def _share(right: Floats) -> float:
-    """Share of the answers that are right; NaN without any."""
+def share(right: Floats) -> float:
+    """Give the share of the answers that are right; NaN without any."""
     return float(np.nanmean(right)) if np.isfinite(right).any() else math.nan
 
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from experiments import markdown
 from experiments.analysis.curves import Curve, Estimated, largest_within, optimum
 from experiments.analysis.noise import measured
-from experiments.figures.curves import DELTA
+from experiments.figures.curves import DELTA, share
 from experiments.figures.style import named, plain
 
 HEAD = (
     "cell",
     "seeds",
     "best test loss",
+    "right answers there",
     "best batch",
     f"B_max({DELTA:g} nat)",
     "B_simple, factor B",
@@ -40,7 +41,9 @@ def table(found: Sequence[Curve], series: Sequence[str]) -> str:
         lost = [f"ε high at {plain(b)}: every run diverged" for b in curve.diverged]
         edges = ", ".join([note for note in (best.note, largest.note) if note][:1] + rates + lost)
         ends = curve.batches[0], curve.batches[-1]
-        cells = [named(curve.cell, series), str(len(curve.cell.seeds)), loss]
+        right = share(curve.cell.right[curve.place(curve.batches[curve.validation.argmin()])])
+        answered = "–" if math.isnan(right) else f"{100 * right:.0f}\N{NO-BREAK SPACE}%"
+        cells = [named(curve.cell, series), str(len(curve.cell.seeds)), loss, answered]
         cells += [_said(place, ends) for place in (best, largest)] + [
             _said(measured(curve.cell), (0, math.inf))
         ]

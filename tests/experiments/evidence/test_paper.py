@@ -8,7 +8,9 @@ import pytest
 from experiments import grids
 from experiments.analysis.cells import cells
 from experiments.analysis.curves import Estimated
+from experiments.evidence.page import WHOLE, page
 from experiments.evidence.paper import FIGURES, critical, figures
+from experiments.evidence.readout import read_out
 from tests.experiments.evidence.test_tuned import rows as whole
 
 
@@ -48,7 +50,8 @@ def test_every_figure_of_the_paper_has_a_preset():
 def test_a_sweep_with_rows_is_drawn(name, called, tmp_path):
     made = figures(rows(name), {"rank 4": {1_024: reading(10.0)}})
     assert name in made  # the rates of one rank are a sweep of their own too
-    figure, title = made[name]
+    figure, title, numbers = made[name]
+    assert numbers.startswith("| cell | seeds | best test loss |") and numbers.count("\n") >= 2
     assert title == called
     texts = [text.get_text() for text in figure.texts]
     preset = grids.load(name)
@@ -65,7 +68,8 @@ def test_with_answers_every_panel_has_room_and_the_title_fits():
         row |= {"accuracy": 0.5, "items_right": [0, 1]}
         if row["config"]["gns_every"]:  # four entries in the legend of places
             row["gns"] = {"metric": "euclidean", "progress_weighted": {"joint": noise, "B": noise}}
-    figure, _ = figures(made, {"reference": {1_024: reading(10.0)}})["laptop-data"]
+    figure, _, numbers = figures(made, {"reference": {1_024: reading(10.0)}})["laptop-data"]
+    assert numbers.count(" | 50\N{NO-BREAK SPACE}% | ") == 3
     figure.canvas.draw()
     loss, accuracy, places = (axes.get_position() for axes in figure.axes)
     assert loss.height > 0.3 and places.height > 0.15 and accuracy.height > 0.7
@@ -75,8 +79,21 @@ def test_with_answers_every_panel_has_room_and_the_title_fits():
     assert figure.axes[1].get_legend() is not None and figure.axes[0].get_legend() is None
 
 
+def test_the_page_has_the_numbers_beside_each_of_these_figures():
+    made = rows("laptop-rank")
+    text = page(read_out(made, []), figures(made, {}))
+    title = "Batch size and rank (Fig. 2: rank)"
+    below = text.partition(f"## Whole runs, by batch size\n\n{WHOLE}\n\n### {title}\n\n")[2]
+    assert below.startswith(f"![{title}](laptop-rank.png)\n\n| cell | seeds |")
+    assert [line.split(" | ")[0] for line in below.splitlines()[4:7]] == [
+        "| rank 4",
+        "| rank 16",
+        "| rank 64",
+    ]
+
+
 def test_titles_are_as_wide_as_the_figure(tmp_path):
-    figure, _ = figures(rows("laptop-lr"), {})["laptop-lr"]
+    figure = figures(rows("laptop-lr"), {})["laptop-lr"].figure
     figure.canvas.draw()
     assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
 

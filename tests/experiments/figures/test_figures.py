@@ -82,7 +82,7 @@ def test_the_table_says_what_was_found_and_what_to_extend():
         best=0.1, rank=64, rates=[1e-3, 2e-3], batches=[2, 4, 8], **BASE
     )
     text = table(curves_of(made), ["rank"]).splitlines()
-    assert text[2].startswith("| rank 8 | 3 | 1.000 | 8 (8–8) |") and "| 12 (4–90) | – |" in text[2]
+    assert text[2].startswith("| rank 8 | 3 | 1.000 | – | 8 (8–8) |") and "| 12 (4–90) | – |" in text[2]
     assert "| ≤ 2 (…–2) |" in text[3] and "at the smallest batch, ε low at 2" in text[3]
 
 
