@@ -152,8 +152,20 @@ class Ledger:
 
         Returns:
             What was claimed, and is nobody else's. Fewer than `most`: the others are taken or finished.
+
+        Raises:
+            KeyboardInterrupt: someone wants to stop; what was claimed waits again.
         """
         claims: list[Claim] = []
+        try:
+            self._claim(wanted, most, claims)
+        except KeyboardInterrupt:
+            for claim in claims:
+                self.release(claim)
+            raise
+        return claims
+
+    def _claim(self, wanted: Iterable[RunConfig], most: int, claims: list[Claim]) -> None:
         for config in wanted:
             if len(claims) == most:
                 break
@@ -162,9 +174,8 @@ class Ledger:
             trial = self._trials[config.hash]
             if self._set(trial._trial_id, TrialState.RUNNING):
                 signed = lease.signed(_starts(trial) + 1)
+                claims.append(Claim(config, trial._trial_id, signed))  # first: a stop must find it
                 self._note(trial._trial_id, "lease", signed)
-                claims.append(Claim(config, trial._trial_id, signed))
-        return claims
 
     def holds(self, claim: Claim, *, patient: bool = True) -> bool:
         """Renew a claim and say whether it is still held: asked before its row is written.

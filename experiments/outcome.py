@@ -130,9 +130,14 @@ def askable(data: Data) -> list[Item]:
 
 
 def room(asked: Sequence[Item], tokenizer: Any, most: int) -> int:
-    """Say how many tokens an answer may take: `ROOM` times those of the longest worked solution, or `most`.
+    """Say how many tokens an answer may take: `ROOM` times the longest worked solution, at most `most`.
 
-    A model that learned too little to come to an end would ramble on to the longest example that it may see.
+    A model that learned too little to come to an end would ramble on as far as it may.
+
+    Args:
+        asked: items, at least one.
+        tokenizer: of the model.
+        most: tokens of an example, the limit of all.
     """
     longest = max(len(tokenizer(item.response, add_special_tokens=False)["input_ids"]) for item in asked)
     return min(most, ROOM * longest)

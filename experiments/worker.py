@@ -100,20 +100,22 @@ def _claimed(ledger: Any, engine: Any, job: Job) -> list[Any]:
     """Claim a run and what pays to be executed with it; leave the other workers their share."""
     claims = ledger.claim(ledger.waiting())
     room: float = math.inf
-    for _ in range(TRIES if claims else 0):  # what another worker takes meanwhile is asked for again
-        waiting = ledger.waiting()
-        share = math.ceil((len(waiting) + len(claims)) / job.workers) - len(claims)
-        if (most := int(min(share, room))) < 1:
-            break
-        try:
+    try:
+        for _ in range(TRIES if claims else 0):  # what another worker takes meanwhile is asked for again
+            waiting = ledger.waiting()
+            share = math.ceil((len(waiting) + len(claims)) / job.workers) - len(claims)
+            if (most := int(min(share, room))) < 1:
+                break
             others = accompanied(engine, claims[0].config, waiting, job.device, most)
-        except KeyboardInterrupt:
-            for claim in claims:
-                ledger.release(claim)
-            raise
-        gained = ledger.claim(others, len(others))
-        claims += gained
-        room = len(others) - len(gained)
+            gained = ledger.claim(others, len(others))
+            claims += gained
+            room = len(others) - len(gained)
+            if room:
+                ledger.refresh()  # whoever took these may have taken more
+    except KeyboardInterrupt:
+        for claim in claims:
+            ledger.release(claim)
+        raise
     return claims
 
 

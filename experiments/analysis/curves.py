@@ -210,9 +210,11 @@ def _lowest(x: Floats, losses: Floats) -> Place:
     """Place of the minimum; ± infinity where it is an edge of the grid, and not batch 1."""
     j = int(np.argmin(losses))
     if j == 0:
-        if x[0] == 0:
-            return 0.0, 0.0, 0.0
-        return -math.inf, -math.inf, float(x[0])
+        if x[0] > 0:
+            return -math.inf, -math.inf, float(x[0])
+        if len(x) == 1:
+            return 0.0, 0.0, math.inf
+        return 0.0, 0.0, 0.0 if math.isfinite(losses[1]) else float(x[1])
     if j == len(x) - 1:
         return math.inf, float(x[-1]), math.inf
     if not np.isfinite(losses[j - 1 : j + 2]).all():

@@ -81,7 +81,9 @@ def growth_within(by_size: Mapping[int, Curve], relative: bool = False) -> Estim
 def octaves_between(one: Curve, other: Curve) -> Estimated:
     """P9: how many octaves the best batch of one lies above that of the other.
 
-    Where a minimum is at an edge of the grid it may lie anywhere beyond, and so may the difference.
+    Where a minimum is at an edge of the grid it may lie anywhere beyond, and so may the difference. Batch 1
+    is no edge, as no batch is smaller; but two curves that both fall all the way there may differ in
+    anything: if most draws of both do, the difference is open.
     """
     top, bottom = optimum(one), optimum(other)
     notes = [f"{what}: {each.note}" for what, each in (("one", top), ("other", bottom)) if each.note]
@@ -92,6 +94,8 @@ def octaves_between(one: Curve, other: Curve) -> Estimated:
     if not notes:  # nothing open: the draws of both say more than the ends
         n = min(len(top.draws), len(bottom.draws))
         draws = np.log2(top.draws[:n]) - np.log2(bottom.draws[:n])
+        if ((top.draws[:n] == 1) & (bottom.draws[:n] == 1)).mean() > 0.5:
+            return Estimated(value, -math.inf, math.inf, "both at batch 1, and none is smaller")
         return Estimated(value, *interval(draws), "", draws)
     low = -math.inf if math.isnan(low) else low
     high = math.inf if math.isnan(high) else high

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from experiments.tasks.items import Item, prompt_ids
 from gns.data import pad_id
@@ -79,11 +81,17 @@ def _left_padded(prompts: Sequence[list[int]], fill: int) -> tuple[Tensor, Tenso
 def _greedy(model: nn.Module, ids: Tensor, mask: Tensor, end: int | None, most: int, done: Tensor) -> Tensor:
     """[B, at most `most`] new tokens, fewer if all are done; after its end token a row holds anything."""
     cache, new = None, []
+    last = {"logits_to_keep": 1} if _can_keep_the_last(model) else {}
     for _ in range(most):
         # a padded token's position is of no account, but must be a legal one
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **last,
         )
         cache = out.past_key_values
         ids = out.logits[:, -1].argmax(-1, keepdim=True)
@@ -93,6 +101,15 @@ def _greedy(model: nn.Module, ids: Tensor, mask: Tensor, end: int | None, most: 
         if done.all():
             break
     return torch.cat(new, 1)
+
+
+def _can_keep_the_last(model: nn.Module) -> bool:
+    """Whether logits can be had of the last position alone: of all they may be gigabytes."""
+    return any(
+        "logits_to_keep" in inspect.signature(module.forward).parameters
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    )
 
 
 def _text(ids: list[int], tokenizer: Any) -> str:

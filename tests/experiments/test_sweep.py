@@ -158,6 +158,32 @@ def test_a_program_is_filled_although_another_worker_takes_the_same_runs_first(t
     assert asked == [5, 2]  # of 12, 6 are a worker's share; then those that are missing from a program of 4
 
 
+@pytest.mark.parametrize("nth", [1, 2, 4])
+def test_a_stop_while_runs_are_claimed_gives_all_of_them_back(tmp_path, monkeypatch, nth):
+    """In the first claim, in the first of its companions, and in the second round of them."""
+    from experiments.ledger import Ledger
+
+    path = preset_of(tmp_path, 12, more='[[cells]]\nengine = "packed"')
+    the_job = job(path, tmp_path / "out", workers=1)
+    crew.settled(the_job)
+    mine, other = (Ledger(the_job.url, the_job.preset, the_job.configs) for _ in range(2))
+    other.claim(other.waiting()[1:3], 2)
+    calls, note = [], Ledger._note
+
+    def stopped(self, *given, **more):
+        calls.append(given)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return note(self, *given, **more)
+
+    monkeypatch.setattr(Ledger, "_note", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        worker._claimed(mine, importlib.import_module(FAKE), the_job)
+    monkeypatch.undo()
+    counts = crew.settled(the_job)
+    assert (counts["waiting"], counts["running"]) == (10, 2)
+
+
 def test_a_full_disk_is_said_and_the_finished_row_waits_for_space(tmp_path, monkeypatch, capsys):
     path, append, tries = preset_of(tmp_path, 1), rowsfile.append, []
 

@@ -101,6 +101,11 @@ def test_a_minimum_on_the_edge_is_said(best, low, note):
 def test_no_batch_is_smaller_than_one():
     place = optimum(only(rows(best=0.25, sigma=0.001), draws=50))
     assert (place.value, place.low, place.high, place.note) == (1.0, 1.0, 1.0, "")
+    alone = optimum(only(rows(best=0.25, sigma=0.001, batches=[1]), draws=50))
+    assert (alone.value, alone.high) == (1.0, math.inf)  # nothing was tried beside it
+    worse = without_a_survivor(rows(best=0.25, sigma=0.001, batches=[1, 4]), 4)
+    beside = optimum(only(worse, draws=50))
+    assert (beside.low, beside.high) == (1.0, 4.0) and "diverged at batch 4" in beside.note
     near = optimum(only(rows(best=1.3, sigma=0.01), draws=200))
     assert near.low == 1.0 < near.high < 8.0 and near.note == ""
 

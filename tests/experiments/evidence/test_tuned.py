@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from experiments.evidence.predictions import predictions
+from experiments.evidence.predictions import predictions, zero_verdict
 from experiments.evidence.tuned import above_best, growth_within, octaves_between, pick, tuned
 from tests.experiments.analysis import synthetic
 
@@ -80,6 +80,13 @@ def test_octaves_between_minima():
     assert open_.high == math.inf and 2.0 < open_.low < 5.0 and "at the smallest batch" in open_.note
     both = octaves_between(edge, edge)
     assert math.isnan(both.value) and (both.low, both.high) == (-math.inf, math.inf)
+
+
+def test_two_curves_that_fall_to_batch_1_may_differ_in_anything():
+    found = octaves_between(tuned(rows(0.25, sigma=1e-3, n=1))[0], tuned(rows(0.5, sigma=1e-3, n=2))[0])
+    assert (found.value, found.low, found.high) == (0.0, -math.inf, math.inf)
+    assert found.note == "both at batch 1, and none is smaller"
+    assert zero_verdict(found, True) == zero_verdict(found, False) == "undecided"
 
 
 def test_the_papers_claims_are_judged_by_where_zero_lies():

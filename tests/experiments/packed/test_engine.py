@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from experiments import prepared
+from experiments import outcome, prepared
 from experiments.course import Course
 from experiments.loop import train
-from experiments.packed import engine, packable, refusal, run_packed
+from experiments.packed import engine, packable, program, refusal, run_packed
 from experiments.packed.layers import state_of
 from experiments.packed.program import Program, Slot
 from experiments.run import run
@@ -151,7 +151,20 @@ def test_a_bfloat16_base_is_trained_under_autocast_as_the_loop_does(tiny_base):
         assert row["test_loss"] == pytest.approx(twin["test_loss"], abs=0.02)
 
 
-def test_generated_answers_are_the_twins(tiny_base, double, monkeypatch):
+def test_answers_have_the_same_room_in_a_program_and_alone(tiny_base, monkeypatch):
+    asked, given = [], config(tiny_base, generate=5)
+    answers = lambda model, tokenizer, items, **more: asked.append(more) or [""] * len(items)  # noqa: E731
+    for module in (outcome, program):
+        monkeypatch.setattr(module, "answers", answers)
+    monkeypatch.setattr(outcome, "ROOM", 1)
+    assert run_packed([given], device="cpu")[0]["items_right"] == run(given, device="cpu")["items_right"]
+    longest = [each["max_new_tokens"] for each in asked]
+    assert len(longest) == 2 and longest[0] == longest[1] < given.max_length
+
+
+@pytest.mark.parametrize("first", [32, 3])  # all in one go, and gathered anew after 3, 6, 12, … tokens
+def test_generated_answers_are_the_twins(tiny_base, double, monkeypatch, first):
+    monkeypatch.setattr("experiments.tasks.accuracy.FIRST", first)
     given = []
     monkeypatch.setattr(Sentences, "right", lambda self, item, text: given.append(text) or len(text) % 2)
     configs = [config(tiny_base, lr=lr, epochs=6, generate=5, max_length=32) for lr in (3e-2, 1e-1)]

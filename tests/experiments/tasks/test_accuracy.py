@@ -67,7 +67,7 @@ def test_an_answer_ends_at_its_end_token_and_the_loop_with_the_last(tokenizer):
     assert model.calls == 5  # the longest answer and its end token, not 50
 
 
-@pytest.mark.parametrize(("together", "last"), [(1, [1, 1]), (2, [2, 2])])
+@pytest.mark.parametrize(("together", "last"), [(1, 1), (2, 2)])
 def test_what_comes_to_no_end_goes_on_alone(tokenizer, monkeypatch, together, last):
     """Six answers; the fourth takes 12 tokens: the others are not made again, or its companion alone."""
     monkeypatch.setattr("experiments.tasks.accuracy.FIRST", 4)
@@ -81,7 +81,7 @@ def test_what_comes_to_no_end_goes_on_alone(tokenizer, monkeypatch, together, la
     ]
     first = [2 * together] * (3 + 4 + 3)  # calls for three batches; in the second one answer has no end yet
     assert model.rows[: len(first)] == first
-    assert model.rows[len(first) :] == last[:1] * (4 + 5)  # 4 tokens more, then 5 with the end token
+    assert model.rows[len(first) :] == [last] * (4 + 5)  # 4 tokens more, then 5 with the end token
 
 
 def test_a_limit_ends_what_does_not_end(tokenizer):
