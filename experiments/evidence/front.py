@@ -11,9 +11,9 @@ from experiments import markdown
 from experiments.analysis.curves import Estimated
 from experiments.evidence.configurations import SIZE
 from experiments.evidence.judged import Judged
-from experiments.evidence.practice import DELTA, Price
+from experiments.evidence.practice import BY_FITTED, BY_NOISE, DELTA, SMALLEST, Price
 from experiments.evidence.readout import Readout
-from experiments.evidence.sentences import answer, number, shown
+from experiments.evidence.sentences import answer, number, percent, shown
 
 NAME = "evidence"  # of the part; see `experiments.markdown.insert`
 PICTURE = "referee.png"
@@ -57,6 +57,11 @@ def front(found: Readout, folder: str) -> str:
         if schedule in found.harmless and math.isfinite(found.harmless[schedule].constant.value):
             parts.append(taken_as_it_is(found.harmless[schedule]))
         parts += [f"{each.rule}: {each.note}." for each in priced if each.note]
+        parts += [
+            elsewhere(name, priced, len(curves))
+            for name, (priced, curves) in found.priced.items()
+            if name != schedule and len(curves) > 1
+        ]
     if found.compared:
         parts.append(
             f"![Measured critical batch size over the noise scale at N = {SIZE:,}, a point a configuration, "
@@ -78,6 +83,24 @@ def taken_as_it_is(found: Judged) -> str:
         f"B_simple, taken as a batch size, is {shown(times)} times the largest batch that costs no more than "
         f"{DELTA} nat (geometric mean of {found.pairs} configurations{left})."
     )
+
+
+def elsewhere(schedule: str, priced: Sequence[Price], configurations: int) -> str:
+    """Say in a sentence what the rules of one run or none cost under another schedule.
+
+    Args:
+        schedule: its name.
+        priced: the rules.
+        configurations: that they were priced on.
+    """
+    said = []
+    for each in priced:
+        if each.rule in (BY_NOISE, BY_FITTED, SMALLEST):
+            answered = not math.isnan(each.answers.value)
+            more = f" and {percent(each.answers)} of the problems answered right" if answered else ""
+            said.append(f"{each.rule}: {shown(each.regret)} nat{more}")
+    where = f"under a {schedule} learning rate, over {configurations} configurations"
+    return f"Given away {where}: {'; '.join(said)}."
 
 
 def prices(priced: Sequence[Price]) -> str:

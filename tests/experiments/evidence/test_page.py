@@ -11,8 +11,9 @@ from experiments.analysis.curves import Estimated
 from experiments.evidence import figures
 from experiments.evidence.__main__ import main
 from experiments.evidence.configurations import CONFIGURATIONS
-from experiments.evidence.front import front, taken_as_it_is
+from experiments.evidence.front import elsewhere, front, taken_as_it_is
 from experiments.evidence.measured import measured
+from experiments.evidence.practice import BY_NOISE, SMALLEST, Price
 from experiments.evidence.readout import read_out
 from experiments.evidence.sentences import of_seeds, percent
 from experiments.markdown import marks
@@ -47,6 +48,18 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     for name in ("referee", "efficiency", "frozen"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert f"({name}.png)" in text
+
+
+def test_the_front_says_in_a_sentence_what_rules_cost_under_another_schedule():
+    nan, some = Estimated(math.nan, math.nan, math.nan), Estimated(0.25, 0.125, 0.5)
+    price = Price(BY_NOISE, some, 0.5, some, 8.0, "one", 3, 3, Estimated(0.5, 0.25, 0.75))
+    others = replace(price, rule=SMALLEST, answers=nan), replace(price, rule="16, always")
+    assert elsewhere("cosine", [price, *others], 3) == (
+        "Given away under a cosine learning rate, over 3 configurations: "
+        f"B_simple as it is read: 0.25 (0.125 … 0.5) nat and {percent(price.answers)} of the problems "
+        "answered right; smaller is better: 0.25 (0.125 … 0.5) nat."
+    )
+    assert percent(price.answers).replace("\N{NO-BREAK SPACE}", " ") == "50 % (25 … 75 %)"
 
 
 def test_the_front_says_what_the_noise_scale_is_worth_as_a_batch_size():
