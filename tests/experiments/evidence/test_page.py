@@ -84,7 +84,9 @@ def test_no_share_is_a_negative_zero():
 
 def test_the_front_prices_the_schedule_of_most_configurations():
     constant = [
-        row for r in (2, 3, 5, 6, 7) for row in whole(8.0, noise=4.0, schedule="constant", rank=r)
+        row
+        for r in (2, 3, 5, 6, 7)
+        for row in whole(8.0, noise=4.0, schedule="constant", rank=r, n_train=2_048)
     ]  # of ranks that are not compared
     said = front(read_out(bowls() + constant, []), "there")
     assert "over 5 configurations (one epoch, constant learning rate" in said
