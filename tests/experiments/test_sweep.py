@@ -133,7 +133,14 @@ def test_runs_that_are_packed_are_claimed_together_and_shared_among_workers(tmp_
     assert [row["together"] for row in rows_of(tmp_path / "two")] == [2, 2, 2, 2, 1, 1, 1]
 
 
-def test_a_program_is_filled_although_another_worker_takes_the_same_runs_first(tmp_path):
+@pytest.mark.parametrize(
+    ("taken", "got", "most"),
+    [
+        ((1, 2), (0, 3, 4, 5), [5, 2]),  # of 12, 6 are a worker's share; then those that are missing from 4
+        ((1, 2, 4, 5, 6, 7, 8), (0, 3, 9), [5, 1]),  # it looks again: of the 5 that are left, 3 are its share
+    ],
+)
+def test_a_program_is_filled_although_another_worker_takes_the_same_runs_first(tmp_path, taken, got, most):
     """Two workers start at once and want the same companions: whoever is later takes the next ones."""
     from experiments.ledger import Ledger
 
@@ -149,13 +156,13 @@ def test_a_program_is_filled_although_another_worker_takes_the_same_runs_first(t
         def companions(self, config, waiting, device, most):
             found = wanted.companions(config, waiting, device, most)
             if not asked:
-                other.claim(found[:2], 2)
+                other.claim([the_job.configs[i] for i in taken], len(taken))
             asked.append(most)
             return found
 
     claims = worker._claimed(mine, Late(), the_job)
-    assert [claim.config.hash for claim in claims] == [the_job.configs[i].hash for i in (0, 3, 4, 5)]
-    assert asked == [5, 2]  # of 12, 6 are a worker's share; then those that are missing from a program of 4
+    assert [claim.config.hash for claim in claims] == [the_job.configs[i].hash for i in got]
+    assert asked == most
 
 
 @pytest.mark.parametrize("nth", [1, 2, 4])

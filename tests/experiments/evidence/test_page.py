@@ -88,8 +88,11 @@ def test_the_front_prices_the_schedule_of_most_configurations():
         for r in (2, 3, 5, 6, 7)
         for row in whole(8.0, noise=4.0, schedule="constant", rank=r, n_train=2_048)
     ]  # of ranks that are not compared
-    said = front(read_out(bowls() + constant, []), "there")
+    shorter = whole(8.0, noise=4.0, schedule="constant", rank=8, n_train=1_024)  # of a sweep over schedules
+    said = front(read_out(bowls() + constant + shorter, []), "there")
     assert "over 5 configurations (one epoch, constant learning rate" in said
+    assert said.count("Given away under a ") == 1
+    assert "Given away under a cosine learning rate, over 4 configurations: B_simple as it is read: " in said
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path):

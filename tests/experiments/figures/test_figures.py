@@ -77,6 +77,16 @@ def test_the_noise_scale_is_that_of_the_smallest_batch_and_its_best_rate():
     assert measured(cells(rows(**BASE))[0]) is None
 
 
+def test_right_answers_are_those_at_the_batch_best_on_validation_data():
+    made = rows(seeds=1, batches=[1, 2, 4], rates=[1e-3], shift=0, **BASE)
+    for row in made:
+        batch = row["config"]["batch_size"]
+        row["validation"] = [{"loss": {1: 0.5, 2: 1.0, 4: 1.5}[batch]}]
+        row |= {"test_loss": {1: 0.6, 2: 0.4, 4: 1.5}[batch], "items_right": [1, 1, 1, batch == 2]}
+    (line,) = table(curves_of(made), []).splitlines()[2:]
+    assert line.startswith("| all runs | 1 | 0.600 | 75\N{NO-BREAK SPACE}% |")
+
+
 def test_the_table_says_what_was_found_and_what_to_extend():
     made = with_noise(rows(best=8, shift=0, **BASE), high=90.0) + rows(
         best=0.1, rank=64, rates=[1e-3, 2e-3], batches=[2, 4, 8], **BASE

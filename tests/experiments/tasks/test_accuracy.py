@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from experiments.tasks import Item
-from experiments.tasks.accuracy import answers
+from experiments.tasks.accuracy import _greedy, answers
 from experiments.tasks.items import prompt_ids
 from gns.corpus import base_model_path
 
@@ -82,6 +82,21 @@ def test_what_comes_to_no_end_goes_on_alone(tokenizer, monkeypatch, together, la
     first = [2 * together] * (3 + 4 + 3)  # calls for three batches; in the second one answer has no end yet
     assert model.rows[: len(first)] == first
     assert model.rows[len(first) :] == [last] * (4 + 5)  # 4 tokens more, then 5 with the end token
+
+
+def test_an_answer_that_has_ended_does_not_keep_its_companion_waiting(tokenizer):
+    """One row is done before the stage begins, and would not end again."""
+    model, ids = Scripted(tokenizer.eos_token_id, ends=[99, 2]), torch.ones(2, 3, dtype=torch.long)
+    new = _greedy(model, ids, torch.ones_like(ids), tokenizer.eos_token_id, 50, torch.tensor([True, False]))
+    assert new.shape == (2, 3) and model.calls == 3
+
+
+def test_logits_are_asked_for_at_the_last_position_alone(model, tokenizer):
+    seen = []
+    hook = model.register_forward_hook(lambda module, given, out: seen.append(out.logits.shape[1]))
+    answers(model, tokenizer, ITEMS, max_new_tokens=5, batch_size=8)
+    hook.remove()
+    assert seen == [1] * 5
 
 
 def test_a_limit_ends_what_does_not_end(tokenizer):
