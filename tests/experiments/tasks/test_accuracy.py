@@ -91,6 +91,18 @@ def test_an_answer_that_has_ended_does_not_keep_its_companion_waiting(tokenizer)
     assert new.shape == (2, 3) and model.calls == 3
 
 
+def test_a_stage_knows_which_of_its_answers_have_ended(tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr("experiments.tasks.accuracy.FIRST", 4)
+    monkeypatch.setattr(
+        "experiments.tasks.accuracy._greedy",
+        lambda *given: seen.append(given[-1].tolist()) or _greedy(*given),
+    )
+    items = [Item("a", "-"), Item("d", "-")]
+    answers(Ending(tokenizer, {"d": 5}), tokenizer, items, max_new_tokens=9, batch_size=2, together=2)
+    assert seen == [[False, False], [True, False]]
+
+
 def test_logits_are_asked_for_at_the_last_position_alone(model, tokenizer):
     seen = []
     hook = model.register_forward_hook(lambda module, given, out: seen.append(out.logits.shape[1]))
