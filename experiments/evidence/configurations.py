@@ -47,18 +47,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def named(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Sort rows into configurations, in their order; rows of none of them are left out.
 
-    Only runs as of `critical` count: from them the configurations are read.
+    Only runs as of `shows_examples` count: from them the configurations are read.
     """
     found: dict[str, list[Row]] = {name: [] for name in CONFIGURATIONS}
     for row in rows:
         fields = fields_of(row)
-        for name in CONFIGURATIONS if critical(fields) else ():
+        for name in CONFIGURATIONS if shows_examples(fields) else ():
             if not differing(fields, name):
                 found[name].append(row)
     return {name: part for name, part in found.items() if part}
 
 
-def critical(fields: Mapping[str, Any]) -> bool:
+def shows_examples(fields: Mapping[str, Any]) -> bool:
     """Whether a run is of those that show examples to a loss: a constant learning rate, on the most data.
 
     Runs on fewer are read as their beginnings; others at a constant rate, of a sweep over schedules, were

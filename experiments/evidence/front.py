@@ -60,7 +60,7 @@ def front(found: Readout, folder: str) -> str:
         parts += [
             elsewhere(name, priced, len(curves))
             for name, (priced, curves) in found.priced.items()
-            if name != schedule and len(curves) > 1
+            if name != schedule
         ]
     if found.compared:
         parts.append(
@@ -97,8 +97,9 @@ def elsewhere(schedule: str, priced: Sequence[Price], configurations: int) -> st
     for each in priced:
         if each.rule in (BY_NOISE, BY_FITTED, SMALLEST):
             answered = not math.isnan(each.answers.value)
-            more = f" and {percent(each.answers)} of the problems answered right" if answered else ""
-            said.append(f"{each.rule}: {shown(each.regret)} nat{more}")
+            more = f" and right answers to {percent(each.answers)} of the problems" if answered else ""
+            own = f" ({each.note.partition(':')[0]})" if each.note else ""  # k is another there
+            said.append(f"{each.rule}{own}: {shown(each.regret)} nat{more}")
     where = f"under a {schedule} learning rate, over {configurations} configurations"
     return f"Given away {where}: {'; '.join(said)}."
 

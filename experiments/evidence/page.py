@@ -39,7 +39,8 @@ WHOLE = (
     "B_max: the largest batch within 0.01 nat of it; both of the curve in the figure, and so maybe another "
     "than the one of the two columns before. B_simple: of factor B over a whole run at batch 4 (of all "
     "weights under full fine-tuning). To extend: batch sizes whose best learning rate ε is the lowest or the "
-    "highest, or the only one, of its grid, or where every run diverged."
+    "highest, or the only one, of its grid, or where every run diverged; first, where the best batch or "
+    "B_max, or the interval of one, lies beyond the largest batch that was tried."
 )
 
 

@@ -11,7 +11,7 @@ from experiments.analysis.cells import Row
 from experiments.analysis.curves import Curve, Estimated, largest_within
 from experiments.analysis.noise import measured as whole_run
 from experiments.evidence.branched import branched_batches
-from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES, critical, named, per_row
+from experiments.evidence.configurations import CONFIGURATIONS, SIZE, SIZES, named, per_row, shows_examples
 from experiments.evidence.judged import Judged, gain, judge
 from experiments.evidence.measured import PRIMARY, VARIANTS, Measured, measured, with_b_noise
 from experiments.evidence.practice import DELTA, Price, prices
@@ -146,7 +146,7 @@ def _priced(curves: Sequence[Curve]) -> dict[str, tuple[list[Price], list[Curve]
             and not each.cell.fields["warmup"]
             and each.cell.fields["beta2_batch"] is None
             and each.cell.fields["adapter"] != "foundation"
-            and (schedule != "constant" or critical(each.cell.fields))
+            and (schedule != "constant" or shows_examples(each.cell.fields))
         ]
         if len(of) > 1:
             made[schedule] = prices(of), of

@@ -105,7 +105,8 @@ def _greedy(model: nn.Module, ids: Tensor, mask: Tensor, end: int | None, most: 
 
 def _can_keep_the_last(model: nn.Module) -> bool:
     """Whether logits can be had of the last position alone: of all they may be gigabytes."""
-    return any(
+    taken = inspect.signature(model.forward).parameters.values()
+    return any(each.name == "logits_to_keep" or each.kind is each.VAR_KEYWORD for each in taken) and any(
         "logits_to_keep" in inspect.signature(module.forward).parameters
         for module in model.modules()
         if isinstance(module, PreTrainedModel)

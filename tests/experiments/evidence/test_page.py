@@ -53,11 +53,14 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
 def test_the_front_says_in_a_sentence_what_rules_cost_under_another_schedule():
     nan, some = Estimated(math.nan, math.nan, math.nan), Estimated(0.25, 0.125, 0.5)
     price = Price(BY_NOISE, some, 0.5, some, 8.0, "one", 3, 3, Estimated(0.5, 0.25, 0.75))
-    others = replace(price, rule=SMALLEST, answers=nan), replace(price, rule="16, always")
+    others = (
+        replace(price, rule=SMALLEST, answers=nan, note="k = 0.25: as it is"),
+        replace(price, rule="16, always"),
+    )
     assert elsewhere("cosine", [price, *others], 3) == (
         "Given away under a cosine learning rate, over 3 configurations: "
-        f"B_simple as it is read: 0.25 (0.125 … 0.5) nat and {percent(price.answers)} of the problems "
-        "answered right; smaller is better: 0.25 (0.125 … 0.5) nat."
+        f"B_simple as it is read: 0.25 (0.125 … 0.5) nat and right answers to {percent(price.answers)} "
+        "of the problems; smaller is better (k = 0.25): 0.25 (0.125 … 0.5) nat."
     )
     assert percent(price.answers).replace("\N{NO-BREAK SPACE}", " ") == "50 % (25 … 75 %)"
 
