@@ -156,8 +156,9 @@ def optimum(found: Curve) -> Estimated:
     Returns:
         Examples a step. Its note says if it lies on the edge of the grid, in the data or in the interval:
         then the end beyond which nothing was tried is 0 or infinite; a grid that begins at batch 1 has no
-        end below, as no batch is smaller. Beside a batch at which all diverged
-        there is no parabola: the value is the best batch itself, the interval spans its neighbours.
+        end below, as no batch is smaller, and one above if nothing else was tried. Beside a batch at which
+        all diverged there is no parabola: the value is the best batch itself, the interval spans its
+        neighbours.
     """
     return _located(found, _lowest)
 

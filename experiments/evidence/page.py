@@ -36,11 +36,11 @@ WHOLE = (
     "One pass over the data unless a title says otherwise, each batch size at its best learning rate. Best "
     "test loss: in nats per token, of the batch size that is best on validation data; right answers: there, "
     "of the problems of the test split, all seeds together. Best batch: where the test loss has its minimum; "
-    "B_max: the largest batch within 0.01 nat of it; both of the curve in the figure, and so maybe another "
-    "than the one of the two columns before. B_simple: of factor B over a whole run at batch 4 (of all "
-    "weights under full fine-tuning). To extend: batch sizes whose best learning rate ε is the lowest or the "
-    "highest, or the only one, of its grid, or where every run diverged; first, where the best batch or "
-    "B_max, or the interval of one, lies beyond the largest batch that was tried."
+    f"B_max: the largest batch within {DELTA:g} nat of it; both of the curve in the figure, and so maybe "
+    "another than the one of the two columns before. B_simple: of factor B over a whole run at batch 4 "
+    "(of all weights under full fine-tuning). To extend: batch sizes whose best learning rate ε is the "
+    "lowest or the highest, or the only one, of its grid, or where every run diverged; first, where "
+    "the best batch or B_max, or the interval of one, lies beyond the largest batch that was tried."
 )
 
 

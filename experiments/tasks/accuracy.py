@@ -45,7 +45,12 @@ def answers(
 
     Returns:
         The text of each answer, in the order of the items, without special tokens.
+
+    Raises:
+        ValueError: `batch_size` is no multiple of `together`.
     """
+    if batch_size % together:
+        raise ValueError(f"batch_size is {batch_size}; it must be a multiple of together, {together}")
     prompts = [prompt_ids(item, tokenizer) for item in items]
     waiting = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     new: list[list[int]] = [[] for _ in items]

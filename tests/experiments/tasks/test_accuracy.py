@@ -111,6 +111,26 @@ def test_logits_are_asked_for_at_the_last_position_alone(model, tokenizer):
     assert seen == [1] * 5
 
 
+def test_a_module_that_takes_no_such_word_is_asked_without_it(model, tokenizer):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache):
+            return self.inner(
+                input_ids, attention_mask, position_ids, past_key_values=past_key_values, use_cache=use_cache
+            )
+
+    asked = {"max_new_tokens": 5, "batch_size": 8}
+    assert answers(Plain(), tokenizer, ITEMS, **asked) == answers(model, tokenizer, ITEMS, **asked)
+
+
+def test_a_batch_that_would_part_what_goes_together_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="batch_size is 3; it must be a multiple of together, 2"):
+        answers(model, tokenizer, ITEMS, max_new_tokens=5, batch_size=3, together=2)
+
+
 def test_a_limit_ends_what_does_not_end(tokenizer):
     model = Scripted(tokenizer.eos_token_id, ends=[99])
     assert answers(model, tokenizer, [Item("a", "-")], max_new_tokens=3, batch_size=1) == ["!!!"]
