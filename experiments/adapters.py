@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from experiments.bases.paths import SHIPPED
 from experiments.configs import RunConfig, RunError
 from experiments.seeding import seeded
-from gns.preparation import linear_layers, quiet_peft
+from gns.finetuning.preparation import linear_layers, quiet_peft
 
 FAST_SVD = 2_048  # layers wider than this are decomposed by random projections: exact takes minutes a layer
 _FLAGS = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}

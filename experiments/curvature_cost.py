@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 from experiments.rows import provenance, read, write
-from gns.data import Collator, pad_id
 from gns.examples import IGNORED
+from gns.finetuning.data import Collator, pad_id
+from gns.finetuning.preparation import FinetuneConfig, prepare
 from gns.hessian import b_noise
-from gns.preparation import FinetuneConfig, prepare
 
 ROWS = Path(__file__).parent / "results" / "curvature_cost" / "rows.jsonl.gz"
 # training steps a reading is wanted to cost at most

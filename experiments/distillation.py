@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.configs import RunError
-from gns.data import NO_LOSS, Collator, Row, pad_id
+from gns.finetuning.data import NO_LOSS, Collator, Row, pad_id
 
 
 class Losses(NamedTuple):

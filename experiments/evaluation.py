@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.configs import RunConfig
-from gns.data import NO_LOSS, Row
 from gns.finetune import n_labels
+from gns.finetuning.data import NO_LOSS, Row
 
 TOKENS = 8_192  # of an evaluation's batch, padding included: half a gigabyte of logits at 16,000 entries
 

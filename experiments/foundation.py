@@ -37,9 +37,9 @@ from experiments.rows import provenance
 from experiments.schedules import lr_at
 from experiments.seeding import seeded
 from gns import corpus
-from gns.data import Row, encode_texts, load_examples
 from gns.finetune import n_labels
-from gns.sources import DataError
+from gns.finetuning.data import Row, encode_texts, load_examples
+from gns.finetuning.sources import DataError
 
 FRACTIONS = (1.0, 1 / 2, 1 / 4, 1 / 8)  # of the training set
 ABOUT = "foundation.json"
@@ -52,7 +52,8 @@ class FoundationConfig:
     Args:
         base: as in `RunConfig`; it gets the adapters.
         teacher: a larger model with the same tokenizer, as in `RunConfig`.
-        text: file, folder or hub data set for `gns.data.load_examples`; None: the library's base part.
+        text: file, folder or hub data set for `gns.finetuning.data.load_examples`; None: the library's base
+            part.
         share: of the distillation in the loss, 0 … 1.
         rank: r of the factors.
         alpha: LoRA scale; None: the rank.

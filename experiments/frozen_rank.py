@@ -35,7 +35,7 @@ from experiments.figures.palette import BLUE, VERMILION
 from experiments.overhead.measure import machine
 from gns import corpus, probe
 from gns.estimate import Estimate
-from gns.preparation import quiet_peft
+from gns.finetuning.preparation import quiet_peft
 
 RANKS = (2, 4, 8, 16, 32, 64)
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the examples, for the readings on fewer

@@ -28,10 +28,10 @@ from matplotlib.figure import Figure
 
 from experiments.figures.palette import BLUE, VERMILION
 from experiments.rows import provenance, read, write
-from gns.data import Collator, pad_id
 from gns.examples import IGNORED
+from gns.finetuning.data import Collator, pad_id
+from gns.finetuning.preparation import FinetuneConfig, prepare
 from gns.hessian import b_noise
-from gns.preparation import FinetuneConfig, prepare
 
 FOLDER = Path(__file__).parent / "results" / "line_search"
 ROWS, FIGURE = FOLDER / "rows.jsonl.gz", FOLDER / "line_search.png"

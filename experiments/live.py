@@ -4,7 +4,7 @@ Runs of 1,000 steps of Gaussian gradients; after every step each rule shows a se
 the runs in which a rule ever shows one that misses the truth, at all and with status "measured". Three rules:
 
 - single: the set of `gns.estimate`, made anew at every step: it holds at one look;
-- live: `gns.live`, looks at 20, 25, 32, … steps, which share the error, and stand in between;
+- live: `gns.statistics.live`, looks at 20, 25, 32, … steps, which share the error, and stand in between;
 - sequence: an asymptotic confidence sequence (Waudby-Smith et al. 2024, Ann. Stat. 52:2613, eq. (12)), whose
   bound grows with the logarithm of the steps, narrowest at 300: anew at every step, too.
 
@@ -27,8 +27,8 @@ import numpy as np
 from scipy import special, stats
 
 import gns
-from gns.live import bounds, looks
-from gns.sets import MIN_STEPS
+from gns.statistics.live import bounds, looks
+from gns.statistics.sets import MIN_STEPS
 
 RESULTS = Path(__file__).parent / "results" / "live"
 SPECTRA = {"1/j": 1 / np.arange(1, 65), "j^-2": 1 / np.arange(1, 65) ** 2.0}

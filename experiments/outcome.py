@@ -20,7 +20,7 @@ from experiments.evaluation import token_mean
 from experiments.prepared import Data, Prepared
 from experiments.tasks import Item
 from experiments.tasks.accuracy import AT_ONCE, answers
-from gns.sources import first_line
+from gns.finetuning.sources import first_line
 
 ROOM = 4  # times the longest worked solution, that an answer may take
 PACKAGES = ("torch", "transformers", "peft", "accelerate")

@@ -19,8 +19,8 @@ from experiments.bases import base_path
 from experiments.configs import RunConfig, RunError
 from experiments.evaluation import eval_batch, item_losses, token_mean
 from experiments.tasks import Item, Task, encoded, task
-from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.finetune import without_bars
+from gns.finetuning.data import NO_LOSS, Collator, Row, pad_id
 
 
 @dataclass(frozen=True)

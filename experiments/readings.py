@@ -11,8 +11,8 @@ import numpy as np
 from experiments.rowsfile import finite
 from gns.estimate import Estimate
 from gns.monitor import GNSMonitor
+from gns.statistics.views import progress_weighted
 from gns.sums import FACTORS, Layout, StepSums, from_rows
-from gns.views import progress_weighted
 
 DIGITS = 9  # of a stored sum: |G|² is a difference of two, and keeps 7 digits where it is 1 % of them
 KEPT = ("b_simple", "low", "high", "status", "trace_sigma", "grad_sq_norm", "detection_limit")
@@ -57,7 +57,7 @@ def readings(monitor: GNSMonitor, remarks: Sequence[str] = ()) -> dict[str, Any]
 
 
 def steps_of(gns: Mapping[str, Any]) -> list[StepSums]:
-    """Give back the steps of a row's "gns", for `gns.estimate.estimate` and the views of `gns.views`.
+    """Give back the steps of a row's "gns", for `gns.estimate.estimate` and `gns.statistics.views`.
 
     Groups are those of the row; single parameters and the spread over examples were not kept.
     """

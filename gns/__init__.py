@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from gns.curvature.result import CurvatureEstimate
     from gns.estimate import Estimate
     from gns.frozen import probe
-    from gns.frozenestimate import FrozenEstimate
     from gns.hessian import b_noise
     from gns.integrations.transformers import GNSCallback
     from gns.monitor import GNSMonitor
+    from gns.probing.result import FrozenEstimate
     from gns.records import load
     from gns.sums import StepSums
 
@@ -34,7 +34,7 @@ _HOME = {
     # what was measured
     "StepSums": "gns.sums",
     "Estimate": "gns.estimate",
-    "FrozenEstimate": "gns.frozenestimate",
+    "FrozenEstimate": "gns.probing.result",
     "CurvatureEstimate": "gns.curvature.result",
     "load": "gns.records",
     # what to do about it

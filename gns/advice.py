@@ -10,16 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gns import wording
-from gns.capacity import Capacity, StepCost
-from gns.drift import Drift
-from gns.epoch import EpochPlan, epoch_plan
+from gns.advising import wording
+from gns.advising.capacity import Capacity, StepCost
+from gns.advising.epoch import EpochPlan, epoch_plan
+from gns.advising.goodput import Goodput, Soonest, goodputs, soonest
+from gns.advising.ranges import BatchRange, batch_ranges
+from gns.advising.rates import RateCurve, rate_curves
+from gns.advising.tradeoff import EQUAL, LAWS, Price, band, examples_ratio, positive, steps_ratio
+from gns.advising.wording import Section
 from gns.estimate import MIN_STEPS, Estimate
-from gns.goodput import Goodput, Soonest, goodputs, soonest
-from gns.ranges import BatchRange, batch_ranges
-from gns.rates import RateCurve, rate_curves
-from gns.tradeoff import EQUAL, LAWS, Price, band, examples_ratio, positive, steps_ratio
-from gns.wording import Section
+from gns.statistics.drift import Drift
 
 CAVEATS = (
     "B_simple is not the critical batch size itself: where both were measured, their ratio ran from "
@@ -140,16 +140,17 @@ def advise(
         estimate: of the noise scale.
         batch_size: B₀ in use, examples an optimizer step (all micro-batches, all ranks).
         dataset_size: examples in the data set.
-        throughput: measured examples a second at some batch sizes, e.g. `gns.throughput.read(file).speeds`.
+        throughput: measured examples a second at some batch sizes, e.g.
+            `gns.advising.throughput.read(file).speeds`.
         learning_rate: in use at `batch_size`.
-        change: from `gns.drift.drift`. Where the noise scale moved, the advice is for the last third of the
-            run instead of its average.
+        change: from `gns.statistics.drift.drift`. Where the noise scale moved, the advice is for the last
+            third of the run instead of its average.
         time_price: what the fewest possible steps cost, relative to what the fewest possible examples cost;
             1, the default, means that time and examples matter equally, 3 that time matters more.
         step_price: instead of `time_price`: how many examples the time of one optimizer step is worth.
         examples_needed: examples that the loss aimed at takes at `batch_size`, as seen in an earlier run.
-        capacity: from `gns.capacity`; it is shown beside the rest.
-        cost: from `gns.capacity.step_cost`; it is shown beside the rest.
+        capacity: from `gns.advising.capacity`; it is shown beside the rest.
+        cost: from `gns.advising.capacity.step_cost`; it is shown beside the rest.
 
     Returns:
         The advice; without table and ranges while the estimate is still collecting.

@@ -33,7 +33,7 @@ from gns.commands.throughput import throughput
 
 if TYPE_CHECKING:
     from gns.finetune import RunResult
-    from gns.preparation import FinetuneConfig
+    from gns.finetuning.preparation import FinetuneConfig
 
 DEMO = {"model": "gns:base", "data": "gns:held-out", "lr": 1e-3, "max_length": LENGTH_OF_BASE}
 
@@ -75,7 +75,7 @@ def demo(
     it never saw. Writes runs/demo, or runs/demo-2 … if that is taken.
     """
     with one_line_errors():
-        from gns.preparation import FinetuneConfig
+        from gns.finetuning.preparation import FinetuneConfig
 
         config = FinetuneConfig(**DEMO, steps=steps, batch_size=batch_size, seed=seed)
         with one_thread():
@@ -156,8 +156,8 @@ def _configured(given: dict[str, Any], out: Path | None, resume: bool) -> Finetu
     Raises:
         ConfigError: an option is missing.
     """
-    from gns.preparation import ConfigError, FinetuneConfig
-    from gns.runfolder import read_config
+    from gns.finetuning.preparation import ConfigError, FinetuneConfig
+    from gns.finetuning.runfolder import read_config
 
     if "target_modules" in given:
         given["target_modules"] = named_layers(given["target_modules"])
@@ -177,8 +177,8 @@ def _finetune(config: FinetuneConfig, out: Path, *, resume: bool) -> None:
     Raises:
         Exit: the run was interrupted.
     """
-    from gns.display import Display
     from gns.finetune import run
+    from gns.finetuning.display import Display
 
     with Display() as display:
         result = run(config, out, resume=resume, watcher=display)

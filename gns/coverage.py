@@ -16,8 +16,8 @@ class Coverage:
         reasons: for each name in `unmeasured`, why it is left out.
         verified: measured parameters whose contributions have summed to their gradient in a self-check.
         stopped: the error after which the monitor stood down, or None.
-        shared: measured weights whose gradient has come out of the product of their norms, see `gns.sharing`;
-            None where that was not asked for.
+        shared: measured weights whose gradient has come out of the product of their norms, see
+            `gns.capture.sharing`; None where that was not asked for.
     """
 
     measured: Mapping[str, int]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gns import tails
-from gns.moments import BETWEEN, Moments, exact_unit
-from gns.sets import (
+from gns.statistics import tails
+from gns.statistics.moments import BETWEEN, Moments, exact_unit
+from gns.statistics.sets import (
     MIN_STEPS,
     confidence_set,
     detection_limit,

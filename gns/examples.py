@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gns.arguments import batch_of, call_shape
-from gns.placement import Segments, Shape
+from gns.capture.arguments import batch_of, call_shape
+from gns.capture.placement import Segments, Shape
 from gns.reasons import ATTENDS_ACROSS, LOSS_OUTSIDE
 from gns.segments import SegmentsOf, packed, separated
 from gns.segments import given as ask

@@ -1,6 +1,6 @@
 """The small real LoRA fine-tune behind `gns demo` and `gns measure`, on `transformers.Trainer`.
 
-Everything that bad input can break happens first, in `gns.preparation`; then a run writes OUT:
+Everything that bad input can break happens first, in `gns.finetuning.preparation`; then a run writes OUT:
 
     run.json            the configuration
     steps.jsonl         one record an optimizer step, as it happens
@@ -31,14 +31,15 @@ from huggingface_hub.utils import enable_progress_bars
 from peft.tuners.lora import LoraLayer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gns import records, runfolder
-from gns.capacity import AdaptedLayer
+from gns import records
+from gns.advising.capacity import AdaptedLayer
 from gns.curvature.readingsfile import cut_readings
-from gns.data import NO_LOSS, Collator, Row, pad_id
 from gns.estimate import Estimate
+from gns.finetuning import runfolder
+from gns.finetuning.data import NO_LOSS, Collator, Row, pad_id
+from gns.finetuning.preparation import ConfigError, FinetuneConfig, Prepared, prepare
 from gns.integrations.transformers import GNSCallback, next_step
 from gns.monitor import GNSMonitor
-from gns.preparation import ConfigError, FinetuneConfig, Prepared, prepare
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`probe`: the noise scale at frozen weights, from many batches at one parameter point, without any training.
 
 Each batch is run forward and backward once. The taps of `gns.monitor` give Σ‖cᵢ‖², `.grad` the batch's
-gradient, and `gns.pairs` makes of both the average over all pairs of examples of all batches.
+gradient, and `gns.statistics.pairs` makes of both the average over all pairs of examples of all batches.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 from torch import nn
 
-from gns.calling import Loss, ProbeError
+from gns.capture.ranks import world_size
 from gns.checking import check_whole
-from gns.frozenestimate import FrozenEstimate
-from gns.frozenrun import Run, StillMonitor, check_metric
-from gns.gradrows import MAX_BYTES, SIZE, GradientRows
-from gns.largest import Largest
-from gns.looks import declared
-from gns.ranks import world_size
+from gns.probing.calling import Loss, ProbeError
+from gns.probing.gradrows import MAX_BYTES, SIZE, GradientRows
+from gns.probing.largest import Largest
+from gns.probing.result import FrozenEstimate
+from gns.probing.run import Run, StillMonitor, check_metric
+from gns.probing.still import gradient_hook, still
 from gns.segments import SegmentsOf
-from gns.still import gradient_hook, still
+from gns.statistics.looks import declared
 
 
 def probe(
@@ -76,7 +76,7 @@ def probe(
         weights: of the examples in the loss, see `GNSMonitor`.
         segments: which rows or positions are which example, see `GNSMonitor`.
         metric: in which norms are taken: "euclidean"; "adam", that of the second moments of `optimizer`; or
-            "sign", the ℓ₁ norms of sign-like optimizers (see `gns.signs`), for batches of one size.
+            "sign", the ℓ₁ norms of sign-like optimizers (`gns.probing.signs`), for batches of one size.
         optimizer: whose state `metric="adam"` reads; it must have made a step. It is not changed.
         max_bytes: of whole gradients kept on the host; beyond it they are sketched, and the result says so.
         sketch: numbers in the sketch of a batch's gradient.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gns.estimate import Estimate, concluded, summarise, usable_of
-from gns.moments import BETWEEN, Moments, exact_unit
+from gns.statistics.moments import BETWEEN, Moments, exact_unit
 from gns.sums import FACTORS, Layout, StepSums, factor_of
 
 __all__ = ["METRICS", "by_layer", "by_module", "layer_of", "module_of"]

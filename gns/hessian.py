@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gns.calling import Loss, moved
+from gns.capture.pooling import refusal, unwrapped
+from gns.capture.projections import is_sharded
 from gns.checking import check_choice, check_whole
 from gns.curvature.assemble import concluded, factor_or_other, known_of
 from gns.curvature.conclude import STATUSES, set_of
@@ -38,10 +39,9 @@ from gns.curvature.parts import Point, fingerprint, pieces
 from gns.curvature.products import METHODS
 from gns.curvature.result import Block, Cost, CurvatureEstimate
 from gns.curvature.together import Alone, Places, digest, everyone
-from gns.pooling import refusal, unwrapped
-from gns.projections import is_sharded
+from gns.probing.calling import Loss, moved
+from gns.probing.still import gradient_hook, still
 from gns.segments import SegmentsOf
-from gns.still import gradient_hook, still
 
 __all__ = ["METHODS", "OPERATORS", "STATUSES", "CurvatureError", "CurvatureEstimate", "b_noise"]
 

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gns.projections import is_sharded
+from gns.capture.projections import is_sharded
 from gns.reasons import NO_SECOND_MOMENT, NO_STATE, SHARDED_STATE
 from gns.rules.base import block_sq_norms
 

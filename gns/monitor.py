@@ -10,8 +10,12 @@ from typing import Any, Self
 
 from torch import nn
 
+from gns.capture.collect import Collector
+from gns.capture.openstep import Closed, OpenStep
+from gns.capture.plan import Plan, batch_norms, plan, trainable
+from gns.capture.pooling import refusal, unwrapped
+from gns.capture.sharing import shared_by
 from gns.checking import check_choice, check_whole
-from gns.collect import Collector
 from gns.coverage import Coverage
 from gns.curvature.readingsfile import append_reading, write_readings
 from gns.curvature.result import CurvatureReading
@@ -20,15 +24,11 @@ from gns.examples import WEIGHTS
 from gns.metrics import METRICS
 from gns.notices import GNSWarning as GNSWarning  # filters of users name it here
 from gns.notices import Notices
-from gns.openstep import Closed, OpenStep
 from gns.packing import pack, unpack
-from gns.plan import Plan, batch_norms, plan, trainable
-from gns.pooling import refusal, unwrapped
 from gns.reasons import BATCH_NORM, LATE, OTHER_METRIC, UNREACHED
 from gns.reducers import MAX_BYTES
 from gns.segments import SegmentsOf
-from gns.sharing import shared_by
-from gns.summaries import Summaries
+from gns.statistics.summaries import Summaries
 from gns.sums import Layout, StepSums
 from gns.taps import hooked
 
@@ -68,8 +68,8 @@ class GNSMonitor(Summaries):
         max_bytes: of per-example gradients alive at once; one example of one layer may pass it.
         share_weight_gradient: let linear layers, LoRA factors among them, have their weight's gradient out of
             the product that their examples' norms are read from, where that is surely right and cheaper (see
-            `gns.sharing`). Weights are then not bit-identical: a gradient differs by rounding, measured
-            2e-7 of its norm in float32 and 2e-3 under bf16 autocast, where autograd rounds more.
+            `gns.capture.sharing`). Weights are then not bit-identical: a gradient differs by rounding,
+            measured 2e-7 of its norm in float32 and 2e-3 under bf16 autocast, where autograd rounds more.
 
     Raises:
         TypeError: `model` is no module.

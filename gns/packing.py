@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gns.estimate import Estimate
-from gns.moments import Moments
+from gns.statistics.moments import Moments
 from gns.sums import Layout, StepSums
 
 _SCALARS = [f.name for f in fields(StepSums) if f.name not in ("rows", "layout")]

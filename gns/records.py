@@ -12,7 +12,7 @@ from gns._version import __version__
 from gns.coverage import Coverage
 from gns.curvature.readingsfile import read_readings
 from gns.estimate import Estimate, estimate
-from gns.probefile import PROBE, read_probe
+from gns.probing.file import PROBE, read_probe
 from gns.stepsfile import (
     STEPS,
     VERSION,

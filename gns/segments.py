@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gns.arguments import call_shape
+from gns.capture.arguments import call_shape
 
 SegmentsOf = Callable[[tuple, Mapping[str, Any]], Any]
 

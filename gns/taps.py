@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gns import reducers, sharing
-from gns.gather import Gather, sum_dtype
+from gns import reducers
+from gns.capture import sharing
+from gns.capture.gather import Gather, sum_dtype
+from gns.capture.passage import TapFunction
+from gns.capture.placement import Placement, Segments
 from gns.metrics import of_blocks
-from gns.passage import TapFunction
-from gns.placement import Placement, Segments
 from gns.rules import Rule
 from gns.rules.base import parameter_of
 
 if TYPE_CHECKING:
-    from gns.collect import Collector
-    from gns.tally import Tally
+    from gns.capture.collect import Collector
+    from gns.capture.tally import Tally
 
 
 class Tap:

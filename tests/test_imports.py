@@ -22,18 +22,31 @@ FORBIDDEN = {
 # along the data flow of gns; a module may import from its own line or from lines above it
 FLOW = [
     ("gns.rules", "gns.reasons", "gns._version"),
-    ("gns.metrics", "gns.spread"),
+    ("gns.metrics", "gns.capture.spread"),
     ("gns.reducers",),
-    ("gns.gather",),
-    ("gns.passage",),
-    ("gns.taps", "gns.boundary", "gns.examples", "gns.host", "gns.sums", "gns.coverage"),
-    ("gns.gradients", "gns.plan"),
-    ("gns.weights",),
-    ("gns.selfcheck",),
-    ("gns.openstep",),
-    ("gns.underway",),
-    ("gns.collect",),
+    ("gns.capture.gather",),
+    ("gns.capture.passage",),
+    ("gns.taps", "gns.boundary", "gns.examples", "gns.capture.host", "gns.sums", "gns.coverage"),
+    ("gns.capture.gradients", "gns.capture.plan"),
+    ("gns.capture.weights",),
+    ("gns.capture.selfcheck",),
+    ("gns.capture.openstep",),
+    ("gns.capture.underway",),
+    ("gns.capture.collect",),
 ]
+# the packages of gns; one may import from those above it
+LAYERS = (
+    "rules",
+    "statistics",
+    "capture",
+    "probing",
+    "curvature",
+    "advising",
+    "finetuning",
+    "report",
+    "integrations",
+    "commands",
+)
 DOWNSTREAM = (
     "estimate",
     "geometry",
@@ -51,12 +64,12 @@ PURE = (  # no torch in them
     "gns.boundary",
     "gns.sums",
     "gns.estimate",
-    "gns.live",
-    "gns.views",
+    "gns.statistics.live",
+    "gns.statistics.views",
     "gns.advice",
     "gns.coverage",
-    "gns.throughput",
-    "gns.capacity",
+    "gns.advising.throughput",
+    "gns.advising.capacity",
 )
 
 
@@ -196,11 +209,38 @@ def test_no_back_edge_along_the_data_flow():
         ("gns.rules.linear", "gns.reducers"),
         ("gns.reducers", "gns.report.text"),
         ("gns.sums", "gns.monitor"),
-        ("gns.boundary", "gns.collect"),
+        ("gns.boundary", "gns.capture.collect"),
     ],
 )
 def test_control_a_planted_back_edge_is_found(module, name):
     assert against_the_flow({module: {name}}) == [f"{module} imports {name}"]
+
+
+def upwards(found: dict[str, set[str]]) -> list[str]:
+    """Imports of one package of gns from a package that lies below it in LAYERS."""
+    layers = {f"gns.{name}": i for i, name in enumerate(LAYERS)}
+
+    def layer(module: str) -> int | None:
+        return layers.get(".".join(module.split(".")[:2]))
+
+    edges = [(m, name) for m, names in found.items() for name in sorted(names)]
+    placed = [(m, name) for m, name in edges if layer(m) is not None and layer(name) is not None]
+    return [f"{m} imports {name}" for m, name in placed if layer(m) < layer(name)]
+
+
+def test_packages_of_gns_are_layers():
+    found = modules("gns")
+    packages = {m.split(".")[1] for m in found if m.count(".") > 1}
+    assert packages == set(LAYERS), "a package came or went: correct LAYERS in this file"
+    assert not upwards(found)
+
+
+def test_control_an_import_from_a_lower_layer_is_found():
+    planted = {
+        "gns.statistics.sets": {"gns.estimate", "gns.probing.result"},
+        "gns.cli": {"gns.commands.probe"},
+    }
+    assert upwards(planted) == ["gns.statistics.sets imports gns.probing.result"]
 
 
 def cycle(found: dict[str, set[str]]) -> list[str]:

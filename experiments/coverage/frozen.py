@@ -29,7 +29,7 @@ from experiments.coverage.sets import Sets, hull, hull_of, moments_of, statuses
 from experiments.coverage.study import LEVELS, RESULTS, noise_seed, tally
 from experiments.rows import command, complete, provenance, row_of
 from gns.estimate import Moments
-from gns.pairspread import ScoreMoments
+from gns.statistics.pairspread import ScoreMoments
 
 ROWS = "frozen.jsonl.gz"
 BATCH, BATCHES = 16, 50
@@ -80,14 +80,14 @@ def jackknifed(noise: Pooled, b_simple: float, direction: str) -> Moments:
     Returns:
         The moments, [repeats] in each field.
 
-    Slow twin: `gns.pairs.jackknife`, probe by probe, in tests/experiments/coverage/test_frozen.py.
+    Slow twin: `gns.statistics.pairs.jackknife`, probe by probe, in tests/experiments/coverage/test_frozen.py.
     """
     x, y = noise.whole(b_simple, direction)
     return replace(moments_of(*noise.jackknife(b_simple, direction)), x=x, y=y)  # type: ignore[arg-type]
 
 
 def scored(plain: Moments, noise: Pooled) -> ScoreMoments:
-    """Give the spread under the noise scale that is tested, `gns.pairspread.score`, probe by probe.
+    """Give the spread under the noise scale that is tested, `pairspread.score` of `gns`, probe by probe.
 
     Args:
         plain: of the jackknife.

@@ -231,7 +231,7 @@ class Pooled:
 
     @cached_property
     def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
-        """(tr(Σ²), λ₁), [repeats] each, from the products of batches, as `gns.pairspread.spectrum`."""
+        """(tr(Σ²), λ₁), [repeats] each, from the products of batches, as `pairspread.spectrum` of `gns`."""
         k, gram = self.mean_sq.shape[1], self.gram
         apart = gram * (1 - np.eye(k))
         row, total = apart.sum(2), apart.sum((1, 2))[:, None, None]

@@ -24,7 +24,7 @@ from experiments.evidence import calibrated, figures, front, page, paper, story
 from experiments.evidence.files import BRANCHES, CURVATURE, FOLDER, FROZEN, runs_in
 from experiments.evidence.readout import Readout, read_out
 from experiments.figures.style import LOOK, heading
-from gns.calibration import FILE
+from gns.advising.calibration import FILE
 
 CALIBRATION = Path("gns/assets") / FILE  # what the package says of it
 

@@ -13,7 +13,7 @@ from experiments.evidence.judged import Judged
 from experiments.evidence.measured import PRIMARY
 from experiments.evidence.practice import DELTA
 from experiments.evidence.readout import Readout
-from gns.calibration import Calibration
+from gns.advising.calibration import Calibration
 
 CRITICAL = "the batch size at which the examples to one loss double"
 HARMLESS = (

@@ -26,8 +26,8 @@ from experiments.readings import steps_of
 from gns.curvature.course import progress_weighted as over_progress
 from gns.curvature.readingsfile import reading_of
 from gns.estimate import Estimate
+from gns.statistics.views import progress_weighted
 from gns.sums import FACTORS, StepSums
-from gns.views import progress_weighted
 
 REFERENCE = 4  # batch size of the runs whose noise scale is read
 PRIMARY, SECOND = "B", "adam"

@@ -26,7 +26,8 @@ from torch import distributed
 from experiments.overhead.arms import OURS, PEERS, Arm, Monitored
 from experiments.overhead.rounds import rounds
 from experiments.overhead.settings import Setting, batches, build
-from gns import GNSMonitor, ranks
+from gns import GNSMonitor
+from gns.capture import ranks
 
 STEPS = 3  # after the first: the peak comes in each; of ours, with a part of the first self-checks
 ABREAST = 2  # processes whose memory is measured at a time, with one thread each

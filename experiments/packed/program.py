@@ -20,8 +20,8 @@ from experiments.packed.optim import StackedOptimizer
 from experiments.prepared import Data, Prepared, prepare
 from experiments.schedules import lr_at
 from experiments.tasks.accuracy import AT_ONCE, answers
-from gns.data import NO_LOSS, Row
 from gns.finetune import dropout_of, n_labels
+from gns.finetuning.data import NO_LOSS, Row
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiments.tasks.items import Item, prompt_ids
-from gns.data import pad_id
+from gns.finetuning.data import pad_id
 
 AT_ONCE = 32  # prompts of a run, whichever engine asks
 FIRST = 32  # new tokens after which answers that have no end yet go on by themselves

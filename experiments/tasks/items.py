@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from experiments.configs import RunError
-from gns.data import NO_LOSS, Row, encode
-from gns.sources import Record
+from gns.finetuning.data import NO_LOSS, Row, encode
+from gns.finetuning.sources import Record
 
 SPLITS = ("validation", "test")
 PARTS = (*SPLITS, *["train"] * 6)  # of a generated task, by hash: an eighth, an eighth, the rest

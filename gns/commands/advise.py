@@ -61,9 +61,9 @@ def advise(
     given = {name: value for name, value in locals().items() if name != "run"}
     with one_line_errors(ValueError):
         from gns.advice import advise as advice_on
+        from gns.advising.phrases import POOLED
         from gns.commands.known import known_of
-        from gns.drift import drift
-        from gns.phrases import POOLED
+        from gns.statistics.drift import drift
 
         estimate = load_run(run)
         known = known_of(run, estimate, given)
@@ -79,8 +79,8 @@ def advise(
 
 def _show(advice: Advice, known: Known, source: tuple[str, str]) -> None:
     """Print the verdict first, then the table and the other subjects, then what all of it rests on."""
+    from gns.advising.wording import BATCH_SIZE, LEARNING_RATE
     from gns.commands.tables import print_title
-    from gns.wording import BATCH_SIZE, LEARNING_RATE
 
     typer.echo(advice.headline)
     if advice.moved:

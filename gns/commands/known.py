@@ -99,7 +99,7 @@ def _price(known: Known, given: Mapping[str, Any]) -> None:
 
 def _needed(known: Known, given: Mapping[str, Any], summary: Summary, batch: int | None) -> None:
     """Take what the loss aimed at takes; by default what the run itself took, if less than an epoch."""
-    from gns.capacity import number_in
+    from gns.advising.capacity import number_in
 
     needed, source = given["examples_needed"], "--examples-needed"
     steps, data = number_in(summary.settings, "steps_made"), known.arguments.get("dataset_size")
@@ -112,7 +112,7 @@ def _needed(known: Known, given: Mapping[str, Any], summary: Summary, batch: int
 
 def _throughput(known: Known, given: list[str] | None, folder: Path, estimate: Estimate) -> None:
     """Take the throughput from files and BATCH=SPEED pairs, by default from the run's own file."""
-    from gns.throughput import FILE, length_remark, read
+    from gns.advising.throughput import FILE, length_remark, read
 
     parts = given or ([str(folder / FILE)] if (folder / FILE).is_file() else [])
     speeds: dict[int, float] = {}
@@ -149,9 +149,9 @@ def _lora(known: Known, given: Mapping[str, Any], summary: Summary) -> None:
     Raises:
         ValueError: an option is out of range, or one is given without the other that it needs.
     """
-    from gns.capacity import Capacity, read_layers, recorded, trainable
-    from gns.phrases import bits
-    from gns.tradeoff import positive
+    from gns.advising.capacity import Capacity, read_layers, recorded, trainable
+    from gns.advising.phrases import bits
+    from gns.advising.tradeoff import positive
 
     settings, parameters = summary.settings, given["trainable_parameters"]
     if parameters is None:
@@ -173,7 +173,7 @@ def _lora(known: Known, given: Mapping[str, Any], summary: Summary) -> None:
 
 
 def _source_of_bits(settings: Mapping[str, Any]) -> str:
-    from gns.capacity import WHOLE
+    from gns.advising.capacity import WHOLE
 
     loss, tokens = settings["first_epoch_loss"], settings["loss_tokens"]
     share = settings.get("first_epoch_share")

@@ -20,8 +20,8 @@ from gns.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from gns.frozenestimate import FrozenEstimate
-    from gns.preparation import FinetuneConfig, Prepared
+    from gns.finetuning.preparation import FinetuneConfig, Prepared
+    from gns.probing.result import FrozenEstimate
 
 FRESH = "Fresh adapters: factor B starts at zero, so only factor B has a gradient, and the number is its own."
 SHORT = "the data hold {n} whole batches of {size}; {asked} were asked for"
@@ -83,7 +83,7 @@ def probe(
     with one_line_errors():
         config, trained = _configured(given, adapter, batches)
         folder = out or free_folder(Path("runs/probe"))
-        from gns.runfolder import refuse_used
+        from gns.finetuning.runfolder import refuse_used
 
         refuse_used(folder)
         with threads_as_in_a_run(config):
@@ -102,7 +102,7 @@ def _configured(
     Raises:
         ConfigError: an option is missing or does not fit.
     """
-    from gns.preparation import BASE, HELD_OUT, ConfigError, FinetuneConfig
+    from gns.finetuning.preparation import BASE, HELD_OUT, ConfigError, FinetuneConfig
 
     if batches < 2:
         raise ConfigError(f"batches is {batches}; 2 or more are needed to see a spread")
@@ -130,8 +130,8 @@ def _adapter(path: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    from gns.preparation import ConfigError
-    from gns.runfolder import ADAPTER
+    from gns.finetuning.preparation import ConfigError
+    from gns.finetuning.runfolder import ADAPTER
 
     for folder in (path, path / ADAPTER):
         if (folder / "adapter_config.json").is_file():
@@ -144,7 +144,7 @@ def _of_run(adapter: Path) -> dict[str, Any]:
     """Say what the run was given that an adapter lies in; else the base model that it names."""
     import json
 
-    from gns.runfolder import RUN, read_config
+    from gns.finetuning.runfolder import RUN, read_config
 
     for folder in adapter.resolve().parents[:2]:
         if (folder / RUN).is_file():
@@ -173,10 +173,10 @@ def _measure(
     """Load everything and measure; give the estimate and what is worth knowing of the run."""
     import torch
 
-    from gns.display import Display
     from gns.finetune import without_bars
+    from gns.finetuning.display import Display
+    from gns.finetuning.preparation import prepare
     from gns.frozen import probe as measured
-    from gns.preparation import prepare
 
     with without_bars(), Display() as display:
         prepared = prepare(config, adapter=adapter)
@@ -198,7 +198,7 @@ def _batches(prepared: Prepared, config: FinetuneConfig, batches: int) -> list[d
     """Shuffle the data, and collate as many whole batches as were asked for, or as there are."""
     import torch
 
-    from gns.data import Collator, pad_id
+    from gns.finetuning.data import Collator, pad_id
 
     collate, size = Collator(pad_id(prepared.tokenizer)), config.batch_size
     order = torch.randperm(len(prepared.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -207,7 +207,7 @@ def _batches(prepared: Prepared, config: FinetuneConfig, batches: int) -> list[d
 
 
 def _write(folder: Path, found: FrozenEstimate, config: FinetuneConfig, about: dict[str, Any]) -> None:
-    from gns.probefile import write_probe
+    from gns.probing.file import write_probe
     from gns.records import write_summary
 
     write_probe(folder, found)
@@ -217,7 +217,7 @@ def _write(folder: Path, found: FrozenEstimate, config: FinetuneConfig, about: d
 
 def _print(found: FrozenEstimate, folder: Path, *, fresh: bool) -> None:
     from gns.advice import advise
-    from gns.frozenwords import render
+    from gns.probing.words import render
     from gns.report.text import pays
 
     typer.echo(render(found, (FRESH,) if fresh else ()))

@@ -70,8 +70,8 @@ def _print_table(estimates: dict[Path, Estimate]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from gns.drift import drift
     from gns.estimate import format_count
+    from gns.statistics.drift import drift
 
     table = Table("run", "B_simple", "interval", "level", "status", "steps", "learning rate", "unit")
     for run, estimate in estimates.items():

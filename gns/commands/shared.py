@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from gns.estimate import Estimate
-    from gns.preparation import FinetuneConfig
+    from gns.finetuning.preparation import FinetuneConfig
 
 BAD_INPUT, INTERRUPTED = 2, 130
 LENGTH_OF_BASE = 256  # tokens of an example at the most, of the small shipped model
@@ -27,9 +27,9 @@ Out = Annotated[
 def print_result(estimate: Estimate, folder: Path) -> None:
     """Print what was measured in a run and what it means."""
     from gns.advice import advise as advice_on
-    from gns.drift import drift
     from gns.report import PAGE
     from gns.report.text import render
+    from gns.statistics.drift import drift
 
     known = settings_of(folder, estimate)
     change = drift(estimate.history, level=estimate.level)
@@ -55,8 +55,8 @@ def load_run(folder: Path) -> Estimate:
 
 
 def settings_of(folder: Path, estimate: Estimate) -> dict[str, Any]:
-    """Give what the advice asks of a run, see `gns.recorded.inputs`."""
-    from gns.recorded import inputs
+    """Give what the advice asks of a run, see `gns.advising.recorded.inputs`."""
+    from gns.advising.recorded import inputs
     from gns.records import read_summary
 
     summary = read_summary(folder)
@@ -92,7 +92,7 @@ def one_thread() -> Generator[None]:
 @contextmanager
 def threads_as_in_a_run(config: FinetuneConfig) -> Generator[None]:
     """Measure the small shipped model with one thread, as `gns demo` trains it."""
-    from gns.preparation import BASE
+    from gns.finetuning.preparation import BASE
 
     with one_thread() if config.model == BASE else nullcontext():
         yield

@@ -17,8 +17,8 @@ from gns.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from gns.preparation import FinetuneConfig
-    from gns.throughput import Throughput
+    from gns.advising.throughput import Throughput
+    from gns.finetuning.preparation import FinetuneConfig
 
 UNSTEADY = 1.5  # steps of one size further apart than this are remarked on
 
@@ -84,8 +84,8 @@ def _configured(run: Path | None, given: dict[str, Any]) -> FinetuneConfig:
     Raises:
         ConfigError: the run cannot be read, or a value is out of range.
     """
-    from gns.preparation import BASE, HELD_OUT, FinetuneConfig
-    from gns.runfolder import read_config
+    from gns.finetuning.preparation import BASE, HELD_OUT, FinetuneConfig
+    from gns.finetuning.runfolder import read_config
 
     if run is not None:
         config = replace(read_config(run), **given)
@@ -102,7 +102,7 @@ def _new_file(run: Path | None, out: Path | None) -> Path:
     Raises:
         ThroughputError: it is there already, it is a folder, or its own folder is not there.
     """
-    from gns.throughput import FILE, ThroughputError
+    from gns.advising.throughput import FILE, ThroughputError
 
     path = out or (run or Path()) / FILE
     if path.is_dir():
@@ -123,9 +123,9 @@ def _measure(config: FinetuneConfig, path: Path, largest: int, seconds: float) -
     """
     from rich.console import Console
 
+    from gns.advising.throughput import Sweep, ThroughputError, write
     from gns.finetune import without_bars
-    from gns.throughput import Sweep, ThroughputError, write
-    from gns.timing import LoraTrial
+    from gns.finetuning.timing import LoraTrial
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status("loading the model") as status:
@@ -169,8 +169,8 @@ def _show(curve: Throughput, path: Path, run: Path | None) -> None:
     """Print the curve, why it ended, and what it is good for."""
     from rich.table import Table
 
+    from gns.advising.throughput import GIB
     from gns.commands.tables import print_table
-    from gns.throughput import GIB
 
     table = Table("batch", "micro-batch × accumulation", "examples/s", "s a step", "range", "peak memory")
     for point in curve.points:

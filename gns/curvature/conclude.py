@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gns.curvature.contractions import Contractions
-from gns.moments import Moments, exact_unit
-from gns.sets import detection_limit, honest_set, indefinite, satterthwaite
+from gns.statistics.moments import Moments, exact_unit
+from gns.statistics.sets import detection_limit, honest_set, indefinite, satterthwaite
 
 MIN_PROBES = 6  # fewer replicates are not trusted with their own spread; simulated, sets of 3 to 5 do cover
 STATUSES = ("measured", "lower bound", "not detectable", "collecting", "indefinite")

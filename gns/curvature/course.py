@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gns.curvature.result import CurvatureEstimate, CurvatureReading
-from gns.moments import Moments, exact_unit
-from gns.sets import detection_limit, honest_set, indefinite, satterthwaite, status_of
+from gns.statistics.moments import Moments, exact_unit
+from gns.statistics.sets import detection_limit, honest_set, indefinite, satterthwaite, status_of
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def progress_weighted(
 ) -> OverReadings:
     """The run's mean of B_noise, weighted by the progress of the steps around each reading.
 
-    As `gns.views.progress_weighted` for B_simple: a step at batch B makes 1/(1 + B_k/B) of the progress of
-    one without noise, so that with Q_k = GᵀHG + tr(HΣ)/B, what a step at B loses to curvature,
+    As `gns.statistics.views.progress_weighted` for B_simple: a step at batch B makes 1/(1 + B_k/B) of the
+    progress of one without noise, so that with Q_k = GᵀHG + tr(HΣ)/B, what a step at B loses to curvature,
 
         Σ ω_k B_k / Σ ω_k = Σ (tr(HΣ)_k / Q_k) / Σ (GᵀHG_k / Q_k).
 

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gns.calling import Loss, loss_of
-from gns.collect import Collector
+from gns.capture.collect import Collector
+from gns.capture.gather import sum_dtype
+from gns.capture.openstep import OpenStep
+from gns.capture.plan import Plan, plan
 from gns.curvature.errors import CurvatureError
 from gns.curvature.signs import Weighed, Weights, n_tokens, shares
 from gns.curvature.together import Alone, Places
-from gns.gather import sum_dtype
-from gns.openstep import OpenStep
-from gns.plan import Plan, plan
-from gns.randomness import mixed, seeded
+from gns.probing.calling import Loss, loss_of
+from gns.probing.randomness import mixed, seeded
 from gns.segments import SegmentsOf
 from gns.sums import Layout, StepSums
 from gns.taps import hooked

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gns.arguments import tensors_in
-from gns.calling import Loss, call, loss_of, value_of
+from gns.capture.arguments import tensors_in
 from gns.curvature.errors import CurvatureError
 from gns.examples import IGNORED, row_map, shifts_labels
-from gns.randomness import mixed, seeded
+from gns.probing.calling import Loss, call, loss_of, value_of
+from gns.probing.randomness import mixed, seeded
+from gns.probing.still import uninterrupted
 from gns.segments import SegmentsOf
-from gns.still import uninterrupted
 
 HALF = (torch.bfloat16, torch.float16)
 OWN_RTOL = 1e-4  # between a model's own loss and our token mean: more is another loss

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gns.curvature.result import Block, Contribution, Cost, CurvatureEstimate, CurvatureReading
-from gns.moments import Moments
+from gns.statistics.moments import Moments
 from gns.stepsfile import RecordsError, number, write_atomically
 
 CURVATURE = "curvature.jsonl"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from gns.estimate import format_count
-from gns.moments import Moments
+from gns.statistics.moments import Moments
 
 
 @dataclass(frozen=True)

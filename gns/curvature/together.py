@@ -21,9 +21,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed
 
-from gns.calling import ProbeError
+from gns.capture.ranks import Meeting, Refused, why, world_size
 from gns.curvature.errors import CurvatureError
-from gns.ranks import Meeting, Refused, why, world_size
+from gns.probing.calling import ProbeError
 
 ANSWER_SECONDS = 600.0  # from one rank's exchange to that of the last: their batches may be unequal
 SUM_BYTES = 64 * 2**20  # copied to the host at once, before ranks say that they can go on

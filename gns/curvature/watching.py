@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gns.calling import ProbeError, value_of
+from gns.capture.guard import in_backward
+from gns.capture.ranks import world_size
 from gns.curvature.errors import CurvatureError
 from gns.curvature.result import CurvatureEstimate, CurvatureReading
 from gns.curvature.together import Alone, NotAll, everyone
 from gns.examples import row_map
-from gns.guard import in_backward
-from gns.ranks import world_size
+from gns.probing.calling import ProbeError, value_of
 from gns.segments import SegmentsOf
 from gns.taps import hooks_of, is_ours
 

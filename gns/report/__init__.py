@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gns.advising.throughput import FILE, Throughput, ThroughputError
+from gns.advising.throughput import read as read_speeds
 from gns.coverage import Coverage
 from gns.curvature.readingsfile import read_readings
-from gns.frozenestimate import FrozenEstimate
-from gns.probefile import PROBE, read_probe
+from gns.probing.file import PROBE, read_probe
+from gns.probing.result import FrozenEstimate
 from gns.records import (
     STEPS,
     RecordsError,
@@ -28,8 +30,6 @@ from gns.report.drawing import DRAWINGS, drawn
 from gns.report.environment import environment
 from gns.report.findings import Findings, findings
 from gns.sums import StepSums
-from gns.throughput import FILE, Throughput, ThroughputError
-from gns.throughput import read as read_speeds
 
 __all__ = ["COMPARISON", "PAGE", "compare", "redraw", "write_report"]
 
@@ -57,8 +57,8 @@ def write_report(
         steps: records of the run, usable or not.
         coverage: which parameters are in the sums.
         settings: anything worth knowing of the run; "dataset_size" (examples) and "learning_rate", if given,
-            enter the advice, and so does what `gns.capacity.recorded` finds of the adapters. "versions" and
-            "commit" are filled in from this process where they are missing.
+            enter the advice, and so does what `gns.advising.capacity.recorded` finds of the adapters.
+            "versions" and "commit" are filled in from this process where they are missing.
         batch_size: examples an optimizer step; default the median of the steps.
         level: nominal coverage of the confidence set.
 

@@ -8,17 +8,17 @@ from functools import cached_property
 from typing import Any
 
 from gns.advice import Advice, advise
+from gns.advising.recorded import inputs
+from gns.advising.throughput import Throughput, length_remark
 from gns.coverage import Coverage
 from gns.curvature.result import CurvatureReading
-from gns.drift import Drift, drift
 from gns.estimate import Estimate, estimate
-from gns.frozenestimate import FrozenEstimate
 from gns.geometry import by_layer, by_module
-from gns.recorded import inputs
+from gns.probing.result import FrozenEstimate
 from gns.records import Summary
+from gns.statistics.drift import Drift, drift
+from gns.statistics.views import progress_weighted
 from gns.sums import StepSums
-from gns.throughput import Throughput, length_remark
-from gns.views import progress_weighted
 
 
 @dataclass(frozen=True)

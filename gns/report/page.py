@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from gns._version import __version__
+from gns.advising.wording import LAWS_CAVEAT, START
 from gns.curvature.course import in_words
 from gns.estimate import format_count
 from gns.report import tables
@@ -20,7 +21,6 @@ from gns.report.drawing import Image
 from gns.report.figures import DARK, LIGHT
 from gns.report.findings import Findings
 from gns.report.text import basis, outlook, verdict
-from gns.wording import LAWS_CAVEAT, START
 
 FIRST = ("Batch size", "The batch in use")  # subjects of the advice that stand beside the verdict
 _WORDS = """

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gns.advice import Advice, Row
+from gns.advising.wording import priced
 from gns.coverage import Coverage
-from gns.drift import Drift
 from gns.estimate import Estimate, format_count
 from gns.report.text import WIDTH, label_of, signal
+from gns.statistics.drift import Drift
 from gns.sums import StepSums
-from gns.wording import priced
 
 
 @dataclass(frozen=True)

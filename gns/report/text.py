@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gns.advice import Advice
-from gns.drift import Drift
+from gns.advising.wording import START, movement
 from gns.estimate import MIN_STEPS, Estimate, format_count
-from gns.frozenestimate import FrozenEstimate
-from gns.wording import START, movement
+from gns.probing.result import FrozenEstimate
+from gns.statistics.drift import Drift
 
 __all__ = ["Verdict", "basis", "label_of", "movement", "outlook", "pays", "render", "signal", "verdict"]
 

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from experiments.adapters import adapted
 from experiments.configs import ADAPTERS, RunConfig, RunError
-from gns.preparation import linear_layers
+from gns.finetuning.preparation import linear_layers
 from tests.gns import small_models, tiny
 
 RUN = RunConfig("tiny", "test", rank=3, alpha=6)

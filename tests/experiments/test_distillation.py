@@ -6,7 +6,7 @@ import torch
 
 from experiments.configs import RunError
 from experiments.distillation import Pair, losses, same_tokenizer
-from gns.data import NO_LOSS, Row, encode_texts
+from gns.finetuning.data import NO_LOSS, Row, encode_texts
 from tests.gns import tiny
 
 

@@ -8,7 +8,7 @@ import torch
 
 from experiments.configs import RunConfig
 from experiments.evaluation import eval_batch, item_losses, token_mean
-from gns.data import NO_LOSS, Collator, Row, encode_texts
+from gns.finetuning.data import NO_LOSS, Collator, Row, encode_texts
 from tests.gns import tiny
 
 COLLATOR = Collator(1)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from experiments import live as experiment
 from experiments.live import Config
-from gns.live import live, looks
+from gns.statistics.live import live, looks
 from gns.sums import StepSums
 
 SMALL = Config("1/j", 20, steps=200, runs=400, seed=11)

@@ -10,7 +10,7 @@ from experiments import prepared
 from experiments.configs import RunError
 from experiments.prepared import data_of, device_of, load_base, prepare
 from experiments.tasks import encoded
-from gns.data import NO_LOSS
+from gns.finetuning.data import NO_LOSS
 from tests.experiments.small_runs import Sentences, config
 
 pytestmark = pytest.mark.usefixtures("sentences")

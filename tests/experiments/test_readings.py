@@ -9,7 +9,7 @@ import torch
 from experiments.readings import KEPT, readings, steps_of
 from gns import GNSMonitor
 from gns.estimate import estimate
-from gns.views import progress_weighted
+from gns.statistics.views import progress_weighted
 from tests.gns import small_models
 
 

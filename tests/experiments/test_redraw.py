@@ -7,7 +7,7 @@ import pytest
 from experiments.evidence import calibrated
 from experiments.evidence.__main__ import read
 from experiments.redraw import RESULTS, STUDIES, main, redraw
-from gns.calibration import calibrations
+from gns.advising.calibration import calibrations
 
 FAST = ("frozen_rank", "gpu", "line_search", "live", "overhead", "packed")
 

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gns.advice import advise
-from gns.capacity import AdaptedLayer, Capacity, step_cost
-from gns.estimate import Estimate, format_count
-from gns.tradeoff import (
+from gns.advising.capacity import AdaptedLayer, Capacity, step_cost
+from gns.advising.tradeoff import (
     LAWS,
     Price,
     adam_square_root,
@@ -19,6 +18,7 @@ from gns.tradeoff import (
     sgd,
     steps_ratio,
 )
+from gns.estimate import Estimate, format_count
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800)
 BOUND = Estimate(math.nan, 175, math.inf, 0.95, "lower bound", 1.0, -0.001, 300, 50, 800)

@@ -15,13 +15,13 @@ import pytest
 from gns import load
 from gns.advice import advise
 from gns.cli import DEMO, app
-from gns.display import Display, brief
-from gns.drift import drift
 from gns.estimate import estimate
 from gns.finetune import Progress
+from gns.finetuning.display import Display, brief
+from gns.finetuning.preparation import FinetuneConfig
 from gns.monitor import GNSWarning
-from gns.preparation import FinetuneConfig
 from gns.records import STEPS, write_steps
+from gns.statistics.drift import drift
 from gns.sums import StepSums
 from tests.gns import tiny
 from tests.gns.commands.running import of

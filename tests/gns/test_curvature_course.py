@@ -9,7 +9,7 @@ import pytest
 
 from gns.curvature.course import in_words, joined, over_readings, progress_weighted, so_far
 from gns.curvature.result import Cost, CurvatureEstimate, CurvatureReading
-from gns.moments import Moments
+from gns.statistics.moments import Moments
 from tests.reference.tolerances import close
 
 NAN = math.nan

@@ -9,7 +9,7 @@ import pytest
 from gns.curvature.conclude import Known, _joined, set_of
 from gns.curvature.contractions import Contractions
 from gns.curvature.course import joined
-from gns.sets import honest_set
+from gns.statistics.sets import honest_set
 
 
 def simulate(rng, *, level=0.95, **cell):

@@ -5,12 +5,12 @@ import warnings
 import pytest
 import torch
 
+from gns.capture.placement import Shape
 from gns.curvature.gathering import gather
 from gns.curvature.signs import Weights
 from gns.examples import RowMap
-from gns.placement import Shape
+from gns.probing.still import still
 from gns.segments import stacked
-from gns.still import still
 from tests.gns.small_models import FAMILIES, lora, tokens
 from tests.reference.tolerances import close
 

@@ -16,7 +16,7 @@ from gns.curvature.tangents import Tangents
 from gns.curvature.tape import NoTape
 from gns.curvature.vectors import along, dots, norm
 from gns.hessian import CurvatureError, b_noise
-from gns.still import still
+from gns.probing.still import still
 from tests.gns.small_models import FAMILIES, lora, tokens
 from tests.gns.test_hessian import half_squares, regression, small_tokens, tiny_gpt2, token_mean
 from tests.reference.tolerances import close

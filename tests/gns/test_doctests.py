@@ -5,7 +5,13 @@ import importlib
 
 import pytest
 
-WITH_EXAMPLES = ["gns.monitor", "gns.display", "gns.report.text", "gns.sources", "gns.hessian"]
+WITH_EXAMPLES = [
+    "gns.monitor",
+    "gns.finetuning.display",
+    "gns.report.text",
+    "gns.finetuning.sources",
+    "gns.hessian",
+]
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gns import estimate as module
+from gns.advising.phrases import know_more
 from gns.estimate import MIN_STEPS, STATUSES, Estimate, Moments, confidence_set, estimate, format_count
-from gns.phrases import know_more
 from gns.sums import Layout, StepSums, from_rows
 from tests.reference import estimators as slow
 from tests.reference.tolerances import close

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gns import load
-from gns.capacity import read_layers
-from gns.data import Collator
+from gns.advising.capacity import read_layers
 from gns.finetune import RunResult, Watcher, dropout_of, first_epoch, mean_loss, run
-from gns.preparation import ConfigError, FinetuneConfig, prepare
-from gns.runfolder import read_config
-from gns.sources import DataError
+from gns.finetuning.data import Collator
+from gns.finetuning.preparation import ConfigError, FinetuneConfig, prepare
+from gns.finetuning.runfolder import read_config
+from gns.finetuning.sources import DataError
 from tests.gns import tiny
 
 STEPS = 8
@@ -366,7 +366,7 @@ def test_models_that_cannot_be_used(config, home, tmp_path):
 
 
 def test_a_model_without_layers_to_adapt(config, monkeypatch):
-    from gns import preparation
+    from gns.finetuning import preparation
 
     class Bare(torch.nn.Module):
         config = tiny.llama().config

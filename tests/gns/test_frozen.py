@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gns
-from gns.calling import ProbeError, moved
 from gns.estimate import estimate
 from gns.frozen import probe
-from gns.frozenestimate import FrozenEstimate
-from gns.frozenwords import verdict
-from gns.looks import declared
 from gns.monitor import GNSMonitor, GNSWarning
+from gns.probing.calling import ProbeError, moved
+from gns.probing.result import FrozenEstimate
+from gns.probing.still import set_modes
+from gns.probing.words import verdict
 from gns.segments import stacked
-from gns.still import set_modes
+from gns.statistics.looks import declared
 from tests.gns.small_models import lora, tokens
 from tests.reference import all_pairs
 from tests.reference.per_example import contributions, flat, trainable

@@ -16,7 +16,7 @@ from gns.curvature.contractions import contract
 from gns.curvature.gathering import gather
 from gns.curvature.parts import Point
 from gns.hessian import CurvatureError, b_noise
-from gns.still import still
+from gns.probing.still import still
 from tests.gns.small_models import lora, tokens
 from tests.reference import dense_curvature as dense
 from tests.reference.tolerances import close

@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+from gns.capture.plan import plan
 from gns.monitor import GNSMonitor, GNSWarning
-from gns.plan import plan
 from tests.reference.per_example import contributions, joint, sums, trainable
 from tests.reference.tolerances import close
 

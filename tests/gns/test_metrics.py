@@ -18,11 +18,11 @@ from gns.monitor import GNSMonitor, GNSWarning
 from gns.notices import PATIENCE
 from gns.reasons import COMPILED_METRIC, NO_STATE
 from gns.segments import stacked
+from tests.gns.capture.test_spread import Pictures, rows
 from tests.gns.matrix_engines import compiler_noise
 from tests.gns.small_models import FAMILIES, lora, tokens
 from tests.gns.test_monitor import Functional, Reuser, Tied, mlp
 from tests.gns.test_segments import LENGTHS, alone, pack, sequences
-from tests.gns.test_spread import Pictures, rows
 from tests.reference.per_example import contributions, trainable
 from tests.reference.preconditioned import SecondMoment, norms, sums
 from tests.reference.tolerances import close

@@ -15,9 +15,9 @@ import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from gns.capture.placement import Placement, Segments
 from gns.examples import row_map
 from gns.monitor import GNSMonitor, GNSWarning
-from gns.placement import Placement, Segments
 from gns.rules import rule_for
 from gns.segments import packed
 from gns.taps import Tap

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from gns.capture.placement import Placement, Segments
 from gns.examples import row_map
 from gns.monitor import GNSMonitor, GNSWarning
-from gns.placement import Placement, Segments
 from gns.rules import LINEAR
 from gns.segments import packed, stacked
 from tests.gns.small_models import FAMILIES, lora

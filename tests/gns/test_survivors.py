@@ -14,22 +14,23 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from gns import localstats, pooling, projections, reducers
-from gns.calls import Call, Calls, outputs
+from gns import reducers
+from gns.capture import localstats, pooling, projections
+from gns.capture.calls import Call, Calls, outputs
+from gns.capture.owners import Owners, learning_rate
+from gns.capture.placement import Segments, Shape, place
+from gns.capture.plan import plan
+from gns.capture.pooling import Own, Pool
+from gns.capture.projections import K, factor
+from gns.capture.readings import Readings
+from gns.capture.selfcheck import SelfCheck, tolerance
 from gns.examples import row_map
 from gns.monitor import GNSMonitor
-from gns.owners import Owners, learning_rate
-from gns.placement import Segments, Shape, place
-from gns.plan import plan
-from gns.pooling import Own, Pool
-from gns.projections import K, factor
-from gns.readings import Readings
 from gns.reasons import APART
 from gns.rules import CONV, DORA, EMBEDDING, LINEAR, rule_for
 from gns.rules.base import first_tensor
 from gns.rules.probing import MOST, own_parameters
 from gns.segments import packed, separated
-from gns.selfcheck import SelfCheck, tolerance
 from tests.gns.small_models import FAMILIES
 from tests.reference.per_example import contributions, joint, trainable
 from tests.reference.tolerances import close

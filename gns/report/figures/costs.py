@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from gns.advice import Advice
-from gns.rates import spread
+from gns.advising.rates import spread
+from gns.advising.tradeoff import EQUAL
+from gns.advising.wording import DISAGREE
 from gns.report.figures.look import LIGHT, Theme, canvas, in_look, limits, log_axis
-from gns.tradeoff import EQUAL
-from gns.wording import DISAGREE
 
 
 @in_look

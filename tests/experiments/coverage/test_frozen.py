@@ -1,4 +1,4 @@
-"""The frozen probe's cells: the vectorised sets and sign flips against `gns.pairs`, probe by probe."""
+"""The frozen probe's cells: the vectorised sets and sign flips against `pairs` of `gns`, probe by probe."""
 
 import math
 from dataclasses import replace
@@ -14,9 +14,9 @@ from experiments.coverage.page import share, usable
 from experiments.coverage.sets import METHODS, hull_of, statuses
 from experiments.coverage.study import LEVELS, RESULTS
 from experiments.rows import complete, read
-from gns.pairs import Batches, jackknife
-from gns.pairspread import score
-from gns.sets import honest_set, status_of
+from gns.statistics.pairs import Batches, jackknife
+from gns.statistics.pairspread import score
+from gns.statistics.sets import honest_set, status_of
 from tests.reference.tolerances import close
 
 

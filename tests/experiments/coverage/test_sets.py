@@ -9,7 +9,7 @@ from experiments.coverage import sets as module
 from experiments.coverage.noise import DIRECTIONS, LAWS, simulate
 from experiments.coverage.sets import METHODS, clamped_ema, ema_of_ratios, hull, moments_of, statuses
 from gns.estimate import Moments, estimate
-from gns.moments import BETWEEN
+from gns.statistics.moments import BETWEEN
 from gns.sums import StepSums
 from tests.reference import estimators as slow
 from tests.reference.tolerances import close

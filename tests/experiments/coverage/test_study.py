@@ -17,7 +17,7 @@ from experiments.coverage.sets import METHODS, Sets
 from experiments.coverage.study import LEVELS, Cell, cells, measure, run, tally
 from experiments.rows import append, mended, read, write
 from gns.estimate import estimate
-from gns.moments import BETWEEN
+from gns.statistics.moments import BETWEEN
 from gns.sums import StepSums
 
 SMALL = [Cell("gaussian", "1/j", 4, "even", b, k, repeats=6) for b in (5, 500) for k in (10, 20)]

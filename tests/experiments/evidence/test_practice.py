@@ -15,7 +15,7 @@ from experiments.evidence.practice import (
 )
 from experiments.evidence.readout import read_out
 from experiments.evidence.tuned import tuned
-from gns.calibration import parsed
+from gns.advising.calibration import parsed
 from tests.experiments.evidence.test_tuned import rows
 
 

@@ -8,7 +8,7 @@ from experiments.configs import RunError
 from experiments.tasks import TASKS, Item, encoded, task
 from experiments.tasks.items import Rows, prompt_ids, take, with_dials
 from gns.corpus import base_model_path
-from gns.data import NO_LOSS
+from gns.finetuning.data import NO_LOSS
 
 LONG = Item("Add 1 and 2.\n", "1 + 2 = 3\n#### 3")
 SHORT = Item("Q", "A")

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gns import throughput
 from gns.advice import advise
-from gns.capacity import Capacity, first_epoch_bits
+from gns.advising import throughput
+from gns.advising.capacity import Capacity, first_epoch_bits
+from gns.advising.throughput import Speed, Throughput
 from gns.coverage import Coverage
 from gns.records import load, read_summary, write_summary
 from gns.report.findings import findings
 from gns.sums import StepSums
-from gns.throughput import Speed, Throughput
 from tests.gns.commands import running
 
 SETTINGS = {

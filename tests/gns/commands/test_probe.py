@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from gns import FrozenEstimate, load
 from gns.commands.probe import FRESH
 from gns.finetune import run
-from gns.preparation import FinetuneConfig, prepare
-from gns.probefile import read_probe
+from gns.finetuning.preparation import FinetuneConfig, prepare
+from gns.finetuning.runfolder import read_config
+from gns.probing.file import read_probe
 from gns.records import RecordsError
-from gns.runfolder import read_config
 from tests.gns import tiny
 
 pytestmark = pytest.mark.usefixtures("undrawn")  # a probe's figures: `tests/gns/report/test_write.py`
@@ -187,7 +187,7 @@ def test_fewer_data_than_asked_for_is_said(gns, home):
 
 
 def test_ctrl_c_writes_what_was_found(gns, small, monkeypatch, tmp_path):
-    from gns.frozenrun import Run
+    from gns.probing.run import Run
 
     feed, fed = Run.feed, []
 

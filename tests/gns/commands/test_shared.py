@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gns.commands.shared import named_layers, threads_as_in_a_run
-from gns.preparation import BASE, HELD_OUT, FinetuneConfig
+from gns.finetuning.preparation import BASE, HELD_OUT, FinetuneConfig
 
 
 @pytest.mark.parametrize(

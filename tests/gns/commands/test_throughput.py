@@ -4,10 +4,10 @@ from dataclasses import asdict
 
 import pytest
 
-from gns import throughput
-from gns.preparation import FinetuneConfig
-from gns.runfolder import write_config
-from gns.timing import LoraTrial
+from gns.advising import throughput
+from gns.finetuning.preparation import FinetuneConfig
+from gns.finetuning.runfolder import write_config
+from gns.finetuning.timing import LoraTrial
 from tests.gns import tiny
 from tests.gns.commands import running
 
@@ -19,7 +19,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """Two timed steps a batch size; how many there are is `tests/gns/test_throughput.py`'s."""
+    """Two timed steps a batch size; how many there are is `tests/gns/advising/test_throughput.py`'s."""
     monkeypatch.setattr(throughput, "REPEATS", 2)
 
 

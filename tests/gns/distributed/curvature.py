@@ -12,7 +12,8 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gns import GNSMonitor, b_noise, ranks
+from gns import GNSMonitor, b_noise
+from gns.capture import ranks
 from gns.curvature import together
 from tests.gns.small_models import lora, tokens
 

@@ -12,8 +12,9 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gns import GNSMonitor, ranks
-from gns.collect import FOREIGN
+from gns import GNSMonitor
+from gns.capture import ranks
+from gns.capture.collect import FOREIGN
 from tests.gns.distributed.cases import losses, net
 from tests.gns.hiding import Hiding
 

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from gns.collect import FOREIGN
+from gns.capture.collect import FOREIGN
 from gns.reasons import (
     DIFFERENT_GRADIENTS,
     HIDDEN,

@@ -6,7 +6,7 @@ from torch.nn.functional import log_softmax
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
 from gns import GNSCallback
-from gns.data import encode_texts
+from gns.finetuning.data import encode_texts
 from gns.monitor import GNSWarning
 from gns.reasons import LOSS_OUTSIDE, NO_CALL
 from tests.gns import tiny

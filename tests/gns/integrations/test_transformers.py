@@ -9,13 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gns import GNSCallback, GNSMonitor
-from gns.data import Collator, encode_texts
 from gns.estimate import Estimate
+from gns.finetuning.data import Collator, encode_texts
 from gns.integrations.shared import LOGGED, Readings
 from gns.integrations.transformers import next_step
-from gns.live import live
 from gns.monitor import GNSWarning
 from gns.packing import pack, unpack
+from gns.statistics.live import live
 from gns.sums import Layout, StepSums, from_rows
 from tests.gns import tiny
 

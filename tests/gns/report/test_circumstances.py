@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from gns.estimate import estimate
-from gns.moments import SUCCESSIVE
 from gns.report.circumstances import MISSING, circumstances
+from gns.statistics.moments import SUCCESSIVE
 from tests.gns.report.conftest import draw
 
 

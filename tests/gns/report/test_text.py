@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 
 from gns.advice import advise
-from gns.drift import Drift
+from gns.advising.wording import START
 from gns.estimate import STATUSES, Estimate, estimate
 from gns.report.text import basis, outlook, render, signal, verdict
-from gns.wording import START
+from gns.statistics.drift import Drift
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800, steps=(0, 49))
 WORDS = {

@@ -8,19 +8,20 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from gns import load, probe, throughput
+from gns import load, probe
 from gns.advice import advise
-from gns.drift import drift
+from gns.advising import throughput
+from gns.advising.throughput import Speed, Throughput
+from gns.advising.wording import START
 from gns.estimate import estimate, format_count
-from gns.probefile import write_probe
+from gns.probing.file import write_probe
 from gns.records import RecordsError, StepsWriter, read_steps, read_summary
 from gns.report import redraw, write_report
 from gns.report.page import ticked
 from gns.report.text import signal, verdict
+from gns.statistics.drift import drift
+from gns.statistics.views import progress_weighted
 from gns.sums import Layout
-from gns.throughput import Speed, Throughput
-from gns.views import progress_weighted
-from gns.wording import START
 from tests.gns.report.conftest import covered, draw
 
 EVIL = '<script>alert("x")</script>'

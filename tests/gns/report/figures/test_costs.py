@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from gns.advice import advise
+from gns.advising.tradeoff import LAWS
+from gns.advising.wording import DISAGREE
 from gns.estimate import estimate
 from gns.report import figures
-from gns.tradeoff import LAWS
-from gns.wording import DISAGREE
 from tests.gns.report.conftest import texts
 
 

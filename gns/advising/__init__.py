@@ -1,0 +1,1 @@
+"""What stands behind `gns.advice`: laws, ranges, plans and the sentences about them."""

@@ -1,0 +1,1 @@
+"""One optimizer step of a real training: from hook events to sums on the host."""
