@@ -17,7 +17,7 @@ which no number of examples mends, and Y by B_noise/N times as much.
 Spread: probe by probe (each has its own examples; first-order influence) and part by part of the examples for
 H, added. A slow test wants 89 % of its 95 % sets to cover where B_noise is 10 or more. Simulated by its code
 with a flat spectrum, 8 probes and B_noise = 2, they cover in 85 % (16 examples) and 91 % (128) of 1,000.
-Source of both: tests/gns/test_curvature_coverage.py
+Source of both: tests/gns/curvature/test_coverage.py
 """
 
 from __future__ import annotations

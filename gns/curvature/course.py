@@ -6,7 +6,7 @@ at weights that move on, give a set for the average over their points. Readings 
 other's replicates. A single reading on one batch is mostly noise.
 
 A slow test wants the 95 % sets of 4 readings, 8 probes on 16 examples each, to cover in 91 % where B_noise is
-10, 40 or 400. Source: tests/gns/test_curvature_coverage.py
+10, 40 or 400. Source: tests/gns/curvature/test_coverage.py
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from gns.segments import SegmentsOf
 HALF = (torch.bfloat16, torch.float16)
 OWN_RTOL = 1e-4  # between a model's own loss and our token mean: more is another loss
 # Parts of the examples for H: their spread is that of H. Fewer rows in one cost more each; with 2 parts in
-# place of 4 sets cover as before and are wider, high/low 3.8 for 3.4 (simulated, test_curvature_coverage:
+# place of 4 sets cover as before and are wider, high/low 3.8 for 3.4 (simulated, curvature/test_coverage:
 # 128 examples, 16 for H, B_noise = 2).
 PARTS, PART_ROWS = 4, 4
 WHOLE = ("num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # keywords of calls not to be cut

@@ -7,7 +7,7 @@ import numpy as np
 from experiments.configs import RunConfig
 from experiments.evidence.measured import steps_to, target_after
 from gns.curvature.readingsfile import record_of
-from tests.gns.test_curvature_course import reading
+from tests.gns.curvature.test_course import reading
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 N = 2_048

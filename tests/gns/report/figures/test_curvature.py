@@ -8,7 +8,7 @@ import pytest
 from gns.report.figures import course, curvature
 from gns.report.figures.look import png
 from gns.sums import StepSums
-from tests.gns.test_curvature_course import readings
+from tests.gns.curvature.test_course import readings
 
 
 def steps(n, seed=0):
