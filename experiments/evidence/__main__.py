@@ -20,7 +20,7 @@ import matplotlib
 
 from experiments import rows, rowsfile
 from experiments.configs import RunError
-from experiments.evidence import calibrated, figures, front, page, paper, story
+from experiments.evidence import calibrated, figures, front, page, paper, picture, story
 from experiments.evidence.files import BRANCHES, CURVATURE, FOLDER, FROZEN, runs_in
 from experiments.evidence.readout import Readout, read_out
 from experiments.figures.style import LOOK, heading
@@ -63,6 +63,7 @@ def draw(found: Readout, folder: Path) -> list[Path]:
     drawn: dict[str, paper.Drawn] = {}
     with matplotlib.rc_context(LOOK):
         if any(each.noise for each in found.compared.values()):
+            drawn[front.PICTURE] = paper.Drawn(picture.picture(found), front.TITLE)
             figure = figures.referee(found.compared, found.judged)
             drawn["referee"] = paper.Drawn(figure, "Noise scale and critical batch size")
         if found.compared:
@@ -71,8 +72,9 @@ def draw(found: Readout, folder: Path) -> list[Path]:
         if found.frozen:
             figure = figures.frozen(found.frozen)
             drawn["frozen"] = paper.Drawn(figure, "Noise scales at initialisation, nothing trained")
+        said_of = {"frozen": f"{len(found.frozen)} frozen probes.", front.PICTURE: picture.below(found)}
         for name, each in drawn.items():
-            said = below if name != "frozen" else f"{len(found.frozen)} frozen probes."
+            said = said_of.get(name, below)
             heading(each.figure, each.title, said)
         drawn |= paper.figures(found.rows, found.found)
         written = []

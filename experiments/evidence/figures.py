@@ -48,14 +48,14 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
     """
     variants = [v for v in TITLES if any(v in each.noise for each in found.values())]
     figure, (*panels, last) = panels_of(len(variants) + 1, 4, 2.7, (0.6, 1.0))
-    ends = _ends([each.doubled for each in found.values()])
+    ends = ends_of([each.doubled for each in found.values()])
     for axes, variant in zip(panels, variants, strict=True):
         pairs = {
             name: (each.noise[variant], each.doubled) for name, each in found.items() if variant in each.noise
         }
-        across = _ends([noise for noise, _ in pairs.values()])
+        across = ends_of([noise for noise, _ in pairs.values()])
         for name, (noise, critical) in pairs.items():
-            _cross(axes, noise, critical, across, ends, name)
+            cross(axes, noise, critical, across, ends, name)
         constant = judged[variant].constant.value if variant in judged else math.nan
         if math.isfinite(constant):
             line = np.array(across)
@@ -65,12 +65,12 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
             )
         axes.set_xlim(*across)
         axes.set_ylim(*ends)
-        batch_axis(axes, _octaves(across))
-        batch_axis(axes, _octaves(ends), "y")
+        batch_axis(axes, octaves(across))
+        batch_axis(axes, octaves(ends), "y")
         shown = "measured B_crit (rows a step)" if at_left(axes) else ""
         label(axes, "noise scale up to the target (rows)", shown, TITLES[variant])
     last.axis("off")
-    marks = [Line2D([], [], markersize=6, linestyle="none", **_mark(name)) for name in found]
+    marks = [Line2D([], [], markersize=6, linestyle="none", **mark(name)) for name in found]
     last.legend(
         marks,
         list(found),
@@ -87,7 +87,7 @@ def referee(found: Mapping[str, Measured], judged: Mapping[str, Judged]) -> Figu
     return figure
 
 
-def _mark(name: str) -> dict[str, Any]:
+def mark(name: str) -> dict[str, Any]:
     """Give the mark of a configuration, the same in every panel and however many have been run."""
     i = list(CONFIGURATIONS).index(name)
     style = STYLES[i % len(STYLES)]
@@ -164,22 +164,32 @@ def frozen(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _cross(
+def cross(
     axes: Axes,
     x: Estimated,
     y: Estimated,
     across: tuple[float, float],
     up: tuple[float, float],
     name: str,
+    style: Mapping[str, Any] | None = None,
 ) -> None:
-    """One configuration: both numbers with their intervals; open where a number is only bounded."""
-    style = _mark(name)
-    place = [_inside(each.value, ends) for each, ends in ((x, across), (y, up))]
+    """Mark one configuration, both numbers with their intervals; open where a number is only bounded.
+
+    Args:
+        axes: where.
+        x: noise scale.
+        y: critical batch size.
+        across: ends of the axis of x.
+        up: of y.
+        name: of the configuration.
+        style: of its mark; None: its own.
+    """
+    style = dict(style or mark(name))
+    place = [inside(each.value, ends) for each, ends in ((x, across), (y, up))]
     open_ = y.at_least or not (math.isfinite(x.value) and math.isfinite(y.value))
-    axes.plot(
-        [_inside(x.low, across), _inside(x.high, across)], [place[1]] * 2, color=style["color"], linewidth=0.9
-    )
-    axes.plot([place[0]] * 2, [_inside(y.low, up), _inside(y.high, up)], color=style["color"], linewidth=0.9)
+    line = {"color": style["color"], "linewidth": 0.9}
+    axes.plot([inside(x.low, across), inside(x.high, across)], [place[1]] * 2, **line)
+    axes.plot([place[0]] * 2, [inside(y.low, up), inside(y.high, up)], **line)
     style |= {"fillstyle": "none"} if open_ else {}
     axes.plot(*place, markersize=6, linestyle="none", label=name, **style)
 
@@ -209,19 +219,21 @@ def _reading(axes: Axes, at: float, row: Mapping[str, Any], style: Mapping[str, 
     axes.plot(at, row["b_simple"], marker=style["marker"], color=style["color"], markersize=4)
 
 
-def _ends(numbers: Sequence[Estimated]) -> tuple[float, float]:
-    """Room for values and their intervals, up to three octaves beyond a value, in whole octaves."""
+def ends_of(numbers: Sequence[Estimated], reach: float = 8) -> tuple[float, float]:
+    """Room for values and their intervals, up to a factor `reach` beyond a value, in whole octaves."""
     known = [each for each in numbers if 0 < each.value < math.inf]
     if not known:
         return 0.5, 2.0
-    low = min(max(each.low, each.value / 8) for each in known)
-    high = max(min(each.high, each.value * 8) for each in known)
+    low = min(max(each.low, each.value / reach) for each in known)
+    high = max(min(each.high, each.value * reach) for each in known)
     return 2.0 ** math.floor(math.log2(low)), 2.0 ** math.ceil(math.log2(high))
 
 
-def _octaves(ends: tuple[float, float]) -> list[float]:
+def octaves(ends: tuple[float, float]) -> list[float]:
+    """Powers of two between two ends."""
     return [2.0**i for i in range(math.floor(math.log2(ends[0])), math.ceil(math.log2(ends[1])) + 1)]
 
 
-def _inside(value: float, ends: tuple[float, float]) -> float:
+def inside(value: float, ends: tuple[float, float]) -> float:
+    """Put a number between two ends; NaN at the upper one."""
     return ends[1] if math.isnan(value) else min(max(value, ends[0]), ends[1])

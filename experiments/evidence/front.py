@@ -16,7 +16,8 @@ from experiments.evidence.readout import Readout
 from experiments.evidence.sentences import answer, number, percent, shown
 
 NAME = "evidence"  # of the part; see `experiments.markdown.insert`
-PICTURE = "referee.png"
+PICTURE = "front"
+TITLE = "Does the noise scale predict the batch size that pays, and what do rules for it cost?"
 
 
 def insert(found: Readout, folder: Path, pages: Sequence[Path]) -> list[Path]:
@@ -62,10 +63,11 @@ def front(found: Readout, folder: str) -> str:
             for name, (priced, curves) in found.priced.items()
             if name != schedule
         ]
-    if found.compared:
+    if any(each.noise for each in found.compared.values()):
         parts.append(
-            f"![Measured critical batch size over the noise scale at N = {SIZE:,}, a point a configuration, "
-            f"intervals on both axes]({folder}/{PICTURE})"
+            f"![Left: measured critical batch size over the noise scale at N = {SIZE:,}, a point a "
+            "configuration. Middle and right: test loss that each rule for the batch size gives away, and "
+            f"the optimizer steps it takes, with 95 % intervals]({folder}/{PICTURE}.png)"
         )
     return "\n\n".join(parts)
 

@@ -34,7 +34,7 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     main(["--folder", str(tmp_path), "--pages", str(other)])
     text = (tmp_path / "README.md").read_text()
     short = other.read_text()
-    assert short.startswith("before\n") and short.endswith("\nafter") and "](../referee.png)" in short
+    assert short.startswith("before\n") and short.endswith("\nafter") and "](../front.png)" in short
     assert "from 4 of 16 configurations" in short and "| smaller is better | 1 |" in short
     assert "from 4 of 16 configurations" in text
     assert "Not run yet: noise 0.5; merged" in text and "No branched runs yet: reference" in text
@@ -45,7 +45,7 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     assert "| P8 | B_crit, rank 64 over rank 4 |" in text
     assert "Each has 2 seeds. All draw adapters alone and share data and their order" in text
     assert "nan" not in text and "inf" not in text
-    for name in ("referee", "efficiency", "frozen"):
+    for name in ("front", "referee", "efficiency", "frozen"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert f"({name}.png)" in text
 
