@@ -100,7 +100,7 @@ def elsewhere(schedule: str, priced: Sequence[Price], configurations: int) -> st
         if each.rule in (BY_NOISE, BY_FITTED, SMALLEST):
             answered = not math.isnan(each.answers.value)
             more = f" and right answers to {percent(each.answers)} of the problems" if answered else ""
-            own = f" ({each.note.partition(':')[0]})" if each.note else ""  # k is another there
+            own = "" if math.isnan(each.constant) else f" (k = {each.constant:.2g})"  # another one there
             said.append(f"{each.rule}{own}: {shown(each.regret)} nat{more}")
     where = f"under a {schedule} learning rate, over {configurations} configurations"
     return f"Given away {where}: {'; '.join(said)}."

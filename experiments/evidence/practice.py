@@ -23,6 +23,7 @@ BY_PROXY = "best batch of the smallest model at the lowest rank, same data"
 BY_NOISE = "B_simple as it is read"
 BY_FITTED = "k · B_simple, k from the other configurations"
 SMALLEST = "smaller is better"
+OF_CONSTANT = "B_max over B_simple of the whole run, and so about 1 × the steps by construction"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Price:
         used: configurations.
         of: all.
         answers: share of right answers at the best batch less that at its own; NaN where none were asked for.
-        note: what a reader must know of it.
+        constant: k, where B_simple is multiplied by one; else NaN.
     """
 
     rule: str
@@ -52,7 +53,14 @@ class Price:
     used: int
     of: int
     answers: Estimated
-    note: str = ""
+    constant: float = math.nan
+
+    @property
+    def note(self) -> str:
+        """What a reader must know of it; "" where there is nothing."""
+        if math.isnan(self.constant):
+            return ""
+        return f"k = {self.constant:.2g}: {OF_CONSTANT}"
 
 
 def prices(found: Sequence[Curve]) -> list[Price]:
@@ -90,18 +98,15 @@ def _priced(
     if not used:
         return None
     curves, batches = [found[i] for i in used], [chosen[i] for i in used]
-    others, note = None, ""
+    others, k = None, math.nan
     if drawn is not None:
         others, k = [drawn[i] for i in used], math.exp(np.nanmean(_harmless_over_noise(found)))
-        note = (
-            f"k = {k:.2g}: B_max over B_simple of the whole run, and so about 1 × the steps by construction"
-        )
     mean, own = regret(curves, batches, others=others)
     inside = [_inside(each, b) for each, b in zip(curves, batches, strict=True)]
     batch = float(np.exp(np.mean(np.log(inside))))
     steps = _steps(curves, inside, others)
     answers = answers_lost(curves, batches)
-    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), answers, note)
+    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), answers, k)
 
 
 def _steps(

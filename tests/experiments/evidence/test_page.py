@@ -54,7 +54,7 @@ def test_the_front_says_in_a_sentence_what_rules_cost_under_another_schedule():
     nan, some = Estimated(math.nan, math.nan, math.nan), Estimated(0.25, 0.125, 0.5)
     price = Price(BY_NOISE, some, 0.5, some, 8.0, "one", 3, 3, Estimated(0.5, 0.25, 0.75))
     others = (
-        replace(price, rule=SMALLEST, answers=nan, note="k = 0.25: as it is"),
+        replace(price, rule=SMALLEST, answers=nan, constant=0.25),
         replace(price, rule="16, always"),
     )
     assert elsewhere("cosine", [price, *others], 3) == (
