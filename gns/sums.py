@@ -192,8 +192,8 @@ class StepSums:
     def _of_rows(self, rows: np.ndarray) -> StepSums:
         assert self.rows is not None
         m, q = self.rows[rows].sum(axis=0, dtype=np.float64)
-        part = replace(self, **_FEWER, mean_sq_norm=float(m), sq_norm_of_mean=float(q))
-        return replace(part, rows=None, layout=None)
+        sums = {"mean_sq_norm": float(m), "sq_norm_of_mean": float(q)}
+        return replace(self, **_FEWER, **sums, rows=None, layout=None)
 
     def without(self, names: Iterable[str], layout: Layout | None = None) -> StepSums:
         """Give the same step with some parameters left out of both sums.

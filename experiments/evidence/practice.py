@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,25 +70,30 @@ def prices(found: Sequence[Curve]) -> list[Price]:
     without an answer in a configuration (no noise scale was found there, no smaller proxy was run) is not
     priced in it.
     """
+    largest = [largest_within(each, DELTA) for each in found]
+    logs = _harmless_over_noise(found, largest)
     choices: dict[str, tuple[list[float], str]] = {
         BY_PROXY: ([_by_proxy(found, each) for each in found], _grid_runs(found)),
         BY_NOISE: ([_noise(each) for each in found], "one"),
-        BY_FITTED: (_fitted(found), "one, once k is known"),
+        BY_FITTED: (_fitted(found, logs), "one, once k is known"),
         SMALLEST: ([float(each.batches[0]) for each in found], "none"),
     }
     for batch in DEFAULTS:
         choices[f"{batch}, always"] = [float(batch)] * len(found), "none"
-    refitted = _refitted(found)
-    priced = (
-        _priced(rule, found, chosen, runs, refitted if rule == BY_FITTED else None)
-        for rule, (chosen, runs) in choices.items()
-    )
-    return [each for each in priced if each is not None]
+    made = []
+    for rule, (chosen, runs) in choices.items():
+        drawn = _refitted(found, logs) if rule == BY_FITTED else None
+        priced = _priced(rule, found, largest, chosen, runs, drawn)
+        if priced is not None:
+            k = math.exp(np.nanmean(logs)) if rule == BY_FITTED else math.nan
+            made.append(replace(priced, constant=k))
+    return made
 
 
 def _priced(
     rule: str,
     found: Sequence[Curve],
+    largest: Sequence[Estimated],
     chosen: Sequence[float],
     runs: str,
     drawn: Sequence[Floats] | None = None,
@@ -98,22 +103,23 @@ def _priced(
     if not used:
         return None
     curves, batches = [found[i] for i in used], [chosen[i] for i in used]
-    others, k = None, math.nan
-    if drawn is not None:
-        others, k = [drawn[i] for i in used], math.exp(np.nanmean(_harmless_over_noise(found)))
+    others = None if drawn is None else [drawn[i] for i in used]
     mean, own = regret(curves, batches, others=others)
     inside = [_inside(each, b) for each, b in zip(curves, batches, strict=True)]
     batch = float(np.exp(np.mean(np.log(inside))))
-    steps = _steps(curves, inside, others)
+    steps = _steps(curves, [largest[i] for i in used], inside, others)
     answers = answers_lost(curves, batches)
-    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), answers, k)
+    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), answers)
 
 
 def _steps(
-    found: Sequence[Curve], batches: Sequence[float], others: Sequence[Floats] | None = None, seed: int = 0
+    found: Sequence[Curve],
+    largest: Sequence[Estimated],
+    batches: Sequence[float],
+    others: Sequence[Floats] | None = None,
+    seed: int = 0,
 ) -> Estimated:
     """Geometric mean of B_max(δ)/B, with replicates over configurations, seeds and the rule's choices."""
-    largest = [largest_within(each, DELTA) for each in found]
     own = np.array([_inside(c, at.value) / b for c, at, b in zip(found, largest, batches, strict=True)])
     random = np.random.default_rng(seed)
     draws = np.empty(DRAWS)
@@ -158,18 +164,16 @@ def _noise(found: Curve) -> float:
     return math.nan if read is None or math.isinf(read.value) else read.value
 
 
-def _harmless_over_noise(found: Sequence[Curve]) -> Floats:
+def _harmless_over_noise(found: Sequence[Curve], largest: Sequence[Estimated]) -> Floats:
     """[K], log of B_max(δ) over B_simple of the whole run; NaN where one of the two was not found."""
     noise = np.array([_noise(each) for each in found])
-    largest = np.array([largest_within(each, DELTA).value for each in found])
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(largest / noise)
+        logs = np.log(np.array([each.value for each in largest]) / noise)
     return np.where(np.isfinite(logs), logs, math.nan)
 
 
-def _fitted(found: Sequence[Curve]) -> list[float]:
+def _fitted(found: Sequence[Curve], logs: Floats) -> list[float]:
     """Give k · B_simple, k the geometric mean of B_max(δ)/B_simple over the others; NaN without two."""
-    logs = _harmless_over_noise(found)
     chosen = []
     for i, each in enumerate(found):
         others = np.delete(logs, i)
@@ -178,9 +182,9 @@ def _fitted(found: Sequence[Curve]) -> list[float]:
     return chosen
 
 
-def _refitted(found: Sequence[Curve], seed: int = 0) -> list[Floats]:
+def _refitted(found: Sequence[Curve], logs: Floats, seed: int = 0) -> list[Floats]:
     """[K] of [R], the same with k fitted to others drawn with replacement; empty where there are none."""
-    logs, random = _harmless_over_noise(found), np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     made = []
     for i, each in enumerate(found):
         others = np.delete(logs, i)
