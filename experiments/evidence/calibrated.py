@@ -32,7 +32,7 @@ def calibrations(found: Readout) -> list[Calibration]:
     if SCHEDULE in found.harmless:
         _, curves = found.priced[SCHEDULE]
         bases = {each.cell.fields["base"] for each in curves}
-        made += _calibration(HARMLESS, found.harmless[SCHEDULE], bases, None)
+        made += _calibration(HARMLESS, found.harmless[SCHEDULE].scale, bases, None)
     return made
 
 

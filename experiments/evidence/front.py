@@ -55,8 +55,8 @@ def front(found: Readout, folder: str) -> str:
             "intervals:"
         )
         parts.append(prices(priced))
-        if schedule in found.harmless and math.isfinite(found.harmless[schedule].constant.value):
-            parts.append(taken_as_it_is(found.harmless[schedule]))
+        if schedule in found.harmless and math.isfinite(found.harmless[schedule].scale.constant.value):
+            parts.append(taken_as_it_is(found.harmless[schedule].scale))
         parts += [f"{each.rule}: {each.note}." for each in priced if each.note]
         parts += [
             elsewhere(name, priced, len(curves))

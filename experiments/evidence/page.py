@@ -100,20 +100,31 @@ def harmless_table(found: Readout) -> str:
     lines = [
         (
             schedule,
+            WORDS[each.predictor],
             shown(each.correlation),
             shown(each.constant),
             percent(each.share),
+            number(each.off.value),
             f"{each.pairs} of {each.of}",
             each.verdict,
         )
-        for schedule, each in found.harmless.items()
+        for schedule, (scale, fixed, _) in found.harmless.items()
+        for each in (scale, fixed)
     ]
-    head = ("schedule", "rank correlation", "constant", "within a factor of two", "pairs", "verdict")
+    head = ("schedule", "predictor", "rank correlation", "constant", "within a factor of two", "off", "pairs")
     words = (
         f"B_simple of factor B over the whole run beside B_max({DELTA}), the largest batch whose loss after "
         "one epoch is within that of the best, in nats; open ends are left out."
     )
-    return f"{words}\n\n{table(head, lines)}" if lines else f"{words} Not measured."
+    if not lines:
+        return f"{words} Not measured."
+    gains = [
+        f"under a {schedule} learning rate {shown(each.gain)} times"
+        for schedule, each in found.harmless.items()
+        if not math.isnan(each.gain.value)
+    ]
+    said = f"\n\nB_simple misses {' and '.join(gains)} the factor by which one batch size for all does."
+    return f"{words}\n\n{table((*head, 'verdict'), lines)}{said if gains else ''}"
 
 
 def judged_table(judged: Mapping[str, Judged]) -> str:

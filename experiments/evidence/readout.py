@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.analysis.agreement import heterogeneity
 from experiments.analysis.cells import Row
@@ -19,6 +19,20 @@ from experiments.evidence.predictions import Prediction, predictions
 from experiments.evidence.tuned import tuned
 
 BY_SIZE, BY_DEFAULT = "c · N", "a constant"
+
+
+class Harmless(NamedTuple):
+    """What predicts the largest batch within `DELTA` of the best, of whole runs under one schedule.
+
+    Args:
+        scale: B_simple of factor B.
+        fixed: one batch size for all.
+        gain: the factor by which B_simple is off where one batch size for all is off by one.
+    """
+
+    scale: Judged
+    fixed: Judged
+    gain: Estimated
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,8 @@ class Readout:
         commits: that the rows name.
         branched: configuration → largest batch that branches went on at for free.
         gains: rival → the factor by which B_simple is off where the rival is off by one, at N = `SIZE`.
-        harmless: schedule → B_simple beside the largest batch within `DELTA` of the best, of whole runs.
+        harmless: schedule → B_simple and its rival beside the largest batch within `DELTA` of the best, of
+            whole runs.
     """
 
     found: Mapping[str, Mapping[int, Measured]]
@@ -57,7 +72,7 @@ class Readout:
     commits: Sequence[str]
     branched: Mapping[str, Estimated]
     gains: Mapping[str, Estimated]
-    harmless: Mapping[str, Judged]
+    harmless: Mapping[str, Harmless]
 
     @property
     def compared(self) -> dict[str, Measured]:
@@ -207,8 +222,11 @@ def _gains(found: Mapping[str, Mapping[int, Measured]]) -> dict[str, Estimated]:
     return made
 
 
-def judged_harmless(curves: Sequence[Curve]) -> Judged:
-    """Set the noise scale of whole runs beside the largest batch within `DELTA` of the best."""
+def judged_harmless(curves: Sequence[Curve]) -> Harmless:
+    """Set the noise scale of whole runs, and one batch for all, beside the largest harmless batch."""
     pairs = [(noise, each) for each in curves if (noise := whole_run(each.cell)) is not None]
-    largest = [largest_within(each, DELTA) for _, each in pairs]
-    return judge(PRIMARY, [noise for noise, _ in pairs], largest)
+    noise, largest = [each for each, _ in pairs], [largest_within(each, DELTA) for _, each in pairs]
+    one = [_rival(BY_DEFAULT, SIZE)] * len(pairs)
+    return Harmless(
+        judge(PRIMARY, noise, largest), judge(BY_DEFAULT, one, largest), gain(noise, one, largest)
+    )

@@ -13,9 +13,10 @@ from experiments.evidence.__main__ import main
 from experiments.evidence.configurations import CONFIGURATIONS
 from experiments.evidence.front import elsewhere, front, taken_as_it_is
 from experiments.evidence.measured import measured
+from experiments.evidence.page import harmless_table
 from experiments.evidence.practice import BY_NOISE, SMALLEST, Price
 from experiments.evidence.readout import read_out
-from experiments.evidence.sentences import of_seeds, percent
+from experiments.evidence.sentences import of_seeds, percent, shown
 from experiments.markdown import marks
 from tests.experiments.evidence.synthetic import rows
 from tests.experiments.evidence.test_practice import bowls
@@ -41,7 +42,8 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     assert "a predictor without error would show about" in short
     assert "Their critical batch sizes do differ (p = " in short and "; their noise scales do (p = " in short
     assert "times the factor by which one batch size for all does." in short
-    assert "| constant | " in text.partition("## Predictors of the largest harmless batch")[2]
+    harmless = text.partition("## Predictors of the largest harmless batch")[2]
+    assert "| constant | B_simple, factor B" in harmless and "| constant | rival: one batch" in harmless
     assert "| P8 | B_crit, rank 64 over rank 4 |" in text
     assert "Each has 2 seeds. All draw adapters alone and share data and their order" in text
     assert "nan" not in text and "inf" not in text
@@ -74,8 +76,18 @@ def test_the_front_says_what_the_noise_scale_is_worth_as_a_batch_size():
     assert "taken as a batch size" not in front(read_out(rows(8.0), []), "there")
 
 
+def test_the_noise_scale_is_set_beside_one_batch_for_all_as_a_predictor_of_the_harmless_batch():
+    """B_max is four times B_simple, and spans three octaves: the one is exact, the other is not."""
+    beside = read_out(bowls(), []).harmless["cosine"]
+    assert beside.scale.off.value == pytest.approx(1, rel=0.05) and beside.fixed.off.value > 1.5
+    assert beside.gain.value == pytest.approx(beside.scale.off.value / beside.fixed.off.value)
+    table = harmless_table(read_out(bowls(), []))
+    assert f"under a cosine learning rate {shown(beside.gain)} times the factor" in table
+    assert "misses" not in harmless_table(read_out(rows(8.0), []))
+
+
 def test_the_ends_of_a_reciprocal_change_places():
-    found = read_out(bowls(), []).harmless["cosine"]
+    found = read_out(bowls(), []).harmless["cosine"].scale
     said = taken_as_it_is(replace(found, constant=Estimated(0.2, 0.1, 0.5)))
     assert "is 5 (2 … 10) times the largest batch" in said
 
@@ -132,8 +144,8 @@ def test_a_configuration_has_one_mark_in_every_panel_whichever_others_are_there(
     some = {name: each for name, each in every.items() if name != "rank 4"}
     lacking = replace(every["merged"], noise={"B": every["merged"].noise["B"]})
     seen: dict[str, set] = {}
-    for shown in (every, some, {"merged": lacking, "rank 4": every["rank 4"]}):
-        for axes in figures.referee(shown, {}).axes:
+    for these in (every, some, {"merged": lacking, "rank 4": every["rank 4"]}):
+        for axes in figures.referee(these, {}).axes:
             for line in axes.get_lines():
                 if line.get_label() in CONFIGURATIONS:
                     seen.setdefault(line.get_label(), set()).add((line.get_marker(), line.get_color()))

@@ -246,7 +246,7 @@ def test_a_readout_of_several_configurations():
     assert found.over_sizes["B"].of == 12
     for rival, of in ((BY_DEFAULT, found.judged), (BY_SIZE, found.over_sizes)):
         assert found.gains[rival].value == pytest.approx(of["B"].off.value / of[rival].off.value)
-    assert found.gains[BY_DEFAULT].value < 1 and not found.harmless["constant"].bounds
+    assert found.gains[BY_DEFAULT].value < 1 and not found.harmless["constant"].scale.bounds
 
 
 def test_b_noise_is_judged_under_sgd_and_shown_under_adamw():
