@@ -3,8 +3,10 @@
     python -m experiments.evidence.seeds laptop-critical            # presets/laptop-critical-seeds.toml
     python -m experiments.sweep --preset laptop-critical-seeds
     python -m experiments.evidence.seeds laptop-critical --edges    # presets/laptop-critical-edges.toml
+    python -m experiments.evidence.seeds laptop-critical --together # presets/laptop-critical-together.toml
 
-With --edges: where the best learning rate of a batch that arrived is the last of its grid, one beyond it.
+With --edges: where the best learning rate of a batch that arrived is the last of its grid, one beyond it, in
+the seeds of the preset; with --together: the same of all seeds that the configuration has.
 
 The learning rates are halved, never the batch sizes: at each batch size the best one and its two neighbours
 go on. A rate that is left behind is no result any more, but the grid counts as having gone there. New seeds
@@ -47,6 +49,12 @@ ABOUT = {
 # more by √2 (PREREGISTRATION.md, grid).""",
         "rates beyond the grid",
         "Is the best learning rate of these batch sizes beyond those that were tried?",
+    ),
+    "together": (
+        """where the learning rate that was first at the target of N = {n:,} in all seeds together was the
+# last that all of them have, one more by √2 (PREREGISTRATION.md, grid).""",
+        "rates beyond those of all seeds",
+        "Is the best learning rate of these batch sizes beyond those that all seeds have?",
     ),
 }
 HEAD = """\
@@ -236,11 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.evidence.seeds", description="More seeds.")
     parser.add_argument("preset", help="whose runs are committed, e.g. laptop-critical")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--edges", action="store_true", help="rates beyond the grid, of the seeds there are")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--edges", action="store_true", help="rates beyond the grid, of the preset's seeds")
+    kinds.add_argument("--together", action="store_true", help="the same, of all seeds that there are")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the committed rows")
     parser.add_argument("--out", type=Path, help="file to write (default: presets/NAME-seeds.toml)")
     asked = parser.parse_args(arguments)
-    kind = "edges" if asked.edges else "seeds"
+    kind = "together" if asked.together else "edges" if asked.edges else "seeds"
     source = asked.folder / f"{asked.preset}.jsonl.gz"
     out = asked.out or grids.FOLDER / f"{asked.preset}-{kind}.toml"
     try:
@@ -251,6 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise RunError(f"{source}: no rows of a preregistered configuration")
         every, runs = named(runs_in(asked.folder)), {}
         for name, own in grids_of.items():
+            if asked.together:
+                runs[name] = beyond(every[name], every[name])
+                continue
             part = of_the_seeds(every[name], own)
             runs[name] = beyond(part, own) if asked.edges else more(part, asked.seeds)
         runs = {name: part for name, part in runs.items() if part}

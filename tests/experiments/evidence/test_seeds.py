@@ -102,16 +102,38 @@ def test_an_edge_is_extended_by_one_rate_where_runs_arrived(tmp_path):
     assert {c.hash for c in preset.configs} == {c.hash for c in found} and "beyond the grid" in preset.title
 
 
+def other_seeds(own, rates):
+    """The same results of seeds 2 and 3, on other data."""
+    return [
+        row | {"hash": c.hash, "config": c.to_dict()}
+        for row in own
+        if row["config"]["lr"] in rates
+        for c in [RunConfig.of(row["config"] | {"seed": row["config"]["seed"] + 2, "data_seed": 2})]
+    ]
+
+
+def test_an_edge_of_all_seeds_together_is_extended_for_all_of_them(tmp_path):
+    """Seeds 2 and 3 have three of the five rates, and the best of all is the last that they have."""
+    own = swept(1.4e-3)
+    rows.write(tmp_path / "some.jsonl.gz", own)
+    rows.write(tmp_path / "some-seeds.jsonl.gz", other_seeds(own, RATES[1:4]))
+    out = tmp_path / "new.toml"
+    with pytest.raises(SystemExit):  # two of the seeds have gone beyond it, and found worse
+        seeds.main(["some", "--together", "--folder", str(tmp_path), "--out", str(out)])
+    own = swept(2e-3)
+    rows.write(tmp_path / "some.jsonl.gz", own)
+    rows.write(tmp_path / "some-seeds.jsonl.gz", other_seeds(own, RATES[2:]))
+    seeds.main(["some", "--together", "--folder", str(tmp_path), "--out", str(out)])
+    configs = grids.load(out).configs
+    assert {(c.seed, c.data_seed) for c in configs} == {(0, 0), (1, 0), (2, 2), (3, 2)}
+    assert {c.lr for c in configs} == {2.83e-3} and "all seeds" in grids.load(out).title
+
+
 def test_what_other_seeds_did_does_not_change_a_preset(tmp_path):
     """Run again once its own runs are committed: the same preset, for the seeds of the grid."""
     own = swept(2e-3)
     rows.write(tmp_path / "some.jsonl.gz", own)
-    later = [row for row in own if row["config"]["lr"] >= 1e-3]
-    later = [
-        row | {"hash": c.hash, "config": c.to_dict()}
-        for row in later
-        for c in [RunConfig.of(row["config"] | {"seed": row["config"]["seed"] + 2, "data_seed": 2})]
-    ]
+    later = other_seeds(own, RATES[2:])
     for kind in ([], ["--edges"]):
         made = []
         for there in ([], later):
