@@ -177,8 +177,8 @@ def _finetune(config: FinetuneConfig, out: Path, *, resume: bool) -> None:
     Raises:
         Exit: the run was interrupted.
     """
+    from gns.commands.display import Display
     from gns.finetune import run
-    from gns.finetuning.display import Display
 
     with Display() as display:
         result = run(config, out, resume=resume, watcher=display)

@@ -54,11 +54,16 @@ DOWNSTREAM = (
     "advice",
     "records",
     "report",
-    "display",
     "cli",
     "commands",
     "finetune",
+    "finetuning",
     "integrations",
+    "advising",
+    "probing",
+    "frozen",
+    "hessian",
+    "curvature",
 )
 PURE = (  # no torch in them
     "gns.boundary",
@@ -199,6 +204,8 @@ def test_no_back_edge_along_the_data_flow():
     for line in FLOW:
         for name in line:
             assert name in found, f"{name} has gone: correct FLOW in this file"
+    for name in DOWNSTREAM:
+        assert f"gns.{name}" in found, f"gns.{name} has gone: correct DOWNSTREAM in this file"
     assert not against_the_flow(found)
 
 
@@ -209,6 +216,8 @@ def test_no_back_edge_along_the_data_flow():
         ("gns.rules.linear", "gns.reducers"),
         ("gns.reducers", "gns.report.text"),
         ("gns.sums", "gns.monitor"),
+        ("gns.sums", "gns.advising.ranges"),
+        ("gns.taps", "gns.curvature.result"),
         ("gns.boundary", "gns.capture.collect"),
     ],
 )

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from experiments.analysis.cells import Floats
 from experiments.analysis.curves import Curve, Estimated
 from experiments.analysis.resampling import DRAWS, LEVEL, interval
 
+NARROW = 0.1  # of half an interval: the least that a side counts, for a value may lie at its end
 FAR = 4.0  # of a log ratio: a miss, however much further; infinite ones would take all others along
 
 
@@ -149,8 +150,11 @@ def calibration(
 def heterogeneity(found: Sequence[Estimated]) -> tuple[float, int]:
     """Ask whether numbers differ by more than their intervals: Cochran's Q of their logarithms.
 
+    An interval may reach further to one side: what counts is the side on which the common value lies, the one
+    that makes Q least.
+
     Args:
-        found: positive numbers; the interval of each is taken as that of a lognormal. Bounds and open
+        found: positive numbers; each side of an interval is taken as that of a lognormal. Bounds and open
             intervals are left out.
 
     Returns:
@@ -159,11 +163,17 @@ def heterogeneity(found: Sequence[Estimated]) -> tuple[float, int]:
     closed = [e for e in found if _positive(e) and 0 < e.low < e.high < math.inf and not e.at_least]
     if len(closed) < 2:
         return math.nan, len(closed)
-    width = 2 * stats.norm.ppf((1 + LEVEL) / 2)
-    weights = np.array([(width / math.log(e.high / e.low)) ** 2 for e in closed])
-    logs = np.log([e.value for e in closed])
-    q = float(weights @ (logs - weights @ logs / weights.sum()) ** 2)
-    return float(stats.chi2.sf(q, len(closed) - 1)), len(closed)
+    width = stats.norm.ppf((1 + LEVEL) / 2)
+    low, logs, high = np.log([(e.low, e.value, e.high) for e in closed]).T
+    least = NARROW * (high - low) / 2
+    below, above = np.maximum(logs - low, least) / width, np.maximum(high - logs, least) / width
+
+    def q(common: float) -> float:
+        return float((((logs - common) / np.where(common < logs, below, above)) ** 2).sum())
+
+    ends = float(logs.min()), float(logs.max())
+    found_q = q(ends[0]) if ends[0] == ends[1] else optimize.minimize_scalar(q, bounds=ends).fun
+    return float(stats.chi2.sf(found_q, len(closed) - 1)), len(closed)
 
 
 def _left_out(logs: Floats, of: NDArray[np.intp], exact: NDArray[np.bool_]) -> Floats:

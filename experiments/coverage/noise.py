@@ -131,7 +131,7 @@ def simulate(law: str, spectrum: str, n: int, repeats: int, steps: int, seed: in
         KeyError: `law` or `spectrum` is unknown.
         ValueError: n is below 2.
 
-    Slow twin: tests/experiments/test_noise.py draws examples and adds them up one by one.
+    Slow twin: tests/experiments/coverage/test_noise.py draws examples and adds them up one by one.
     """
     rng, total = np.random.default_rng(np.random.SeedSequence(seed)), repeats * steps
     loadings = np.stack(list(DIRECTIONS.values()), axis=1).astype(np.float32)

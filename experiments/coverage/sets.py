@@ -53,7 +53,7 @@ def hull(x: np.ndarray, y: np.ndarray, levels: Sequence[float]) -> Sets:
     Returns:
         The sets.
 
-    Slow twin: `gns.estimate.estimate`, run by run, in tests/experiments/test_sets.py.
+    Slow twin: `gns.estimate.estimate`, run by run, in tests/experiments/coverage/test_sets.py.
     """
     return hull_of(moments_of(x, y), levels)
 

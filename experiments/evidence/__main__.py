@@ -63,7 +63,7 @@ def draw(found: Readout, folder: Path) -> list[Path]:
     drawn: dict[str, paper.Drawn] = {}
     with matplotlib.rc_context(LOOK):
         if any(each.noise for each in found.compared.values()):
-            drawn[front.PICTURE] = paper.Drawn(picture.picture(found), front.TITLE)
+            drawn[front.PICTURE] = paper.Drawn(picture.picture(found), picture.title(found))
             figure = figures.referee(found.compared, found.judged)
             drawn["referee"] = paper.Drawn(figure, "Noise scale and critical batch size")
         if found.compared:

@@ -13,11 +13,10 @@ from experiments.evidence.configurations import SIZE
 from experiments.evidence.judged import Judged
 from experiments.evidence.practice import BY_FITTED, BY_NOISE, DELTA, SMALLEST, Price
 from experiments.evidence.readout import Readout
-from experiments.evidence.sentences import answer, number, percent, shown
+from experiments.evidence.sentences import answer, harmless_gains, number, percent, shown
 
 NAME = "evidence"  # of the part; see `experiments.markdown.insert`
 PICTURE = "front"
-TITLE = "Does the noise scale predict the batch size that pays, and what do rules for it cost?"
 
 
 def insert(found: Readout, folder: Path, pages: Sequence[Path]) -> list[Path]:
@@ -56,7 +55,8 @@ def front(found: Readout, folder: str) -> str:
         )
         parts.append(prices(priced))
         if schedule in found.harmless and math.isfinite(found.harmless[schedule].scale.constant.value):
-            parts.append(taken_as_it_is(found.harmless[schedule].scale))
+            said = (taken_as_it_is(found.harmless[schedule].scale), harmless_gains(found))
+            parts.append(" ".join(each for each in said if each))
         parts += [f"{each.rule}: {each.note}." for each in priced if each.note]
         parts += [
             elsewhere(name, priced, len(curves))
@@ -64,11 +64,13 @@ def front(found: Readout, folder: str) -> str:
             if name != schedule
         ]
     if any(each.noise for each in found.compared.values()):
-        parts.append(
-            f"![Left: measured critical batch size over the noise scale at N = {SIZE:,}, a point a "
+        shows = (
+            f"Left: measured critical batch size over the noise scale at N = {SIZE:,}, a point a "
             "configuration. Middle and right: test loss that each rule for the batch size gives away, and "
-            f"the optimizer steps it takes, with 95 % intervals]({folder}/{PICTURE}.png)"
+            "the optimizer steps it takes, with 95 % intervals"
         )
+        shows = shows if found.priced else shows.partition(" Middle")[0]
+        parts.append(f"![{shows}]({folder}/{PICTURE}.png)")
     return "\n\n".join(parts)
 
 

@@ -145,10 +145,11 @@ def noise_scale(
         seen: what was read of these rows for another variant; what is read now is added.
 
     Returns:
-        Rows a step; NaN where a seed found no positive value. None where nothing was measured.
+        Rows a step; NaN where a seed found no positive value. None where nothing was measured, or in Adam's
+        metric in other runs than those of the first noise scale.
     """
     chosen = reference_runs(rows, examples, "adam" if variant == SECOND else "euclidean")
-    if not chosen:
+    if not chosen or (variant == SECOND and _of_other_runs(chosen, reference_runs(rows, examples))):
         return None
     seen = {} if seen is None else seen
     for row in chosen:
@@ -178,6 +179,12 @@ def _best_rate(examples: Efficiency) -> float | None:
     """The learning rate that is first at the target at the reference batch; None where it was not run."""
     there = list(examples.batches)
     return float(examples.rates[there.index(REFERENCE)]) if REFERENCE in there else None
+
+
+def _of_other_runs(chosen: Sequence[Row], first: Sequence[Row]) -> bool:
+    """Whether readings are of other seeds, or of another learning rate, than those they are set beside."""
+    places = [{(_seed(row), row["config"]["lr"]) for row in of} for of in (chosen, first)]
+    return bool(first) and places[0] != places[1]
 
 
 def pooled(

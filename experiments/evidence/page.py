@@ -8,12 +8,21 @@ from collections.abc import Mapping, Sequence
 from experiments.analysis.curves import Estimated
 from experiments.evidence.configurations import SIZE
 from experiments.evidence.judged import Judged
-from experiments.evidence.measured import PRIMARY, VARIANTS, Measured
+from experiments.evidence.measured import CURVED, PRIMARY, SECOND, VARIANTS, Measured
 from experiments.evidence.paper import Drawn
 from experiments.evidence.practice import DELTA, Price
 from experiments.evidence.predictions import Prediction
 from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
-from experiments.evidence.sentences import answer, beside, number, of_bounds, of_seeds, percent, shown
+from experiments.evidence.sentences import (
+    answer,
+    beside,
+    harmless_gains,
+    number,
+    of_bounds,
+    of_seeds,
+    percent,
+    shown,
+)
 from experiments.markdown import table
 
 WORDS = {
@@ -25,6 +34,10 @@ WORDS = {
     "B_noise": "B_noise, on the way (exploratory)",
     BY_SIZE: "rival: proportional to the data",
     BY_DEFAULT: "rival: one batch size for all",
+}
+HARMLESS = {  # registered for a cosine alone
+    "cosine": WORDS["B"],
+    "constant": "B_simple, factor B (exploratory)",
 }
 ANSWERED = (
     "Right answers given away: share of exact matches at the best batch less that at the rule's, paired item "
@@ -77,7 +90,7 @@ def page(found: Readout, drawn: Mapping[str, Drawn]) -> str:
         )
     if found.compared:
         parts += [f"## Configurations, at N = {SIZE:,}", configurations_table(found.compared, found.branched)]
-        parts.append(of_seeds(found.compared))
+        parts += [of_seeds(found.compared), *unread(found.compared)]
     if found.missing:
         parts.append(f"Not run yet: {'; '.join(found.missing)}.")
     if without := [name for name in found.compared if name not in found.branched]:
@@ -95,12 +108,28 @@ def page(found: Readout, drawn: Mapping[str, Drawn]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def unread(compared: Mapping[str, Measured]) -> list[str]:
+    """Name the configurations without a reading of the runs and the way that count now.
+
+    Args:
+        compared: configuration → reading.
+    """
+    said = []
+    for variant, words in ((SECOND, "in Adam's metric"), (CURVED, "of B_noise")):
+        if without := [name for name, each in compared.items() if variant not in each.noise]:
+            said.append(
+                f"No reading {words} of all seeds on the way to these targets: {'; '.join(without)}. What "
+                "was read before seeds were added is left out."
+            )
+    return said
+
+
 def harmless_table(found: Readout) -> str:
     """Tabulate B_simple beside B_max, by schedule."""
     lines = [
         (
             schedule,
-            WORDS[each.predictor],
+            HARMLESS[schedule] if each is scale else WORDS[BY_DEFAULT],
             shown(each.correlation),
             shown(each.constant),
             percent(each.share),
@@ -111,20 +140,15 @@ def harmless_table(found: Readout) -> str:
         for schedule, (scale, fixed, _) in found.harmless.items()
         for each in (scale, fixed)
     ]
-    head = ("schedule", "predictor", "rank correlation", "constant", "within a factor of two", "off", "pairs")
+    head = ("schedule", "predictor", "rank correlation", "c", "within a factor of two", "off", "pairs")
     words = (
         f"B_simple of factor B over the whole run beside B_max({DELTA}), the largest batch whose loss after "
         "one epoch is within that of the best, in nats; open ends are left out."
     )
     if not lines:
         return f"{words} Not measured."
-    gains = [
-        f"under a {schedule} learning rate {shown(each.gain)} times"
-        for schedule, each in found.harmless.items()
-        if not math.isnan(each.gain.value)
-    ]
-    said = f"\n\nB_simple misses {' and '.join(gains)} the factor by which one batch size for all does."
-    return f"{words}\n\n{table((*head, 'verdict'), lines)}{said if gains else ''}"
+    said = harmless_gains(found)
+    return "\n\n".join([words, table((*head, "verdict"), lines), *([said] if said else [])])
 
 
 def judged_table(judged: Mapping[str, Judged]) -> str:
@@ -160,8 +184,13 @@ def judged_table(judged: Mapping[str, Judged]) -> str:
 
 def predictions_table(found: Readout) -> str:
     """Tabulate the predictions with their ranges and verdicts."""
-    lines = [(p.name, p.says, shown(p.number), _range(p), f"**{p.verdict}**") for p in found.predicted]
+    lines = [(p.name, p.says, _measured(p), _range(p), f"**{p.verdict}**") for p in found.predicted]
     return table(("", "number", "measured", "predicted", "verdict"), lines)
+
+
+def _measured(of: Prediction) -> str:
+    """The number; of what is only shown with what it is of."""
+    return shown(of.number) + (f", {of.number.note}" if of.open and of.number.note else "")
 
 
 def _range(of: Prediction) -> str:

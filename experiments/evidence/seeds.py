@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds.add_argument("--edges", action="store_true", help="rates beyond the grid, of the preset's seeds")
     kinds.add_argument("--together", action="store_true", help="the same, of all seeds that there are")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the committed rows")
-    parser.add_argument("--out", type=Path, help="file to write (default: presets/NAME-seeds.toml)")
+    parser.add_argument("--out", type=Path, help="file to write (default: presets/NAME-KIND.toml)")
     asked = parser.parse_args(arguments)
     kind = "together" if asked.together else "edges" if asked.edges else "seeds"
     source = asked.folder / f"{asked.preset}.jsonl.gz"
@@ -259,10 +259,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grids_of = named(rows.read(source))
         if not grids_of:
             raise RunError(f"{source}: no rows of a preregistered configuration")
+        extended = {row["hash"] for row in rows.read(asked.folder / f"{asked.preset}-together.jsonl.gz")}
         every, runs = named(runs_in(asked.folder)), {}
         for name, own in grids_of.items():
             if asked.together:
-                runs[name] = beyond(every[name], every[name])
+                runs[name] = beyond(every[name], [row for row in every[name] if row["hash"] not in extended])
                 continue
             part = of_the_seeds(every[name], own)
             runs[name] = beyond(part, own) if asked.edges else more(part, asked.seeds)

@@ -11,6 +11,7 @@ from experiments.analysis.resampling import LEVEL
 from experiments.evidence.configurations import CONFIGURATIONS, SIZES
 from experiments.evidence.judged import WANTED, Judged
 from experiments.evidence.measured import PRIMARY, Measured
+from experiments.evidence.practice import DELTA
 from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
 
 
@@ -57,7 +58,8 @@ def _beats(found: Readout) -> str:
     gain = found.gains[BY_DEFAULT]
     if math.isnan(gain.value):
         return ""
-    return f" B_simple misses by {shown(gain)} times the factor by which one batch size for all does."
+    said = f" B_simple misses by {shown(gain)} times the factor by which one batch size for all does"
+    return f"{said}{_told(gain)}."
 
 
 def _more(primary: Judged) -> str:
@@ -84,8 +86,29 @@ def beside(found: Readout) -> str:
     ]
     if not math.isnan(found.gains[BY_SIZE].value):
         gain = shown(found.gains[BY_SIZE])
-        parts.append(f"Over all N, B_simple misses by {gain} times the factor by which c · N does.")
+        told = _told(found.gains[BY_SIZE])
+        parts.append(f"Over all N, B_simple misses by {gain} times the factor by which c · N does{told}.")
     return " ".join(parts)
+
+
+def harmless_gains(found: Readout) -> str:
+    """Say whether B_simple predicts the largest harmless batch better than a constant; "" if unknown."""
+    gains = [
+        f"by {shown(each.gain)} times under a {schedule} learning rate{_told(each.gain)}"
+        for schedule, each in found.harmless.items()
+        if not math.isnan(each.gain.value)
+    ]
+    if not gains:
+        return ""
+    return (
+        f"As a predictor of the largest batch that costs no more than {DELTA} nat B_simple misses, against "
+        f"one batch size for all, {' and '.join(gains)}."
+    )
+
+
+def _told(gain: Estimated) -> str:
+    """Whether two predictors can be told apart."""
+    return " (not told apart: 1 lies inside)" if gain.low <= 1 <= gain.high else ""
 
 
 def of_bounds(found: Readout) -> str:

@@ -173,8 +173,8 @@ def _measure(
     """Load everything and measure; give the estimate and what is worth knowing of the run."""
     import torch
 
+    from gns.commands.display import Display
     from gns.finetune import without_bars
-    from gns.finetuning.display import Display
     from gns.finetuning.preparation import prepare
     from gns.frozen import probe as measured
 

@@ -1,1 +1,1 @@
-"""What stands behind `gns.finetune`: data, models, a run's folder, and how fast this machine is."""
+"""What stands behind `gns.finetune`: data, models, a run's folder, and the times of steps."""

@@ -15,9 +15,9 @@ import pytest
 from gns import load
 from gns.advice import advise
 from gns.cli import DEMO, app
+from gns.commands.display import Display, brief
 from gns.estimate import estimate
 from gns.finetune import Progress
-from gns.finetuning.display import Display, brief
 from gns.finetuning.preparation import FinetuneConfig
 from gns.monitor import GNSWarning
 from gns.records import STEPS, write_steps

@@ -7,7 +7,7 @@ import pytest
 
 WITH_EXAMPLES = [
     "gns.monitor",
-    "gns.finetuning.display",
+    "gns.commands.display",
     "gns.report.text",
     "gns.finetuning.sources",
     "gns.hessian",

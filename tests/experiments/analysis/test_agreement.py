@@ -135,6 +135,12 @@ def test_numbers_that_differ_by_more_than_their_intervals_are_told():
     assert heterogeneity([*same, Estimated(1000.0, 900.0, 1100.0)])[0] < 1e-6
     opened = [Estimated(8.0, 4.0, math.inf), Estimated(8.0, 4.0, 16.0, at_least=True)]
     assert heterogeneity([*same, *opened]) == (p, n) and math.isnan(heterogeneity(opened)[0])
+    # what counts is the side on which the others lie
+    toward, away = Estimated(40.0, 8.0, 44.0), Estimated(40.0, 36.0, 200.0)
+    assert heterogeneity([*same, toward])[0] > 0.1 and heterogeneity([*same, away])[0] < 1e-4
+    assert (
+        heterogeneity([Estimated(8.0, 8.0, 32.0), Estimated(24.0, 12.0, 48.0)])[0] > 0.1
+    )  # value at its end
     # uniform under the null: ln-values with the spread that the intervals say
     random, half = np.random.default_rng(1), 1.96 * 0.3
     found = [

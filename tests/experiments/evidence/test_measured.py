@@ -8,7 +8,8 @@ import pytest
 
 from experiments.analysis.resampling import interval
 from experiments.configs import RunConfig
-from experiments.evidence.measured import measured, noise_scale, target_after
+from experiments.evidence.measured import measured, noise_scale, reference_runs, target_after
+from experiments.evidence.page import unread
 from tests.experiments.evidence.synthetic import N, loss_after, rows
 
 
@@ -93,3 +94,27 @@ def test_only_runs_at_a_constant_rate_have_prefixes():
         measured(rows(8.0), 4_096)
     with pytest.raises(ValueError, match="rows of one configuration are needed; seen 2"):
         measured(rows(8.0) + rows(8.0, rank=4), 1_024)
+
+
+def in_adams_metric(made, **changed):
+    """The same runs at the reference batch, read in Adam's metric."""
+    found = []
+    for row in made:
+        if row["gns"] is not None:
+            config = RunConfig.of(row["config"] | {"gns_metric": "adam"} | changed)
+            read = row["gns"] | {"metric": "adam"}
+            found.append(row | {"hash": config.hash, "config": config.to_dict(), "gns": read})
+    return found
+
+
+def test_adams_metric_counts_in_the_runs_of_the_first_noise_scale_alone():
+    plain = rows(8.0, seeds=3)
+    assert "adam" in measured(plain + in_adams_metric(plain), 1_024).noise
+    few = [row for row in in_adams_metric(plain) if row["config"]["seed"] < 2]
+    best = {row["config"]["lr"] for row in reference_runs(plain, measured(plain, 1_024).examples)}
+    other = [row for row in in_adams_metric(plain) if row["config"]["lr"] not in best]
+    for lacking in (few, other):
+        found = measured(plain + lacking, 1_024)
+        assert "adam" not in found.noise and "B" in found.noise
+        (said, _) = unread({"reference": found})
+        assert said.startswith("No reading in Adam's metric") and said.count("reference") == 1

@@ -41,7 +41,7 @@ def test_the_page_says_what_was_found_and_what_is_missing(tmp_path, capsys):
     assert "Not run yet: noise 0.5; merged" in text and "No branched runs yet: reference" in text
     assert "a predictor without error would show about" in short
     assert "Their critical batch sizes do differ (p = " in short and "; their noise scales do (p = " in short
-    assert "times the factor by which one batch size for all does." in short
+    assert "times the factor by which one batch size for all does (not told apart: 1 lies inside)." in short
     harmless = text.partition("## Predictors of the largest harmless batch")[2]
     assert "| constant | B_simple, factor B" in harmless and "| constant | rival: one batch" in harmless
     assert "| P8 | B_crit, rank 64 over rank 4 |" in text
@@ -82,7 +82,11 @@ def test_the_noise_scale_is_set_beside_one_batch_for_all_as_a_predictor_of_the_h
     assert beside.scale.off.value == pytest.approx(1, rel=0.05) and beside.fixed.off.value > 1.5
     assert beside.gain.value == pytest.approx(beside.scale.off.value / beside.fixed.off.value)
     table = harmless_table(read_out(bowls(), []))
-    assert f"under a cosine learning rate {shown(beside.gain)} times the factor" in table
+    assert f"by {shown(beside.gain)} times under a cosine learning rate." in table
+    assert "| cosine | B_simple, factor B (preregistered) |" in table
+    assert beside.gain.high < 1 and "not told apart" not in table
+    level = harmless_table(read_out(rows(8.0) + rows(9.0, rank=4), []))
+    assert "| constant | B_simple, factor B (exploratory) |" in level
     assert "misses" not in harmless_table(read_out(rows(8.0), []))
 
 

@@ -127,6 +127,14 @@ def test_an_edge_of_all_seeds_together_is_extended_for_all_of_them(tmp_path):
     configs = grids.load(out).configs
     assert {(c.seed, c.data_seed) for c in configs} == {(0, 0), (1, 0), (2, 2), (3, 2)}
     assert {c.lr for c in configs} == {2.83e-3} and "all seeds" in grids.load(out).title
+    # once its own runs are there, the preset is the same, whatever came of them
+    batches = {c.batch_size for c in configs}
+    last = [row for row in own + other_seeds(own, RATES[2:]) if row["config"]["lr"] == 2e-3]
+    more = [again(row, 2.83e-3, 0.1) for row in last if row["config"]["batch_size"] in batches]
+    rows.write(tmp_path / "some-together.jsonl.gz", more)
+    before = out.read_text()
+    seeds.main(["some", "--together", "--folder", str(tmp_path), "--out", str(out)])
+    assert out.read_text() == before
 
 
 def test_what_other_seeds_did_does_not_change_a_preset(tmp_path):
