@@ -72,7 +72,7 @@ def test_the_story_of_the_evidence_is_committed_as_the_page_has_it(optimal):
     outputs = [o for c in cells for o in c.outputs]
     assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in outputs)
     whole = re.findall(r"\(laptop-(?:data|rank|model|adapters|beta2)\.png\)", page)
-    assert whole and sum("image/png" in o.get("data", {}) for o in outputs) == 3 + len(whole)
+    assert whole and sum("image/png" in o.get("data", {}) for o in outputs) == 4 + len(whole)
     answer, judged, predicted = (said(cells[i]) for i in (1, 4, 5))
     assert answer in page and "configurations" in answer
     assert judged in page and "| B_simple, factor B (preregistered) |" in judged
