@@ -17,6 +17,13 @@ from experiments.evidence.sentences import answer, harmless_gains, number, perce
 
 NAME = "evidence"  # of the part; see `experiments.markdown.insert`
 PICTURE = "front"
+PREDICTS = (
+    f"Left: measured critical batch size over the noise scale at N = {SIZE:,}, a point a configuration."
+)
+RULES = (
+    " Middle and right: test loss that each rule for the batch size gives away, and the optimizer steps it "
+    "takes, with 95 % intervals"
+)
 
 
 def insert(found: Readout, folder: Path, pages: Sequence[Path]) -> list[Path]:
@@ -64,13 +71,8 @@ def front(found: Readout, folder: str) -> str:
             if name != schedule
         ]
     if any(each.noise for each in found.compared.values()):
-        shows = (
-            f"Left: measured critical batch size over the noise scale at N = {SIZE:,}, a point a "
-            "configuration. Middle and right: test loss that each rule for the batch size gives away, and "
-            "the optimizer steps it takes, with 95 % intervals"
-        )
-        shows = shows if found.priced else shows.partition(" Middle")[0]
-        parts.append(f"![{shows}]({folder}/{PICTURE}.png)")
+        rules = RULES if found.priced else ""
+        parts.append(f"![{PREDICTS}{rules}]({folder}/{PICTURE}.png)")
     return "\n\n".join(parts)
 
 

@@ -115,8 +115,10 @@ def unread(compared: Mapping[str, Measured]) -> list[str]:
         compared: configuration → reading.
     """
     said = []
-    for variant, words in ((SECOND, "in Adam's metric"), (CURVED, "of B_noise")):
-        if without := [name for name, each in compared.items() if variant not in each.noise]:
+    of_adam = {name: each for name, each in compared.items() if each.cell.fields["optimizer"] == "adamw"}
+    asked = ((SECOND, "in Adam's metric", of_adam), (CURVED, "of B_noise", compared))
+    for variant, words, among in asked:
+        if without := [name for name, each in among.items() if variant not in each.noise]:
             said.append(
                 f"No reading {words} of all seeds on the way to these targets: {'; '.join(without)}. What "
                 "was read before seeds were added is left out."

@@ -118,3 +118,5 @@ def test_adams_metric_counts_in_the_runs_of_the_first_noise_scale_alone():
         assert "adam" not in found.noise and "B" in found.noise
         (said, _) = unread({"reference": found})
         assert said.startswith("No reading in Adam's metric") and said.count("reference") == 1
+    (of_b_noise,) = unread({"SGD": measured(rows(8.0, optimizer="sgd"), 1_024)})  # it has no metric of Adam's
+    assert of_b_noise.startswith("No reading of B_noise")
