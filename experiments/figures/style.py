@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.analysis.cells import Cell
 from experiments.figures.palette import BLUE, GREEN, GREY, INK, LOOK, ORANGE, PURPLE, SKY, VERMILION
+from experiments.tasks import default_dial
 
 __all__ = [
     "GREY",
@@ -73,7 +74,7 @@ def named(cell: Cell, fields: Sequence[str]) -> str:
     """Name a cell by the fields that tell it from others: "rank 8", "LoRA, N 1,024"."""
     parts = []
     for field in fields:
-        value = cell.fields.get(field)
+        value = _value(cell, field)
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         shown = SPELT.get(
             str(shown), f"{shown:g}" if isinstance(shown, float) else str(shown).rpartition("/")[2]
@@ -85,6 +86,14 @@ def named(cell: Cell, fields: Sequence[str]) -> str:
             shown = "none"
         parts.append(f"{NAMES.get(field, field.removeprefix('dials.'))} {shown}".strip())
     return ", ".join(parts) or "all runs"
+
+
+def _value(cell: Cell, field: str) -> Any:
+    """Give what a cell has in a field; a dial that its runs do not name has its task's default."""
+    value = cell.fields.get(field)
+    if value is None and field.startswith("dials."):
+        return default_dial(cell.fields.get("task", ""), field.removeprefix("dials."))
+    return value
 
 
 def plain(value: float) -> str:

@@ -9,6 +9,7 @@ codefeedback-humaneval CodeFeedback to learn, HumanEval held out, from the hub o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from experiments.configs import RunError
@@ -21,7 +22,7 @@ from experiments.tasks.wordmath import WordMath
 _KINDS: dict[str, type] = {kind.name: kind for kind in (WordMath, Stdlib, MetaMath, CodeFeedback)}
 TASKS = tuple(_KINDS)
 
-__all__ = ["TASKS", "Item", "Task", "encoded", "task"]
+__all__ = ["TASKS", "Item", "Task", "default_dial", "encoded", "task"]
 
 
 def task(name: str, dials: Mapping[str, Any] | None = None) -> Task:
@@ -37,3 +38,10 @@ def task(name: str, dials: Mapping[str, Any] | None = None) -> Task:
     if name not in _KINDS:
         raise RunError(f"no task {name!r}; known: {', '.join(TASKS)}")
     return with_dials(_KINDS[name], name, dials or {})
+
+
+def default_dial(name: str, dial: str) -> Any:
+    """Give the setting of a dial that a run does not name; None where its task has no such dial."""
+    of = _KINDS.get(name)
+    known = {} if of is None else {each.name: each.default for each in fields(of)}
+    return known.get(dial)

@@ -28,6 +28,13 @@ def test_a_preset_says_what_it_asks_and_draws_something(name):
         assert len({getattr(config, name) for config in preset.configs}) > 1 or preset.series == (name,), name
 
 
+@pytest.mark.parametrize("name", ["laptop-noise", "laptop-merged"])
+def test_the_reference_is_the_same_runs_in_every_sweep_of_whole_runs(name):
+    """A dial written out at its default is another hash, and 80 runs made again."""
+    own, shared = ({config.hash for config in load(each).configs} for each in (name, "laptop-rank"))
+    assert len(own & shared) == 80
+
+
 @pytest.mark.parametrize("scale", ["laptop", "gpu", "paper"])
 def test_each_figure_of_the_paper_is_there_at_each_scale(scale):
     assert {load(name).paper for name in of_scale(scale)} >= set(FIGURES)
