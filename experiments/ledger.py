@@ -3,8 +3,7 @@
 A trial's state says where its run is: WAITING, RUNNING (claimed), COMPLETE (a result: done or diverged),
 FAIL. Optuna is the store; it samples nothing, and its `ask` is not used, which lists all waiting trials.
 
-- **A claim is atomic.** On a server Optuna locks the trial's row. On SQLite it reads, then writes, and two
-  workers can both read "waiting"; so here every SQLite transaction takes the write lock when it begins.
+- **A claim is atomic**, on a server and on SQLite: see `experiments.database`.
 - **A claim is a lease.** Its owner renews it from a thread. An owner that died on this machine is seen at
   once, one elsewhere when its lease runs out. Its trial is then failed without a status, which is final and
   so done by one process only, and its run enqueued again. Whoever was only asleep learns that from `holds`.
@@ -18,37 +17,24 @@ FAIL. Optuna is the store; it samples nothing, and its `ask` is not used, which 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from experiments import lease
 from experiments.configs import RunConfig, RunError
-from experiments.patience import Passing, patiently
+from experiments.database import Database, opening
 from experiments.rowsfile import RESULTS, Row
 
-try:
-    import optuna
-    import sqlalchemy.event
-    import sqlalchemy.exc
-    from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-    from optuna.trial import FrozenTrial, TrialState
-except ImportError as error:
-    raise RunError(
-        f"a ledger needs optuna ({error}): pip install 'gradient-noise-scale[experiments]', or run without "
-        "one: python -m experiments.sweep --jsonl IN.jsonl OUT.jsonl"
-    ) from error
+# isort: split
+import optuna  # after `experiments.database`, which says what to do where it is missing
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 FORMAT = 1  # of what is kept in a study; another number is refused
-LOCKED = (
-    10  # seconds that SQLite itself waits for a lock; no signal is heard meanwhile, and `patiently` goes on
-)
 MOST_STARTS = 5  # of one run, before it is recorded as failed
 _AXES: dict[str, BaseDistribution] = {  # what Optuna's own plots can show
     "lr": FloatDistribution(1e-9, 1e3, log=True),
@@ -57,15 +43,6 @@ _AXES: dict[str, BaseDistribution] = {  # what Optuna's own plots can show
     "n_train": IntDistribution(1, 1 << 40, log=True),
     "seed": IntDistribution(0, 1 << 40),
 }
-T = TypeVar("T")
-
-
-class LedgerError(RunError):
-    """The database cannot be used: none, or not there."""
-
-
-class LedgerBusy(LedgerError, Passing):
-    """The database does not answer now: locked by another program, full, or its server is away."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +86,15 @@ class Ledger:
         length: float = 300.0,
         patient: bool = True,
     ) -> None:
-        self.url, self.preset, self.length, self.patient = url, preset, length, patient
-        self._opened = False
+        self.url, self.preset, self.length = url, preset, length
         self.configs = {config.hash: config for config in configs}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with _opening(url):
-            self.storage = self._guard(lambda: _storage(url))
-            self.id = self._guard(
-                lambda: (
-                    optuna.create_study(
-                        storage=self.storage, study_name=preset, load_if_exists=True
-                    )._study_id
-                )
-            )
-            self._opened = True
+        with opening(url):
+            self._database = Database(url, patient=patient)
+            self.storage = self._database.storage
+            made = {"storage": self.storage, "study_name": preset, "load_if_exists": True}
+            self.id = self._database.ask(lambda: optuna.create_study(**made)._study_id)
+            self._database.opened()
             self._check(extend)
             self._enqueue()
         self._trials: dict[str, FrozenTrial] = {}
@@ -247,7 +219,7 @@ class Ledger:
     def _check(self, extend: bool) -> None:
         """Refuse a study of another format or of other runs; sign a new one."""
         runs = hashlib.sha256("".join(sorted(self.configs)).encode()).hexdigest()[:16]
-        seen = self._guard(lambda: self.storage.get_study_user_attrs(self.id))
+        seen = self._database.ask(lambda: self.storage.get_study_user_attrs(self.id))
         if seen.get("format", FORMAT) != FORMAT:
             raise RunError(
                 f"{self.url}: ledger {self.preset!r} has format {seen['format']}, this version reads "
@@ -260,7 +232,7 @@ class Ledger:
             )
         if seen.get("runs") != runs:
             for key, value in {"format": FORMAT, "optuna": optuna.__version__, "runs": runs}.items():
-                self._guard(
+                self._database.ask(
                     lambda key=key, value=value: self.storage.set_study_user_attr(self.id, key, value)
                 )
 
@@ -290,7 +262,7 @@ class Ledger:
             distributions=axes,
             user_attrs={"hash": config.hash, "starts": starts},
         )
-        return self._guard(lambda: self.storage.create_new_trial(self.id, trial))
+        return self._database.ask(lambda: self.storage.create_new_trial(self.id, trial))
 
     def _again(self, trial: int, config: RunConfig, starts: int) -> None:
         """Give a claim up and enqueue its run once more; of several that try, one does."""
@@ -310,12 +282,12 @@ class Ledger:
 
     def _all(self) -> list[FrozenTrial]:
         """Give every trial, oldest first."""
-        return self._guard(lambda: self.storage.get_all_trials(self.id, deepcopy=False))
+        return self._database.ask(lambda: self.storage.get_all_trials(self.id, deepcopy=False))
 
     def _note(self, trial: int, key: str, value: Any, patient: bool = True) -> bool:
         """Note something on a trial; give False where it is finished."""
         try:
-            self._guard(lambda: self.storage.set_trial_user_attr(trial, key, value), patient)
+            self._database.ask(lambda: self.storage.set_trial_user_attr(trial, key, value), patient)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
         return True
@@ -324,48 +296,9 @@ class Ledger:
         """Change a trial's state; give False where another process was faster."""
         values = None if value is None else [value]
         try:
-            return self._guard(lambda: self.storage.set_trial_state_values(trial, state, values))
+            return self._database.ask(lambda: self.storage.set_trial_state_values(trial, state, values))
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
-
-    def _guard(self, work: Callable[[], T], patient: bool = True) -> T:
-        """Do one thing to the database, again if need be; what goes wrong there is said in one line."""
-        if patient and self.patient:
-            return patiently(lambda: self._once(work))
-        return self._once(work)
-
-    def _once(self, work: Callable[[], T]) -> T:
-        try:
-            return work()
-        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-            cause = error.__cause__ or error
-            said = str(getattr(cause, "orig", None) or cause).partition("\n")[0]
-            if _passes(self.url, cause, said, self._opened):
-                raise LedgerBusy(f"{self.url}: the ledger does not answer: {said}") from error
-            raise LedgerError(f"{self.url}: the ledger cannot be used: {said}") from error
-        except ImportError as error:
-            raise LedgerError(
-                f"{self.url}: Python has no driver for this kind of database: {error}"
-            ) from error
-        except RuntimeError as error:  # Optuna's word for a schema of another version
-            if "version" not in str(error):
-                raise
-            raise RunError(f"{self.url}: made by another version of Optuna: {error}") from error
-
-
-def _passes(url: str, cause: BaseException, said: str, opened: bool) -> bool:
-    """Whether a database that did not answer may do so in a while.
-
-    Args:
-        url: of the database.
-        cause: what it raised.
-        said: its words.
-        opened: it has answered before; a server that never has is rather not there.
-    """
-    if url.startswith("sqlite"):
-        return any(word in said for word in ("locked", "busy", "disk is full", "disk I/O"))
-    kinds = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
-    return opened and (isinstance(cause, kinds) or getattr(cause, "connection_invalidated", False))
 
 
 def _current(trials: Iterable[FrozenTrial], hashes: Collection[str]) -> dict[str, FrozenTrial]:
@@ -395,39 +328,3 @@ def _killed(config: RunConfig) -> Row:
     """Give the row of a run that no worker survived."""
     said = f"its worker was killed {MOST_STARTS} times while it ran; out of memory? (see the system's log)"
     return {"hash": config.hash, "config": config.to_dict(), "status": "failed", "error": said}
-
-
-def _storage(url: str) -> optuna.storages.RDBStorage:
-    """Open a database; on SQLite every transaction takes the write lock when it begins."""
-    if not url.startswith("sqlite"):
-        return optuna.storages.RDBStorage(url)
-    storage = optuna.storages.RDBStorage(url, {"connect_args": {"timeout": LOCKED}})
-
-    def manual(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # or the driver begins late, at the first write
-        # No wait for the disk at each commit. A power cut may take back the last few, which `settle` makes
-        # good: rows are on the disk, and claims of another boot lapse.
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    storage.remove_session()
-    storage.engine.dispose()  # connections of before
-    sqlalchemy.event.listen(storage.engine, "connect", manual)
-    sqlalchemy.event.listen(storage.engine, "begin", begin)
-    return storage
-
-
-@contextmanager
-def _opening(url: str) -> Generator[None, None, None]:
-    """Let one process at a time make or fill a SQLite ledger."""
-    if not url.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(url.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("optuna")
 import optuna
 import psutil
-import sqlalchemy.exc
 
 from experiments import lease, ledger
 from experiments.configs import RunConfig, RunError
@@ -189,21 +188,6 @@ def test_what_is_no_database_is_named(tmp_path):
     (tmp_path / "ledger.db").write_text("something else " * 100)
     with pytest.raises(RunError, match="ledger.db: the ledger cannot be used: file is not a database"):
         opened(f"sqlite:///{tmp_path / 'ledger.db'}")
-
-
-@pytest.mark.parametrize(
-    "url, opened, passes",
-    [
-        ("sqlite:///x", False, False),  # gone, or no database: sqlite says so at once
-        ("postgresql://x/y", False, False),  # a server that never answered: rather a wrong name
-        ("postgresql://x/y", True, True),  # one that restarts
-    ],
-)
-def test_only_what_may_come_back_is_waited_for(url, opened, passes):
-    error = sqlalchemy.exc.OperationalError("SELECT", {}, Exception("no such table, or no connection"))
-    assert ledger._passes(url, error, str(error.orig), opened) is passes
-    for said in ("database is locked", "database or disk is full", "disk I/O error"):
-        assert ledger._passes("sqlite:///x", error, said, opened)
 
 
 def test_workers_that_race_never_share_a_run(url):

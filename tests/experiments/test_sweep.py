@@ -216,7 +216,7 @@ def test_a_ledger_that_another_program_holds_is_waited_for(tmp_path, monkeypatch
     """Someone browses the database with a transaction open, for longer than SQLite waits by itself."""
     the_job = job(preset_of(tmp_path, 3), tmp_path)
     crew.settled(the_job)
-    monkeypatch.setattr("experiments.ledger.LOCKED", 0.05)
+    monkeypatch.setattr("experiments.database.LOCKED", 0.05)
     monkeypatch.setattr(patience, "PAUSE", 0.01)
     browser = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None, check_same_thread=False)
     browser.execute("BEGIN IMMEDIATE")
@@ -229,10 +229,11 @@ def test_a_ledger_that_another_program_holds_is_waited_for(tmp_path, monkeypatch
 
 
 def test_a_ledger_that_never_answers_again_costs_no_finished_row(tmp_path, monkeypatch):
-    from experiments.ledger import Ledger, LedgerBusy
+    from experiments.database import LedgerBusy
+    from experiments.ledger import Ledger
 
     the_job = job(preset_of(tmp_path, 1), tmp_path)
-    monkeypatch.setattr("experiments.ledger.LOCKED", 0.05)
+    monkeypatch.setattr("experiments.database.LOCKED", 0.05)
     monkeypatch.setattr(patience, "PATIENCE", 0.2)
     book = Ledger(the_job.url, the_job.preset, the_job.configs)
     (claim,) = book.claim(book.waiting())
@@ -249,10 +250,11 @@ def test_a_ledger_that_never_answers_again_costs_no_finished_row(tmp_path, monke
 
 
 def test_a_ledger_that_never_answers_again_costs_no_row_of_a_packed_program(tmp_path, monkeypatch):
-    from experiments.ledger import Ledger, LedgerBusy
+    from experiments.database import LedgerBusy
+    from experiments.ledger import Ledger
 
     the_job = job(preset_of(tmp_path, 3), tmp_path)
-    monkeypatch.setattr("experiments.ledger.LOCKED", 0.05)
+    monkeypatch.setattr("experiments.database.LOCKED", 0.05)
     monkeypatch.setattr(patience, "PATIENCE", 0.2)
     book = Ledger(the_job.url, the_job.preset, the_job.configs)
     claims = book.claim(book.waiting(), 3)
