@@ -114,6 +114,9 @@ def measure(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of adapters and data order (default 0).")] = None,
     every: Annotated[int | None, typer.Option(help="Measure one step in so many (default 1).")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="In which norms are taken: euclidean or adam (default euclidean).")
+    ] = None,
     curvature_every: Annotated[
         int | None, typer.Option(help="Read B_noise too, once in so many steps (default: never).")
     ] = None,

@@ -184,6 +184,8 @@ class Estimate:
         size = f"{self.n_steps} steps × {format_count(self.examples_per_step)}"
         if LOCAL in self.unit:
             size += f" on each rank alone ({LOCAL})"
+        if self.metric != "euclidean":
+            size += f", {in_metric(self.metric)}"
         percent = f"{100 * self.level:g} %"
         if self.n_steps < 2:
             return f"B_simple: collecting, {self.n_steps} usable step(s) so far ({self.n_skipped} left out)"
@@ -200,6 +202,11 @@ class Estimate:
         )
         bounds = f"{format_count(self.low)} … {format_count(self.high)}"
         return f"{value} ({percent}: {bounds}), {size}; {self.status}"
+
+
+def in_metric(name: str) -> str:
+    """Say in which metric a noise scale is, where it is not the Euclidean one: "in Adam's metric"."""
+    return "in Adam's metric" if name == "adam" else f"in the metric {name!r}"
 
 
 def format_count(x: float) -> str:

@@ -137,6 +137,7 @@ class _Run:
             sink=steps,
             curvature_every=config.curvature_every,
             curvature_spectrum=config.curvature_spectrum,
+            metric=config.metric,
         )
         self.trainer = Trainer(
             prepared.model,

@@ -15,7 +15,7 @@ from gns.advising.phrases import counts, percent, percents, span, whole
 from gns.advising.ranges import BatchRange
 from gns.advising.rates import spread
 from gns.advising.tradeoff import LAWS, Price, band, examples_ratio, steps_ratio
-from gns.estimate import Estimate, format_count
+from gns.estimate import Estimate, format_count, in_metric
 from gns.statistics.drift import Drift
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class Section:
     sentences: tuple[str, ...]
 
 
+def euclidean(estimate: Estimate) -> bool:
+    """Whether norms are the plain ones, which all that was checked is about."""
+    return estimate.metric == "euclidean"
+
+
 def movement(change: Drift | None) -> str | None:
     """Warn that the noise scale moved along the run, or None where it did not or cannot be told."""
     if change is None or not change.moved:
@@ -68,12 +73,13 @@ def headline(estimate: Estimate, span: str | None = None) -> str:
 
 def _known(estimate: Estimate) -> str:
     sure = f"{100 * estimate.level:g} % sure"
+    scale = "The noise scale" + ("" if euclidean(estimate) else f" {in_metric(estimate.metric)}")
     if math.isinf(estimate.high):
         bound = format_count(estimate.low)
-        return f"The noise scale is at least {bound} examples ({sure}); no upper end is known."
+        return f"{scale} is at least {bound} examples ({sure}); no upper end is known."
     ends = f"{format_count(estimate.low)} and {format_count(estimate.high)}"
     value = "" if math.isnan(estimate.b_simple) else f" about {format_count(estimate.b_simple)} examples,"
-    return f"The noise scale is{value} between {ends} ({sure})."
+    return f"{scale} is{value} between {ends} ({sure})."
 
 
 def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Section, ...]:
@@ -101,7 +107,7 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
         ("Wall-clock time", speed),
         ("One epoch", epoch),
         (LEARNING_RATE, transfer),
-        (CHECKED, [each.sentence(ends) for each in calibrations()]),
+        (CHECKED, [each.sentence(ends) for each in calibrations()] if euclidean(estimate) else []),
     ]
     told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
     more = phrases.know_more(estimate, sure=near.sure is not None or _smallest(near))
@@ -305,6 +311,11 @@ def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]
             f"the learning-rate laws disagree by more than {DISAGREE:g}× {where} (up to "
             f"{format_count(apart[worst])}× at {worst}): there, try several learning rates instead of "
             "trusting one law."
+        )
+    if not euclidean(estimate):
+        found.append(
+            f"this noise scale is {in_metric(estimate.metric)}: the ranges take it as if it were the plain "
+            "one. What was found beside measured critical batch sizes is of the plain one, and is left out."
         )
     if batch > estimate.high:
         found.append(

@@ -21,6 +21,7 @@ from gns import corpus
 from gns.estimate import MIN_STEPS
 from gns.finetuning.data import Examples, Row, encode_texts, load_examples, pad_id
 from gns.finetuning.sources import first_line
+from gns.metrics import EUCLIDEAN, METRICS
 
 SCHEDULES = ("constant", "cosine", "linear")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,8 @@ class FinetuneConfig:
             that has it, else float32. The adapters stay float32.
         seed: of the adapters' initial values and of the order of the data, 0 … 2³² − 1.
         every: measure one optimizer step in `every`.
+        metric: in which norms are taken, "euclidean" or "adam", see `GNSMonitor`; in Adam's, steps before the
+            optimizer has second moments are not usable.
         curvature_every: read B_noise once in so many optimizer steps; None: never.
         curvature_spectrum: products to spend in each such reading on the largest eigenvalue of H; 0: none.
         held_out: examples kept out of training to tell the loss before and after; at most a tenth.
@@ -81,6 +84,7 @@ class FinetuneConfig:
     save_every: int = 50
     curvature_every: int | None = None
     curvature_spectrum: int = 0
+    metric: str = EUCLIDEAN.name
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -118,7 +122,7 @@ class FinetuneConfig:
                 raise ConfigError(f"{name} is {value}; a number above 0 is needed")
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"steps is {self.steps} and epochs is {self.epochs}; give one of the two")
-        for name, known in (("schedule", SCHEDULES), ("dtype", ("auto", *DTYPES))):
+        for name, known in (("schedule", SCHEDULES), ("dtype", ("auto", *DTYPES)), ("metric", METRICS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
         if self.dtype == "float16" and not torch.cuda.is_available():

@@ -214,6 +214,17 @@ def test_partial_coverage_is_warned_about():
     assert advise(replace(MEASURED, coverage=1.0), batch_size=16).warnings == ()
 
 
+def test_what_was_checked_in_another_metric_is_not_claimed():
+    plain, adam = (advise(replace(MEASURED, metric=m), batch_size=16) for m in ("euclidean", "adam"))
+    assert str(adam).startswith("The noise scale in Adam's metric is about 212 examples, between 160 and 310")
+    assert "Where both were measured" in {section.title for section in plain.sections}
+    assert "Where both were measured" not in {section.title for section in adam.sections}
+    assert any("this noise scale is in Adam's metric: the ranges take it as if" in w for w in adam.warnings)
+    assert "metric" not in str(plain)
+    bound = advise(replace(BOUND, metric="other"), batch_size=16)
+    assert bound.headline.startswith("The noise scale in the metric 'other' is at least 175 examples")
+
+
 def test_sections_hold_the_sentences_in_order():
     advice = advise(MEASURED, batch_size=16, dataset_size=20_000, learning_rate=2e-4)
     titles = [section.title for section in advice.sections]

@@ -102,9 +102,18 @@ def test_defaults_in_the_help_are_the_defaults(gns):
     text = " ".join(" ".join(gns("measure", "--help")[1]).replace("│", " ").split())
     stated = dict(re.findall(r"--([a-z-]+) \S+ [^()]*\(default ([^):]+)\)", text))
     defaults = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(FinetuneConfig)}
-    assert {"rank", "alpha", "batch-size", "lr", "schedule", "max-length", "dtype", "seed", "every"} <= set(
-        stated
-    )
+    assert {
+        "rank",
+        "alpha",
+        "batch-size",
+        "lr",
+        "schedule",
+        "max-length",
+        "dtype",
+        "seed",
+        "every",
+        "metric",
+    } <= set(stated)
     assert stated == {name: str(defaults[name]) for name in stated}
 
 
@@ -230,6 +239,7 @@ def test_ctrl_c_before_the_first_reading_leaves_nothing(measure, tmp_path, monke
         ({"target_modules": "q_proj,nose"}, "target module 'nose' is not in"),
         ({"batch_size": 1000}, "a batch of 1000 is larger than the data: 48 examples (after 5 are held out)"),
         ({"schedule": "sawtooth"}, "schedule is 'sawtooth'; known: constant, cosine, linear"),
+        ({"metric": "fisher"}, "metric is 'fisher'; known: euclidean, adam"),
         ({"dtype": "int8"}, "dtype is 'int8'; known: auto, float32, bfloat16, float16"),
         ({"epochs": 1}, "steps is 3 and epochs is 1.0; give one of the two"),
         ({"steps": 0}, "steps is 0; a number above 0 is needed"),

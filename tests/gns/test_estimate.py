@@ -567,6 +567,14 @@ def test_the_line_of_a_measurement():
     assert line() == "B_simple = 212 examples (95 %: 160 … 310), 50 steps × 16; measured"
 
 
+def test_the_line_names_another_metric():
+    assert line(metric="adam") == (
+        "B_simple = 212 examples (95 %: 160 … 310), 50 steps × 16, in Adam's metric; measured"
+    )
+    bound = line(b_simple=math.nan, high=math.inf, status="lower bound", metric="adam")
+    assert bound.endswith("50 steps × 16, in Adam's metric); lower bound")
+
+
 def test_the_line_of_a_lower_bound():
     text = line(b_simple=900.0, low=175.0, high=math.inf, status="lower bound")
     assert text.startswith("B_simple ≥ 175 examples (95 %); |G|² not distinguishable from 0")

@@ -150,6 +150,16 @@ def test_the_readings_are_those_of_the_run_itself(whole, config, tmp_path):
     assert again.loss_after == whole[1].loss_after
 
 
+def test_a_run_is_measured_in_adams_metric_on_request(whole, config, tmp_path):
+    out = tmp_path / "run"
+    result = run(replace(config, schedule="cosine", save_every=3, metric="adam"), out)
+    steps = result.estimate.history
+    assert {step.metric for step in steps} == {"adam"} and result.estimate.metric == "adam"
+    assert [step.usable for step in steps] == [False] + [True] * (STEPS - 1)  # no second moments yet
+    assert result.loss_after == whole[1].loss_after  # training is the same run
+    assert "metric</dt><dd>adam</dd>" in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_watcher_hears_every_step(config, tmp_path):
     heard = []
 
