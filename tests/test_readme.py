@@ -1,12 +1,15 @@
 """The README's example runs as it stands there."""
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 
 from experiments.markdown import marks
+from tests.gns import tiny
+from tests.gns.commands.running import run
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -22,6 +25,27 @@ def test_the_ten_lines_run_and_measure(capsys):
     assert estimate.coverage == 1 and estimate.n_examples == 200
     assert "56 of 56 trainable parameters measured" in said
     assert not names["monitor"].attached
+
+
+def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    """As they stand there, but for the model, the data, and a second run to compare with."""
+    monkeypatch.chdir(tmp_path)
+    tiny.save_model(tmp_path / "model")
+    tiny.save_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in tiny.sentences(400)])
+    (block,) = (
+        found for found in re.findall(r"```sh\n(.*?)```", README.read_text(), re.S) if "gns probe" in found
+    )
+    commands = [line.partition("#")[0].split()[1:] for line in block.splitlines()]
+    assert [each[0] for each in commands] == ["probe", "measure", "throughput", "advise", "report"]
+    small = ["--max-length", "16", "--rank", "4"]  # what is given twice counts as given last
+    more = {"probe": small, "measure": small, "throughput": [*small, "--largest", "2"]}
+    for command in commands:
+        asked = [{"PATH_OR_HUB_ID": "model"}.get(word, word) for word in command] + more.get(command[0], [])
+        if command[0] == "report":
+            shutil.copytree("runs/mine", "runs/other")
+        code, _, err = run(capsys, *asked)
+        assert code == 0, (command, err)
+    assert (tmp_path / "runs" / "speed" / "throughput.json").is_file()
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

@@ -139,8 +139,8 @@ def _speed(text: str) -> tuple[int, float]:
     try:
         return int(batch), float(speed)
     except ValueError:
-        needs = "BATCH=EXAMPLES_PER_SECOND is needed, e.g. 16=3.5, or a file that `gns throughput` wrote"
-        raise ValueError(f"throughput {text!r}: {needs}") from None
+        needs = "a file that `gns throughput` wrote is needed, or BATCH=EXAMPLES_PER_SECOND, e.g. 16=3.5"
+        raise ValueError(f"throughput {text!r}: no such file; {needs}") from None
 
 
 def _lora(known: Known, given: Mapping[str, Any], summary: Summary) -> None:

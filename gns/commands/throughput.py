@@ -46,7 +46,8 @@ def throughput(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write (default throughput.json in RUN or here); it must not be there.",
+            help="Folder for throughput.json, made if it is not there, or a .json file; the file must not be "
+            "there (default: throughput.json in RUN, or here).",
             show_default=False,
         ),
     ] = None,
@@ -97,20 +98,20 @@ def _configured(run: Path | None, given: dict[str, Any]) -> FinetuneConfig:
 
 
 def _new_file(run: Path | None, out: Path | None) -> Path:
-    """Give the file to write.
+    """Give the file to write; its folder is made when there is something to write.
 
     Raises:
-        ThroughputError: it is there already, it is a folder, or its own folder is not there.
+        ThroughputError: it is there already, or a file is in the way of its folder.
     """
     from gns.advising.throughput import FILE, ThroughputError
 
-    path = out or (run or Path()) / FILE
-    if path.is_dir():
-        raise ThroughputError(f"{path}: is a folder; the name of a file is needed, e.g. {path / FILE}")
+    path = out or run or Path()
+    path = path if path.suffix == ".json" and not path.is_dir() else path / FILE
     if path.exists():
         raise ThroughputError(f"{path}: is there already; delete it, or give another with --out")
-    if not path.parent.is_dir():
-        raise ThroughputError(f"{path}: no folder {path.parent} to write it to")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise ThroughputError(f"{path}: {folder} is a file; a folder is needed")
     return path
 
 
@@ -138,6 +139,7 @@ def _measure(config: FinetuneConfig, path: Path, largest: int, seconds: float) -
         console.print(f"gns: timing {config.model} on {where}", markup=False)
 
         def hear(curve: Throughput) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(path, replace(curve, settings=settings))
             console.print(_line(curve), markup=False)
 

@@ -127,8 +127,11 @@ def test_too_little_memory_ends_in_one_line(gns, home, tmp_path, monkeypatch):
         (["--largest", 0], "largest is 0; a whole number, 1 or more, is needed"),
         (["--seconds", -1], "seconds is -1.0; a finite number > 0 is needed"),
         (["--out", "taken.json"], "taken.json: is there already; delete it, or give another with --out"),
-        (["--out", "."], ".: is a folder; the name of a file is needed, e.g. throughput.json"),
-        (["--out", "none/t.json"], "none/t.json: no folder none to write it to"),
+        (
+            ["--out", "taken.json/speed"],
+            "taken.json/speed/throughput.json: taken.json is a file; a folder is",
+        ),
+        (["--out", "new", "--model", "./none"], "./none: no such folder"),
         (["nowhere"], "nowhere: holds no run.json"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
@@ -139,6 +142,13 @@ def test_bad_input_ends_in_one_line(gns, home, tmp_path, bad, message):
     code, out, err = gns(*options(home)[:-2], *bad)
     assert (code, out) == (2, []) and err[-1].startswith(f"gns: {message}")
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "taken.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", ["speeds", "runs/speeds", "speeds/mine.json", "."])
+def test_the_curve_goes_into_a_folder_or_a_file(gns, home, tmp_path, out):
+    assert gns(*options(home)[:-2], "--largest", 1, "--out", out)[0] == 0
+    path = tmp_path / (out if out.endswith(".json") else f"{out}/throughput.json")
+    assert list(throughput.read(path).speeds) == [1]
 
 
 def test_options_of_the_help_are_the_configurations_defaults(gns):
