@@ -47,8 +47,8 @@ class Calibration:
     parameters: tuple[int, int]
     verdict: str
 
-    def applied(self, ends: tuple[float, float]) -> tuple[float, float] | None:
-        """Give the measured batch size that a reading speaks for; None unless the study says it predicts.
+    def applied(self, ends: tuple[float, float]) -> tuple[float, float]:
+        """Give the measured batch size that a reading speaks for, if what the study found holds for it.
 
         Args:
             ends: of the confidence set of B_simple, examples.
@@ -56,8 +56,6 @@ class Calibration:
         Returns:
             Ends in examples: the product of both intervals' ends, wider than 95 %.
         """
-        if self.verdict != PREDICTS:
-            return None
         return ends[0] * self.low, ends[1] * self.high
 
     def sentence(self, ends: tuple[float, float]) -> str:
@@ -70,12 +68,13 @@ class Calibration:
             f"of models with {models} parameters; {100 * self.share:.0f} % ({100 * self.share_low:.0f} … "
             f"{100 * self.share_high:.0f} %) lay within a factor of two of that"
         )
-        spoken_for = self.applied(ends)
-        if spoken_for is None:
-            held = "it does not predict" if self.verdict == "does not" else "undecided"
-            return f"{found}: {held}, so nothing is corrected by it."
-        low, high = (format_count(x) for x in spoken_for)
-        return f"{found}: by that, {low} … {high} examples here."
+        low, high = self.applied(ends)
+        here = f"at least {_batch(low)}" if math.isinf(high) else _span(low, high)
+        if self.verdict == PREDICTS:
+            return f"{found}: by that, {here} examples here."
+        if self.verdict == "does not":
+            return f"{found}: it does not predict, so nothing is corrected by it."
+        return f"{found}: undecided, so nothing is corrected by it. If it holds here, that is batch {here}."
 
 
 @functools.cache
@@ -107,6 +106,17 @@ def parsed(text: str) -> tuple[Calibration, ...]:
     if not finite:
         raise ValueError(f"{FILE}: a constant without a finite interval; reinstall the package")
     return found
+
+
+def _span(low: float, high: float) -> str:
+    """Write ends of a batch size, as one where both read alike."""
+    ends = _batch(low), _batch(high)
+    return ends[0] if ends[0] == ends[1] else " … ".join(ends)
+
+
+def _batch(value: float) -> str:
+    """Write a batch size: none is smaller than 1."""
+    return format_count(max(1.0, float(round(value))))
 
 
 def _three(value: float) -> str:

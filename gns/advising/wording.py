@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from gns.advising.goodput import Soonest
 
 BATCH_SIZE, LEARNING_RATE = "Batch size", "Learning rate"  # titles of sections that tables belong to
-CHECKED = "Where both were measured"
+CHECKED, IN_USE, EPOCH = "Where both were measured", "The batch in use", "One epoch"
+FIRST = (BATCH_SIZE, IN_USE, CHECKED, EPOCH)  # subjects that a summary holds
+AS_IF = " and the noise scale is the critical batch size"
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
 START = (
     "A place to start, to be tried with half and double: the noise scale stands in for the critical batch "
@@ -103,11 +105,11 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
         transfer = [_transfer(rate, batch, target, ends)]
     found = [
         (BATCH_SIZE, [*_worth_it(near, ends, data), _only_examples_cost(advice.ranges, data)]),
-        ("The batch in use", [_batch_in_use(batch, ends, near)]),
-        ("Wall-clock time", speed),
-        ("One epoch", epoch),
-        (LEARNING_RATE, transfer),
+        (IN_USE, [_batch_in_use(batch, ends, near)]),
         (CHECKED, [each.sentence(ends) for each in calibrations()] if euclidean(estimate) else []),
+        (EPOCH, epoch),
+        ("Wall-clock time", speed),
+        (LEARNING_RATE, transfer),
     ]
     told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
     more = phrases.know_more(estimate, sure=near.sure is not None or _smallest(near))
@@ -177,7 +179,7 @@ def _worth_it(near: BatchRange, ends: tuple[float, float], data: int | None) -> 
 
 def _both_cost(near: BatchRange, data: int | None) -> str:
     """Say the range for a price of time."""
-    start = f"{priced(near.price)}:"
+    start = f"{priced(near.price)}{AS_IF}:"
     if math.isinf(near.high):
         least = f"{start} a batch of at least {whole(near.low)}; where it stops paying is not known."
         return f"{least} {_more_than_all(data)}" if data is not None and near.low > data else least
@@ -319,9 +321,9 @@ def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]
         )
     if batch > estimate.high:
         found.append(
-            f"the batch of {batch} in use is above the whole interval: readings taken above the "
-            "critical batch size calibrate badly."
-            f"{' Measure again with a smaller batch.' if batch > 1 else ''}"
+            f"the batch of {batch} in use is above the whole interval, and readings taken above the critical "
+            "batch size calibrate badly."
+            f"{' For a surer reading, not for training, take a smaller batch.' if batch > 1 else ''}"
         )
     if estimate.coverage is not None and estimate.coverage < 1:
         found.append(f"only {100 * estimate.coverage:.3g} % of the trainable numbers are in the sums.")

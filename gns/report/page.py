@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from gns._version import __version__
-from gns.advising.wording import LAWS_CAVEAT, START
+from gns.advising.wording import FIRST, LAWS_CAVEAT, START
 from gns.curvature.course import in_words
 from gns.estimate import format_count
 from gns.report import tables
@@ -22,7 +22,6 @@ from gns.report.figures import DARK, LIGHT
 from gns.report.findings import Findings
 from gns.report.text import basis, outlook, verdict
 
-FIRST = ("Batch size", "The batch in use")  # subjects of the advice that stand beside the verdict
 _WORDS = """
 Example: One row of the data that reaches the loss: one sequence, with all its tokens.
 Noise scale, B_simple: tr Σ / |G|², the batch whose averaged gradient is half signal, half noise.

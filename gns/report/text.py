@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gns.advice import Advice
-from gns.advising.wording import START, movement
+from gns.advising.wording import FIRST, START, movement
 from gns.estimate import MIN_STEPS, Estimate, format_count
 from gns.probing.result import FrozenEstimate
 from gns.statistics.drift import Drift
@@ -15,7 +15,6 @@ from gns.statistics.drift import Drift
 __all__ = ["Verdict", "basis", "label_of", "movement", "outlook", "pays", "render", "signal", "verdict"]
 
 WIDTH = 0.2  # relative half-width of the interval that further examples are counted for
-FIRST = 2  # subjects of the advice that a summary holds
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def pays(advice: Advice, run: str | Path | None = None) -> list[str]:
         advice: with sections.
         run: folder of the run, or None.
     """
-    first = [line for section in advice.sections[:FIRST] for line in section.sentences]
+    first = [line for section in advice.sections if section.title in FIRST for line in section.sentences]
     return [
         f"What batch size pays{f', for {advice.span}' if advice.span else ''}:",
         *(f"  - {line}" for line in first),

@@ -18,6 +18,7 @@ from gns.advising.tradeoff import (
     sgd,
     steps_ratio,
 )
+from gns.advising.wording import AS_IF
 from gns.estimate import Estimate, format_count
 
 MEASURED = Estimate(212, 160, 310, 0.95, "measured", 1.0, 0.005, 900, 50, 800)
@@ -145,7 +146,7 @@ def test_goodput_is_throughput_times_pollux_efficiency():
 def test_measured_advice_reads_well():
     text = str(advise(MEASURED, batch_size=16, dataset_size=20_000, learning_rate=2e-4))
     assert "about 212 examples, between 160 and 310 (95 % sure)" in text
-    assert "If time and examples matter equally: a batch of 103 … 483; 256 costs at most 6 % more" in text
+    assert f"If time and examples matter equally{AS_IF}: a batch of 103 … 483; 256 costs at most 6 %" in text
     assert "up to 8 wastes at most 5 %, up to 32 wastes at most 20 %" in text
     assert "The batch of 16 in use takes 5 % … 10 % more examples" in text
     assert "79 optimizer steps" in text
@@ -229,7 +230,7 @@ def test_sections_hold_the_sentences_in_order():
     advice = advise(MEASURED, batch_size=16, dataset_size=20_000, learning_rate=2e-4)
     titles = [section.title for section in advice.sections]
     assert titles == [
-        "Batch size", "The batch in use", "One epoch", "Learning rate", "Where both were measured",
+        "Batch size", "The batch in use", "Where both were measured", "One epoch", "Learning rate",
     ]  # fmt: skip
     assert advice.sentences == tuple(line for section in advice.sections for line in section.sentences)
     assert str(advice).splitlines()[1 : 1 + len(advice.sentences)] == list(advice.sentences)
@@ -250,7 +251,7 @@ def test_the_price_is_named_and_the_range_is_its(price, said, best):
     first = advice.sections[0].sentences
     near = advice.ranges[-1]
     assert first[0].startswith(
-        f"{said}: a batch of {near.low:.0f} … {near.high:.0f}; {near.pick} costs at most"
+        f"{said}{AS_IF}: a batch of {near.low:.0f} … {near.high:.0f}; {near.pick} costs at most"
     )
     assert any(line.endswith(f"At this price the best batch is {best}.") for line in first)
     expected = Price(time=price.get("time_price", 1.0)) if "step_price" not in price else Price(step=40)
@@ -475,8 +476,8 @@ def test_a_learning_rate_has_no_more_digits_than_matter():
 def test_a_range_beyond_the_data_promises_no_batch_larger_than_they_are():
     lines = said_of(1000, 2000, batch_size=8, dataset_size=50)
     assert lines[0] == (
-        "If time and examples matter equally: a batch of 642 … 3,120. That is more than the 50 examples of "
-        "the data: no batch of them is too large at this price."
+        f"If time and examples matter equally{AS_IF}: a batch of 642 … 3,120. That is more than the 50 "
+        "examples of the data: no batch of them is too large at this price."
     )
     assert not any(s.startswith(("Sure", "Not sure")) for s in lines)
     assert "If only examples matter, not time: a small batch; up to 50 wastes at most 5 %." in lines
@@ -495,7 +496,7 @@ def test_a_range_beyond_the_data_promises_no_batch_larger_than_they_are():
 def test_nothing_is_said_of_a_batch_below_one():
     for low, high in ((0.3, 0.5), (0.5, 0.8)):
         lines = said_of(low, high, batch_size=1)
-        assert lines[0] == "If time and examples matter equally: batch 1, the smallest there is."
+        assert lines[0] == f"If time and examples matter equally{AS_IF}: batch 1, the smallest there is."
         assert not any(s.startswith(("Sure", "Not sure", "Why", "To name")) for s in lines)
         assert any("It is the smallest there is: no need to change it." in s for s in lines)
         warned = advise(replace(MEASURED, low=low, high=high), batch_size=1).warnings

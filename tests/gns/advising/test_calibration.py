@@ -1,6 +1,7 @@
 """What the package says of measured batch sizes: never more than the study does."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -24,15 +25,21 @@ PREDICTS = replace(
 
 
 def test_a_study_that_has_not_decided_corrects_nothing():
-    assert UNDECIDED.applied((100.0, 200.0)) is None
-    assert replace(UNDECIDED, verdict="does not").applied((100.0, 200.0)) is None
     text = UNDECIDED.sentence((100.0, 200.0))
     assert text.startswith(
         "The critical batch size was 1.04 (0.312 … 1.5) times B_simple of factor B in 3 of 16"
     )
     assert "in 3 configurations, of models" in replace(UNDECIDED, planned=None).sentence((1.0, 2.0))
     assert "of models with 0.25 M parameters; 67 % (0 … 100 %) lay within a factor of two" in text
-    assert text.endswith(": undecided, so nothing is corrected by it.")
+    assert text.endswith(
+        ": undecided, so nothing is corrected by it. If it holds here, that is batch 31 … 300."
+    )
+    for ends, said in (
+        ((0.5, 1.0), "batch 1 … 2."),
+        ((1.0, 1.1), "batch 1 … 2."),
+        ((9.0, math.inf), "batch at least 3."),
+    ):
+        assert UNDECIDED.sentence(ends).endswith(said)
     assert "it does not predict, so nothing" in replace(UNDECIDED, verdict="does not").sentence((1.0, 2.0))
 
 
@@ -40,7 +47,7 @@ def test_one_that_predicts_says_what_a_reading_speaks_for():
     assert PREDICTS.applied((100.0, 200.0)) == pytest.approx((31.2, 300.0))
     text = PREDICTS.sentence((100.0, 200.0))
     assert "models with 0.25 M to 1.1 M parameters" in text and text.endswith(
-        "by that, 31.2 … 300 examples here."
+        "by that, 31 … 300 examples here."
     )
 
 

@@ -9,6 +9,7 @@ from gns.advice import advise
 from gns.advising import throughput
 from gns.advising.capacity import Capacity, first_epoch_bits
 from gns.advising.throughput import Speed, Throughput
+from gns.advising.wording import AS_IF
 from gns.coverage import Coverage
 from gns.records import load, read_summary, write_summary
 from gns.report.findings import findings
@@ -92,7 +93,7 @@ def test_everything_recorded_is_used_and_its_source_named(gns, folder):
         "200,000 tokens; the loss is of the first 32 % of an epoch"
     )
     assert row(out, "adapted")[1:] == ["10 matrices", "the run"]
-    titles = ["Batch size", "The batch in use", "Wall-clock time", "One epoch", "Learning rate"]
+    titles = ["Batch size", "The batch in use", "One epoch", "Wall-clock time", "Learning rate"]
     titles += ["Capacity and cost of LoRA", "Careful", "Before you rely on it", "What this rests on"]
     assert [line for line in out if line in titles] == titles
 
@@ -141,7 +142,7 @@ def test_options_win_over_the_record(gns, folder):
     ):
         assert row(out, name)[2] == option
     out = gns("advise", "a", "--step-price", 40)[1]
-    assert out[3].startswith("If the time of one step is worth 40 examples: a batch of ")
+    assert out[3].startswith(f"If the time of one step is worth 40 examples{AS_IF}: a batch of ")
     assert row(out, "price of time")[1:] == ["40 examples for a step", "--step-price"]
 
 
@@ -203,7 +204,9 @@ def test_a_lower_bound_says_what_to_measure(gns, tmp_path):
     running.recorded(tmp_path / "a", steps)
     code, out, _ = gns("advise", "a")
     assert code == 0 and "To know more" in out and load(tmp_path / "a").high == math.inf
-    assert any(line.startswith("If time and examples matter equally: a batch of at least") for line in out)
+    assert any(
+        line.startswith(f"If time and examples matter equally{AS_IF}: a batch of at least") for line in out
+    )
     assert any("`gns probe --adapter RUN`" in line and "640" in line for line in out)
 
 
