@@ -10,10 +10,9 @@ from pathlib import Path
 from experiments import markdown
 from experiments.analysis.curves import Estimated
 from experiments.evidence.configurations import SIZE
-from experiments.evidence.judged import Judged
 from experiments.evidence.practice import BY_FITTED, BY_NOISE, DELTA, SMALLEST, Price
 from experiments.evidence.readout import Readout
-from experiments.evidence.sentences import answer, harmless_gains, number, percent, shown
+from experiments.evidence.sentences import answer, harmless_gains, notes, number, percent, shown
 
 NAME = "evidence"  # of the part; see `experiments.markdown.insert`
 PICTURE = "front"
@@ -61,10 +60,9 @@ def front(found: Readout, folder: str) -> str:
             "intervals:"
         )
         parts.append(prices(priced))
-        if schedule in found.harmless and math.isfinite(found.harmless[schedule].scale.constant.value):
-            said = (taken_as_it_is(found.harmless[schedule].scale), harmless_gains(found))
-            parts.append(" ".join(each for each in said if each))
-        parts += [f"{each.rule}: {each.note}." for each in priced if each.note]
+        said = (taken_as_it_is(found), harmless_gains(found))
+        parts += [" ".join(each for each in said if each)] if any(said) else []
+        parts += notes(priced)
         parts += [
             elsewhere(name, priced, len(curves))
             for name, (priced, curves) in found.priced.items()
@@ -76,18 +74,22 @@ def front(found: Readout, folder: str) -> str:
     return "\n\n".join(parts)
 
 
-def taken_as_it_is(found: Judged) -> str:
-    """Say in a sentence what B_simple is worth as a batch size.
-
-    Args:
-        found: B_simple beside the largest batch that costs nothing.
-    """
-    c = found.constant
-    times = Estimated(1 / c.value, 1 / c.high, 1 / c.low)
-    left = f" of the {found.of}; in the others one of the two has no end" if found.pairs < found.of else ""
+def taken_as_it_is(found: Readout) -> str:
+    """Say in a sentence what B_simple is worth as a batch size, under each schedule; "" if unknown."""
+    said = []
+    for schedule, each in found.harmless.items():
+        c, of = each.scale.constant, each.scale
+        if not math.isfinite(c.value):
+            continue
+        times = Estimated(1 / c.value, 1 / c.high, 1 / c.low)
+        left = f" of the {of.of}; in the others one of the two has no end" if of.pairs < of.of else ""
+        what = f"a {schedule} learning rate (geometric mean of {of.pairs} configurations{left})"
+        said.append(f"{shown(times)} times that under {what}")
+    if not said:
+        return ""
     return (
-        f"B_simple, taken as a batch size, is {shown(times)} times the largest batch that costs no more than "
-        f"{DELTA} nat (geometric mean of {found.pairs} configurations{left})."
+        f"B_simple, taken as a batch size, beside the largest batch that costs no more than {DELTA} nat: "
+        f"{', '.join(said)}."
     )
 
 

@@ -17,6 +17,7 @@ from experiments.evidence.sentences import (
     answer,
     beside,
     harmless_gains,
+    notes,
     number,
     of_bounds,
     of_seeds,
@@ -86,7 +87,7 @@ def page(found: Readout, drawn: Mapping[str, Drawn]) -> str:
             f"largest batch within {DELTA} nat of the best; above 1 the rule is slower than it need be. "
             "Runs: spent on choosing a batch, one seed."
             + (" " + ANSWERED if any(_answered(each) for each in priced) else "")
-            + "".join(f" {each.rule}: {each.note}." for each in priced if each.note)
+            + "".join(f" {said}" for said in notes(priced))
         )
     if found.compared:
         parts += [f"## Configurations, at N = {SIZE:,}", configurations_table(found.compared, found.branched)]

@@ -42,6 +42,7 @@ class Price:
         of: all.
         answers: share of right answers at the best batch less that at its own; NaN where none were asked for.
         constant: k, where B_simple is multiplied by one; else NaN.
+        smallest: what the smallest batch gives away in the same configurations; None where they are all.
     """
 
     rule: str
@@ -54,6 +55,7 @@ class Price:
     of: int
     answers: Estimated
     constant: float = math.nan
+    smallest: Estimated | None = None
 
     @property
     def note(self) -> str:
@@ -109,7 +111,10 @@ def _priced(
     batch = float(np.exp(np.mean(np.log(inside))))
     steps = _steps(curves, [largest[i] for i in used], inside, others)
     answers = answers_lost(curves, batches)
-    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), answers)
+    smallest = None
+    if len(used) < len(found) and rule != SMALLEST:
+        smallest, _ = regret(curves, [float(each.batches[0]) for each in curves])
+    return Price(rule, mean, max(own), steps, batch, runs, len(used), len(found), answers, smallest=smallest)
 
 
 def _steps(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from experiments.analysis.cells import independent
 from experiments.analysis.curves import Estimated
@@ -11,7 +11,7 @@ from experiments.analysis.resampling import LEVEL
 from experiments.evidence.configurations import CONFIGURATIONS, SIZES
 from experiments.evidence.judged import WANTED, Judged
 from experiments.evidence.measured import PRIMARY, Measured
-from experiments.evidence.practice import DELTA
+from experiments.evidence.practice import DELTA, Price
 from experiments.evidence.readout import BY_DEFAULT, BY_SIZE, Readout
 
 
@@ -104,6 +104,16 @@ def harmless_gains(found: Readout) -> str:
         f"As a predictor of the largest batch that costs no more than {DELTA} nat B_simple misses, against "
         f"one batch size for all, {' and '.join(gains)}."
     )
+
+
+def notes(priced: Sequence[Price]) -> list[str]:
+    """Say what a reader of the rules' prices must know: what k is, and which are of fewer configurations."""
+    said = [f"{each.rule}: {each.note}." for each in priced if each.note]
+    for each in priced:
+        if each.smallest is not None:
+            where = f"In the {each.used} configurations where “{each.rule}” has an answer"
+            said.append(f"{where}, the smallest batch gives away {shown(each.smallest)} nat.")
+    return said
 
 
 def _told(gain: Estimated) -> str:

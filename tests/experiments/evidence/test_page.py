@@ -70,7 +70,8 @@ def test_the_front_says_in_a_sentence_what_rules_cost_under_another_schedule():
 def test_the_front_says_what_the_noise_scale_is_worth_as_a_batch_size():
     """B_max is an octave above the best batch, 4 · B_simple in all: B_simple is a quarter of it."""
     said = front(read_out(bowls(), []), "there")
-    assert "B_simple, taken as a batch size, is 0.25 (0.2" in said and "mean of 4 configurations)" in said
+    assert "that costs no more than 0.01 nat: 0.25 (0.2" in said and "mean of 4 configurations)" in said
+    assert ") times that under a cosine learning rate (geometric" in said
     open_ = front(read_out(bowls() + whole(512.0, noise=4.0, rank=2), []), "there")
     assert "mean of 4 configurations of the 5; in the others one of the two has no end)" in open_
     assert "taken as a batch size" not in front(read_out(rows(8.0), []), "there")
@@ -91,9 +92,11 @@ def test_the_noise_scale_is_set_beside_one_batch_for_all_as_a_predictor_of_the_h
 
 
 def test_the_ends_of_a_reciprocal_change_places():
-    found = read_out(bowls(), []).harmless["cosine"].scale
-    said = taken_as_it_is(replace(found, constant=Estimated(0.2, 0.1, 0.5)))
-    assert "is 5 (2 … 10) times the largest batch" in said
+    found = read_out(bowls(), [])
+    cosine = found.harmless["cosine"]
+    scale = replace(cosine.scale, constant=Estimated(0.2, 0.1, 0.5))
+    said = taken_as_it_is(replace(found, harmless={"cosine": cosine._replace(scale=scale)}))
+    assert "0.01 nat: 5 (2 … 10) times that under a cosine" in said
 
 
 def test_no_share_is_a_negative_zero():

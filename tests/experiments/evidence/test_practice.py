@@ -52,6 +52,8 @@ def test_the_proxy_is_the_smallest_model_at_the_lowest_rank_on_the_same_data():
     assert found.batch == pytest.approx(4.0)
     assert found.regret.value == pytest.approx(0.01 * (1 + 4 + 9) / 3, abs=1e-6)
     assert found.runs == "about 40 of the proxy"
+    smallest = priced([row for row in bowls() if row["config"]["rank"] != 4])[SMALLEST]
+    assert found.smallest.value == pytest.approx(smallest.regret.value, abs=1e-6)  # in the same three
     others = rows(8.0, rank=4, dials={"label_noise": 0.5}) + rows(8.0, n_train=512)
     assert BY_PROXY not in priced(others + rows(8.0, rank=64))  # other data, or other amounts of them
 
