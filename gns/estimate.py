@@ -164,8 +164,9 @@ class Estimate:
             ValueError: `width` is not positive.
         """
         more, aim = self.more_examples(width), f"±{100 * width:g} %"
-        if math.isnan(more):
-            return f"How many examples {aim} takes cannot be said before 2 steps are measured."
+        if math.isnan(more) or (self.status == "collecting" and self.n_steps < MIN_STEPS):
+            least = 2 if math.isnan(more) else MIN_STEPS
+            return f"How many examples {aim} takes cannot be said before {least} steps are measured."
         if more == 0:
             return f"The interval is no wider than {aim}."
         if self.b_simple <= 0 and math.isfinite(self.high):
@@ -174,10 +175,11 @@ class Estimate:
             least = self._more(width, self.low)
             number = f"At least {format_count(least)} more" if 0 < least < math.inf else "More"
             return f"{number} examples are needed for {aim}: |G|² cannot be told from 0 yet."
-        ends = [format_count(self._more(width, b)) for b in (self.low, self.high)]
+        ends = [more, *(self._more(width, b) for b in (self.low, self.high))]
+        least, most = format_count(min(ends)), format_count(max(ends))
         return (
             f"About {format_count(more)} more examples for {aim}, at this batch size "
-            f"({ends[0]} … {ends[1]} for a noise scale at the ends of the interval)."
+            f"({least} … {most} over the noise scales in the interval)."
         )
 
     def __str__(self) -> str:

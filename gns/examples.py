@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gns.capture.arguments import batch_of, call_shape
 from gns.capture.placement import Segments, Shape
-from gns.reasons import ATTENDS_ACROSS, LOSS_OUTSIDE
+from gns.reasons import ATTENDS_ACROSS, LOSS_OUTSIDE, NO_LABELS
 from gns.segments import SegmentsOf, packed, separated
 from gns.segments import given as ask
 
@@ -157,10 +157,13 @@ def row_map(
         notice = ATTENDS_ACROSS
     elif weights == "auto" and whole_step and labelled is None:
         notice = LOSS_OUTSIDE
+    elif weights == "auto" and labelled is None and found is None and _padded_text(model, kwargs):
+        notice = NO_LABELS
     if weights == "equal" or labelled is None:
         if weights == "tokens":
             raise ValueError(
-                'weights="tokens", but the call has no [B, T] integer `labels`; pass weights="equal"'
+                'weights="tokens", but the call has no [B, T] integer `labels`: pass them to the model as '
+                'well (its own loss may go unused), or say weights="equal" if every example weighs the same'
             )
         tokens = _input_tokens(kwargs) if labelled is None else labelled.sum()
         return RowMap(n, shape, found, tokens, notice=notice)
@@ -168,6 +171,15 @@ def row_map(
     total = counts.sum()
     w = counts if whole_step else counts / total.clamp(min=1)
     return RowMap(n, shape, found, total, w.sum(), w.square().sum(), notice, w)
+
+
+def _padded_text(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a language model is called with a padding mask and no labels of any kind."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("labels") is not None or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return False
+    head = getattr(model, "get_output_embeddings", None)
+    return callable(head) and head() is not None
 
 
 def _per_example(segments: Segments, labelled: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class Notices:
         )
 
     def stands_down(self, why: str) -> None:
-        """Warn that nothing more is measured, after an error of ours."""
-        _warn(f"GNSMonitor stands down after an error of its own, training goes on: {why}")
+        """Warn that nothing more is measured, after an error of ours or a setting that does not fit."""
+        _warn(f"GNSMonitor stands down, training goes on as it was: {why}")
 
     def _once(self, key: str, text: str) -> None:
         if key not in self._told:

@@ -110,6 +110,11 @@ LOSS_OUTSIDE = (
     "the model's call has num_items_in_batch but no labels: the loss is made outside of it, and the "
     'examples\' weights in it are not seen and taken as equal (weights="equal" ends this message)'
 )
+NO_LABELS = (
+    "the language model is called with padding and without labels: the loss is made outside of it, and every "
+    "example is taken to weigh the same in it. Where it is a mean over tokens, pass labels to the model as "
+    'well (its own loss may go unused); where it is not, weights="equal" ends this message'
+)
 PACKED = "its input has shape {shape}, in which the positions of packed rows cannot be told"
 MIXED = (
     "checkpointing is reentrant and examples are not rows, so that it cannot be told whose rows a "

@@ -146,7 +146,9 @@ def test_an_attention_mask_counts_the_tokens_of_the_input():
 
 
 def test_tokens_without_labels_are_refused():
-    with pytest.raises(ValueError, match='weights="tokens", but the call has no .* pass weights="equal"'):
+    with pytest.raises(
+        ValueError, match='weights="tokens", but the call has no .* pass them to the model as'
+    ):
         row_map(Plain(), (), {"input_ids": IDS}, "tokens")
 
 

@@ -14,8 +14,10 @@ from torch import nn
 from gns.capture.placement import Placement, Segments
 from gns.examples import row_map
 from gns.monitor import GNSMonitor, GNSWarning
+from gns.reasons import NO_LABELS
 from gns.rules import LINEAR
 from gns.segments import packed, stacked
+from tests.gns import tiny
 from tests.gns.small_models import FAMILIES, lora
 from tests.reference.per_example import contributions, joint, trainable
 from tests.reference.tolerances import close
@@ -277,6 +279,25 @@ def test_a_loss_outside_the_model_is_said():
     call = {"input_ids": torch.ones(4, 5, dtype=torch.long), "num_items_in_batch": torch.tensor(20)}
     assert "no labels" in row_map(nn.Identity(), (), call).notice
     assert row_map(nn.Identity(), (), call, weights="equal").notice is None
+
+
+def test_a_padded_call_of_a_language_model_without_labels_is_said():
+    """Its loss is made outside, and may be a mean over tokens."""
+    ids = torch.randint(2, 90, (4, 5))
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = tiny.llama()
+    assert row_map(model, (), call).notice == NO_LABELS
+    assert row_map(nn.Identity(), (), call).notice is None  # no head over tokens: a classifier, an encoder
+    assert row_map(model, (), call, weights="equal").notice is None
+    assert row_map(model, (), {"input_ids": ids}).notice is None  # nothing is padded
+    assert row_map(model, (), call | {"labels": ids}).notice is None
+    with pytest.warns(GNSWarning, match="without labels: the loss is made outside") as seen:
+        monitor = GNSMonitor(model, on_error="raise").attach()
+        for _ in range(3):
+            logits = model(**call).logits[:, :-1]
+            nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    monitor.detach()
+    assert len(seen) == 1
 
 
 # what is found in a call

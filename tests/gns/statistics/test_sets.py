@@ -146,6 +146,8 @@ def test_the_outlook_in_words():
     bound = estimate(simulated(6, 1e7))
     assert bound.outlook(0.1).startswith("At least ") and "|G|² cannot be told from 0" in bound.outlook(0.1)
     assert "before 2 steps" in estimate([]).outlook()
+    early = estimate(simulated(0, 5, k=6))  # a set of few steps can be narrow by chance
+    assert early.status == "collecting" and early.outlook().endswith("before 20 steps are measured.")
 
 
 def test_without_spread_no_number_of_examples_is_named():
