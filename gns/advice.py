@@ -25,7 +25,7 @@ CAVEATS = (
     "B_simple is not the critical batch size itself: where both were measured, their ratio ran from "
     "0.05 (autoencoders) to 8 (SVHN). Take the range as a place to start, and try half and double.",
     "it is not established that the noise scale predicts the best batch size of LoRA: runs of ours on small "
-    "models are the only published evidence on it.",
+    "models are the only published evidence on it that we know of.",
     "the noise scale moves with the learning rate and along training: a reading belongs to its settings.",
 )
 
@@ -261,7 +261,7 @@ def _advise(estimate: Estimate, given: _Given, price: Price) -> Advice:
         soonest=soonest(timed, batch),
         capacity=given.capacity,
         cost=given.cost,
-        warnings=tuple(wording.remarks(estimate, batch, table)),
+        warnings=tuple(wording.remarks(estimate, batch, table, data)),
         estimate_warnings=estimate.warnings,
         caveats=(*CAVEATS, *(() if timed else (TIME,)), *wording.plan_caveats(plan)),
     )

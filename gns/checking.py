@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection
 from typing import Any
 
@@ -9,7 +10,7 @@ from typing import Any
 def check_whole(
     name: str, value: Any, least: int, unit: str = "", error: type[Exception] = ValueError, more: str = ""
 ) -> None:
-    """Let pass a whole number, `least` or more.
+    """Let pass a whole number, `least` or more, NumPy's too.
 
     Args:
         name: of the argument.
@@ -22,7 +23,7 @@ def check_whole(
     Raises:
         Exception: `error`, where it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         of = f" of {unit}" if unit else ""
         raise error(f"{name} is {value!r}; a whole number{of}, {least} or more, is needed{more}")
 

@@ -69,7 +69,7 @@ def demo(
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 16,
     seed: Annotated[int, typer.Option(help="Of adapters and data order.")] = 0,
 ) -> None:
-    """Measure a small real LoRA fine-tune, without network: about a minute on two CPU cores.
+    """Measure a small real LoRA fine-tune, without network: about two minutes on a CPU core.
 
     A small language model that comes with this package learns source text of the Python standard library that
     it never saw. Writes runs/demo, or runs/demo-2 … if that is taken.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -100,6 +100,9 @@ def probe(
         >>> found.n_steps, found.n_examples
         (30, 240)
     """
+    if isinstance(batches, Mapping):
+        seen = f"batches is a {type(batches).__name__}, one batch"
+        raise ProbeError(f"{seen}; a list of batches is needed, two or more")
     most = _most(batches, max_batches)
     looks = _looks(relative_width, most)
     _check(model, level)

@@ -25,7 +25,7 @@ from gns.metrics import METRICS
 from gns.notices import GNSWarning as GNSWarning  # filters of users name it here
 from gns.notices import Notices
 from gns.packing import pack, unpack
-from gns.reasons import BATCH_NORM, LATE, OTHER_METRIC, UNREACHED
+from gns.reasons import BATCH_NORM, LATE, NEVER_ATTACHED, OTHER_METRIC, UNREACHED
 from gns.reducers import MAX_BYTES
 from gns.segments import SegmentsOf
 from gns.statistics.summaries import Summaries
@@ -147,6 +147,7 @@ class GNSMonitor(Summaries):
         self.segments, self.max_bytes, self.metric = segments, max_bytes, metric
         self.share_weight_gradient = share_weight_gradient
         self._given = model  # maybe an engine's wrapper
+        every, history = int(every), int(history)  # deque and JSON take no NumPy integer
         self.model, self.every, self.weights = unwrapped(model), every, weights
         self.scaler, self.on_error = scaler, on_error
         self._sink = _as_sink(sink)
@@ -255,7 +256,13 @@ class GNSMonitor(Summaries):
         """The readings of B_noise, oldest first."""
         return list(self._curvature)
 
+    def _expect_steps(self) -> None:
+        """Warn where nothing can have been measured."""
+        if self._plan is None and self._next_step == 0:
+            self._notices.once(NEVER_ATTACHED)
+
     def _share(self) -> float | None:
+        self._expect_steps()
         return self.coverage().share if self._plan else None
 
     def coverage(self) -> Coverage:
@@ -265,7 +272,7 @@ class GNSMonitor(Summaries):
             RuntimeError: the monitor was never attached.
         """
         if self._plan is None:
-            raise RuntimeError("the monitor was never attached; call attach() first")
+            raise RuntimeError(NEVER_ATTACHED)
         self.flush()
         out = dict(self._excluded)
         if self._fired:
@@ -299,6 +306,7 @@ class GNSMonitor(Summaries):
         """
         from gns.report import write_report
 
+        self._expect_steps()
         coverage = self.coverage() if self._plan else None
         if self._curvature and (self._folder is None or self._folder.resolve() != Path(folder).resolve()):
             write_readings(Path(folder), self.curvature)  # where steps are appended, readings were too

@@ -115,6 +115,7 @@ NO_LABELS = (
     "example is taken to weigh the same in it. Where it is a mean over tokens, pass labels to the model as "
     'well (its own loss may go unused); where it is not, weights="equal" ends this message'
 )
+NEVER_ATTACHED = "the monitor was never attached, so nothing was measured: call attach() before the loop"
 PACKED = "its input has shape {shape}, in which the positions of packed rows cannot be told"
 MIXED = (
     "checkpointing is reentrant and examples are not rows, so that it cannot be told whose rows a "

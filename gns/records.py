@@ -155,7 +155,7 @@ def load(folder: str | Path) -> Estimate:
     """Give back what `monitor.report(folder)` wrote, computed anew from its steps; a `gns probe` as it was.
 
     Args:
-        folder: of the run.
+        folder: of the run; or a file of steps, as `GNSMonitor(sink=…)` writes one, which has no coverage.
 
     Returns:
         The estimate with `history`, `curvature`, `coverage` and groups.
@@ -167,9 +167,15 @@ def load(folder: str | Path) -> Estimate:
     folder = Path(folder)
     if (folder / PROBE).is_file():
         return read_probe(folder)
+    if folder.is_file():
+        steps = read_steps(folder)
+        return replace(estimate(steps), history=tuple(steps))
     if not (folder / STEPS).is_file():
-        seen = f"holds no {STEPS}" if folder.is_dir() else "is not a folder"
-        raise FileNotFoundError(f"{folder} {seen}; a folder that monitor.report(folder) wrote is needed")
+        seen = f"holds no {STEPS}" if folder.is_dir() else "is not there"
+        raise FileNotFoundError(
+            f"{folder} {seen}; a folder that `gns measure` or monitor.report(folder) wrote is needed, or a "
+            "file that GNSMonitor(sink=file) wrote"
+        )
     steps = read_steps(folder / STEPS)
     try:
         summary = read_summary(folder)

@@ -124,7 +124,8 @@ def _affordable(plan: EpochPlan) -> str:
     if plan.largest is None or plan.largest_doubled is None or plan.examples_needed is None:
         return (
             "How large a batch one epoch can afford depends on the loss aimed at: say how many examples that "
-            f"loss takes at batch {plan.batch_size} (examples_needed), and it is worked out."
+            f"loss takes at batch {plan.batch_size} (`examples_needed`, `--examples-needed`), and it is "
+            "worked out."
         )
     data = plan.dataset_size
     start = (

@@ -298,9 +298,16 @@ def _transfer(rate: float, batch: int, target: int, ends: tuple[float, float]) -
     )
 
 
-def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...]) -> list[str]:
+def remarks(estimate: Estimate, batch: int, table: tuple[Row, ...], data: int | None = None) -> list[str]:
     """Say what makes this advice less certain than it looks."""
     found = []
+    seen = 0.0 if estimate.steps is None else (estimate.steps[1] + 1) * estimate.examples_per_step
+    if data is not None and seen >= data + estimate.examples_per_step:
+        found.append(
+            f"by the last of these steps {format_count(seen)} examples had been seen, of {data:,} in the "
+            "data: what comes again is no new draw, and the number is of these examples, not of new ones. "
+            "Measure in the first epoch, or probe with fresh data."
+        )
     ends = (estimate.low, estimate.high)
     apart = {row.batch_size: spread(row.batch_size, batch, ends) for row in table if row.learning_rates}
     if apart and max(apart.values()) > DISAGREE:

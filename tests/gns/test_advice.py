@@ -209,6 +209,15 @@ def test_tiny_noise_scales_do_not_break_the_text(low, high):
     assert any("above the whole interval" in w for w in advice.warnings)
 
 
+def test_examples_that_come_again_are_warned_about():
+    run = replace(MEASURED, steps=(0, 49))  # 50 steps × 16
+    assert advise(run, batch_size=16, dataset_size=800).warnings == ()
+    (said,) = advise(run, batch_size=16, dataset_size=300).warnings
+    assert said.startswith("by the last of these steps 800 examples had been seen, of 300 in the data: what")
+    later = replace(run, steps=(100, 149))  # the last third of a run
+    assert "2,400 examples had been seen" in advise(later, batch_size=16, dataset_size=300).warnings[0]
+
+
 def test_partial_coverage_is_warned_about():
     advice = advise(replace(MEASURED, coverage=0.5), batch_size=16)
     assert advice.warnings == ("only 50 % of the trainable numbers are in the sums.",)
@@ -327,7 +336,7 @@ def test_one_epoch_with_a_loss_to_aim_at():
         (MEASURED, 20_000, "with batches up to 16 (twice the data"),
         (BOUND, 10_000, "with batches up to 207, perhaps far larger ones (twice the data"),
         (BOUND, 30_000, "is reached in one epoch of 20,000 at no batch"),
-        (MEASURED, None, "say how many examples that loss takes at batch 16 (examples_needed)"),
+        (MEASURED, None, "say how many examples that loss takes at batch 16 (`examples_needed`, `--"),
     ],
 )
 def test_what_one_epoch_affords(estimate, needed, said):

@@ -326,7 +326,7 @@ def test_no_report_is_drawn_unless_all_can_be(gns, tmp_path):
         write_steps(tmp_path / name / STEPS, of(100))
     before = sorted(tmp_path.rglob("*"))
     code, out, err = gns("report", "a", "b", "nope")
-    assert (code, out) == (2, []) and len(err) == 1 and err[0].startswith("gns: nope is not a folder")
+    assert (code, out) == (2, []) and len(err) == 1 and err[0].startswith("gns: nope is not there; a folder")
     (tmp_path / "b" / "summary.json").write_text("{")
     assert gns("report", "a", "b")[0] == 2
     (tmp_path / "b" / "summary.json").unlink()

@@ -203,6 +203,13 @@ def test_every_form_of_batch_is_the_same(form):
     assert found.trace_sigma == twin.trace_sigma > 0
 
 
+def test_one_batch_instead_of_a_list_is_refused():
+    with pytest.raises(
+        ProbeError, match="batches is a dict, one batch; a list of batches is needed, two or more"
+    ):
+        probe(plain(dtype=torch.float32), {"x": torch.ones(2, 4)})
+
+
 @pytest.mark.parametrize(
     ("batch", "loss", "says"),
     [
@@ -298,7 +305,8 @@ def test_labels_in_some_batches_only_are_refused():
         out = model(**b)
         return out.loss if "labels" in b else out.logits.square().mean()
 
-    with pytest.raises(ProbeError, match="some batches have token labels and others have none"):
+    refused = pytest.raises(ProbeError, match="some batches have token labels and others have none")
+    with refused, pytest.warns(GNSWarning, match="without labels: the loss is made outside"):
         probe(model, [batch, bare], loss=loss)
     assert probe(model, [batch, bare], loss=loss, weights="equal").n_steps == 2
 

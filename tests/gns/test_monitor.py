@@ -6,6 +6,7 @@ import pickle
 import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -252,6 +253,23 @@ def test_segments_that_are_no_function_are_refused():
 def test_a_model_that_is_no_module_is_refused():
     with pytest.raises(TypeError, match="model is a str"):
         GNSMonitor("llama")
+
+
+def test_one_that_was_never_attached_says_so(tmp_path):
+    for asked in (GNSMonitor.estimate, lambda monitor: monitor.report(tmp_path / "run")):
+        with pytest.warns(
+            GNSWarning, match=r"never attached, so nothing was measured: call attach\(\)"
+        ) as seen:
+            asked(GNSMonitor(mlp()))
+        assert len(seen) == 1
+    with pytest.raises(RuntimeError, match="never attached"):
+        GNSMonitor(mlp()).coverage()
+
+
+def test_numpy_counts_are_whole_numbers():
+    assert GNSMonitor(mlp(), every=np.int64(2), history=np.int32(5)).every == 2
+    with pytest.raises(ValueError, match="every is "):
+        GNSMonitor(mlp(), every=np.float64(2))
 
 
 def test_attaching_twice_raises_and_the_first_goes_on():

@@ -434,8 +434,16 @@ def test_load_without_summary_uses_the_default_level(tmp_path):
     assert (loaded.level, loaded.coverage, loaded.n_steps) == (0.95, None, 30)
 
 
+def test_a_file_of_steps_is_read_as_it_is(tmp_path):
+    steps = draw(30)
+    written(tmp_path / "mine.jsonl", steps)
+    loaded = load(tmp_path / "mine.jsonl")
+    assert str(loaded) == str(estimate(steps)) and len(loaded.history) == 30
+    assert loaded.coverage is None and loaded.curvature == ()
+
+
 def test_load_says_what_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not there; a folder that `gns measure` or"):
         load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"holds no steps\.jsonl"):
         load(tmp_path)

@@ -42,7 +42,7 @@ def test_the_page_goes_where_it_is_told(report, tmp_path):
         (("runs/a", "runs/a"), "a run is named twice"),
         (("runs/a", "runs/../runs/a"), "a run is named twice"),
         (("runs/a", "runs/b", "--out", "runs"), "is a folder; the name of a page is needed"),
-        (("runs/a", "nope"), "nope is not a folder"),
+        (("runs/a", "nope"), "nope is not there"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(report, tmp_path, arguments, said):
