@@ -63,7 +63,9 @@ def test_it_is_committed_as_it_ran(committed):
     outputs = [o for c in cells for o in c.outputs]
     assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in outputs)
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
-    assert "**Use a batch of" in said(cells[-1])
+    decision = said(cells[-1])
+    assert "**If steps are dear: a batch of" in decision and "*What argues for the smaller one:*" in decision
+    assert not any(re.search(r"\bnan\b", said(cell)) for cell in cells)
 
 
 def test_the_story_of_the_evidence_is_committed_as_the_page_has_it(optimal):
