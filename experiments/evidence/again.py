@@ -155,14 +155,26 @@ def _adam(chosen: Sequence[Row], known: Collection[str], path: Path, device: tor
 
 
 def _curvature(chosen: Sequence[tuple[str, Row, float]], path: Path, device: torch.device) -> None:
+    """Read what is missing; a run that cannot be made again is passed over, and named at the end.
+
+    Raises:
+        RunError: there were such runs.
+    """
+    broken = []
     known = rows.read(path)
     missing = [each for each in chosen if read_along(known, *each[1:]) is None]
     for name, row, reached in tqdm(missing, unit="run", desc="B_noise"):
         begun = time.monotonic()
         about = {"configuration": name, "of": row["hash"], "config": row["config"], "reached": reached}
-        found = curved(row, reached, device)
+        try:
+            found = curved(row, reached, device)
+        except RunError as error:
+            broken.append(f"{name}: {error}")
+            continue
         made = rows.provenance() | {"seconds": round(time.monotonic() - begun, 2), "device": str(device)}
         rows.append(path, rowsfile.finite(about | found | made))
+    if broken:
+        raise RunError("\n".join(broken))
 
 
 if __name__ == "__main__":

@@ -173,3 +173,13 @@ def test_what_a_kill_cut_off_is_made_again(row, short, monkeypatch, tmp_path):
     again.main(["--folder", str(tmp_path), "--device", "cpu", "--only", "curvature"])
     assert [each["of"] for each in rows.read(tmp_path / CURVATURE)] == [row["hash"], "new"]
     assert len(runs_in(tmp_path)) == 1
+
+
+def test_a_run_that_cannot_be_made_again_does_not_stop_the_others(row, short, monkeypatch, tmp_path, capsys):
+    other = {**row, "hash": "other", "train_loss": [1.1 * loss for loss in row["train_loss"]]}
+    both = [("noise 0.2", other, 10.0), ("reference", row, 10.0)]
+    monkeypatch.setattr(again, "wanted", lambda runs, names: both)
+    with pytest.raises(SystemExit) as end:
+        again.main(["--folder", str(tmp_path), "--device", "cpu", "--only", "curvature"])
+    assert end.value.code == 2 and "noise 0.2: run other made again is another" in capsys.readouterr().err
+    assert [each["of"] for each in rows.read(tmp_path / CURVATURE)] == [row["hash"]]
