@@ -25,7 +25,7 @@ from gns.metrics import METRICS
 from gns.notices import GNSWarning as GNSWarning  # filters of users name it here
 from gns.notices import Notices
 from gns.packing import pack, unpack
-from gns.reasons import BATCH_NORM, LATE, NEVER_ATTACHED, OTHER_METRIC, UNREACHED
+from gns.reasons import BATCH_NORM, LATE, NEVER_ATTACHED, OTHER_METRIC, UNREACHED, UNSEEN
 from gns.reducers import MAX_BYTES
 from gns.segments import SegmentsOf
 from gns.statistics.summaries import Summaries
@@ -275,7 +275,7 @@ class GNSMonitor(Summaries):
             raise RuntimeError(NEVER_ATTACHED)
         self.flush()
         out = dict(self._excluded)
-        if self._fired:
+        if self._fired or any(step.reason == UNSEEN for step in self._history):
             silent = (e.name for e in self._plan.entries if e.name not in self._fired)
             out = dict.fromkeys(silent, UNREACHED) | out
         late = trainable(self.model) if self.attached else {}

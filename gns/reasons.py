@@ -31,6 +31,10 @@ SECOND_ORDER = (
     "a backward pass of this step runs through the graph of a gradient (gradient penalty, second-order "
     "meta-learning): weights are used there in ways that no layer shows"
 )
+CROSSED = (
+    "a graph made before the last optimizer step ran backward in this one, and it is not known what it adds: "
+    "call the model after the step"
+)
 LEFTOVER = "`.grad` held a gradient from before this step's first backward pass: zero the gradients each step"
 REPEATED = "a layer is called more than once per example; its uses are joined from the next step on"
 NOT_ALL = (
@@ -118,8 +122,8 @@ NO_LABELS = (
 NEVER_ATTACHED = "the monitor was never attached, so nothing was measured: call attach() before the loop"
 PACKED = "its input has shape {shape}, in which the positions of packed rows cannot be told"
 MIXED = (
-    "checkpointing is reentrant and examples are not rows, so that it cannot be told whose rows a "
-    "recomputation runs through: use_reentrant=False"
+    "checkpointing is reentrant, and it cannot be told whose rows a recomputation runs through: examples are "
+    "not rows, or batches of other shapes have as many positions: use_reentrant=False"
 )
 PACKED_UNSEEN = (
     "examples are not rows, and layers that are compiled cannot tell which rows are whose: compile nothing, "

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gns import reducers
 from gns.capture import sharing
 from gns.capture.gather import Gather, sum_dtype
-from gns.capture.passage import TapFunction
+from gns.capture.guard import in_backward
+from gns.capture.passage import Echo, TapFunction
 from gns.capture.placement import Placement, Segments
 from gns.metrics import of_blocks
 from gns.rules import Rule
@@ -28,6 +29,8 @@ from gns.rules.base import parameter_of
 if TYPE_CHECKING:
     from gns.capture.collect import Collector
     from gns.capture.tally import Tally
+
+REMEMBERED = 64  # shapes of a layer's outputs that a recomputation may repeat
 
 
 class Tap:
@@ -56,6 +59,7 @@ class Tap:
         self.limit, self.shareable = limit, shareable
         self.needing = frozenset(p for p in parameters if rule.keeps_input_for(p))  # blocks depend on x
         self.checks: dict[str, Tensor] = {}  # parameter → leaf of its shape, on self-check steps only
+        self.crossed = False  # a graph of before the step's check leaves ran backward: they miss its sums
         self.contracted: dict[str, Tensor] = {}  # parameter → leaf [K, *shape] of signed sums
         self.gathers: dict[str, Gather] = {}  # parameter → where its blocks meet, if it has several uses
         # parameter → √ of the metric, of this step, where it weighs entries
@@ -63,6 +67,7 @@ class Tap:
         self.weighed: Tensor | None = None  # leaf of the sums in that metric
         self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
         self.shares = self.shared = False  # its weight's gradient may come from here in this step; once did
+        self.noted: dict[torch.Size, bool] = {}  # shape of the output → whether the last forward was tapped
         self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
         self.tally: Tally | None = None  # counts its norms together with those of other layers
@@ -108,10 +113,18 @@ class Tap:
         self.weighed = self.leaf.detach()[:-1].clone().requires_grad_() if weighs else None
 
     def admits(self, x: Tensor, where: Placement | None) -> bool:
-        """Whether a call on x can be tapped; the same answer in a recomputation, whatever has happened."""
+        """Whether a call on x can be tapped."""
         if where is None:
             return x.ndim >= (1 if self.rule.ids else 2) and not self.gathers
-        return where.misfit is None or (bool(x.ndim >= 2 or self.rule.ids) and not self.gathers)
+        return where.misfit is None or bool(x.ndim >= 2 or self.rule.ids)
+
+    def note(self, shape: torch.Size, tapped: bool) -> None:
+        """Remember whether a call in a forward pass, with an output of this shape, was tapped."""
+        if self.noted.get(shape) is tapped:
+            return
+        if len(self.noted) >= REMEMBERED:
+            self.noted.pop(next(iter(self.noted)))
+        self.noted[shape] = tapped
 
     def sq_norms(
         self, x: Tensor, dy: Tensor, parameter: str, where: Placement, root: Tensor | None = None
@@ -156,7 +169,9 @@ class Tap:
         return where.carriers.of(self)
 
     def sites(self, x: Tensor, where: Placement) -> tuple[Tensor, ...]:
-        """Give what gathered parameters return their parts to."""
+        """Give what gathered parameters return their parts to; nothing where rows are no examples."""
+        if where.misfit is not None:
+            return ()
         return tuple(site for g in self.gathers.values() for site in g.sites(self.rule, x, where))
 
     def misplaced(self, where: Placement) -> None:
@@ -201,9 +216,21 @@ class Tap:
         ]
         return torch.stack(parts) if self.gathers else sums
 
+    def open_check(self, parameter: str, leaf: Tensor) -> None:
+        """Collect Σᵢcᵢ of a parameter in a leaf, from graphs that are made from now on."""
+        self.checks = {
+            **self.checks,
+            parameter: leaf,
+        }  # another object: graphs know the one they were made with
+        self.crossed = False
+
+    def cross(self, checks: dict[str, Tensor]) -> None:
+        """Note, inside backward, with which check leaves the graph was made that now runs."""
+        self.crossed = self.crossed or (checks is not self.checks and bool(self.checks))
+
     def close_checks(self) -> None:
         """Stop collecting Σᵢcᵢ and free it."""
-        self.checks = {}
+        self.checks, self.crossed = {}, False
 
     def drop(self) -> None:
         """Forget what was collected."""
@@ -246,8 +273,8 @@ class InputHook(_Hook):
             return None
         if not torch.is_grad_enabled():
             return None
-        if len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1:
-            return None  # another hook would see the cast input
+        if _seen_by_others(module):
+            return None
         x, key = _layer_input(args, kwargs)
         if x is None or not _autocasts(x):
             return None
@@ -256,15 +283,33 @@ class InputHook(_Hook):
 
 
 class OutputHook(_Hook):
-    """Pass a layer's output through the tap."""
+    """Pass a layer's output through the tap.
+
+    A recomputation inside backward must save what its forward pass saved, or checkpointing raises: it is
+    tapped if that was, whatever has happened since (a step closed, an error of ours, another call that fits).
+    """
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Tensor | None:
         """Give the tapped output, or None to leave it."""
-        tap, collector = self.tap, self.collector
+        tap = self.tap
         assert tap is not None
         compiling = torch.compiler.is_compiling()
         if not torch.is_grad_enabled() or (not compiling and _transformed()):
             return None
+        if compiling or not isinstance(out, Tensor):
+            return self._tapped(tap, module, args, kwargs, out, compiling)
+        if not in_backward():
+            tapped = self._tapped(tap, module, args, kwargs, out, compiling)
+            tap.note(out.shape, tapped is not None)
+            return tapped
+        before = tap.noted.get(out.shape)
+        tapped = None if before is False else self._tapped(tap, module, args, kwargs, out, compiling)
+        return _echoed(tap, module, args, kwargs, out) if before and tapped is None else tapped
+
+    def _tapped(
+        self, tap: Tap, module: nn.Module, args: tuple, kwargs: dict, out: Any, compiling: bool
+    ) -> Tensor | None:
+        collector = self.collector
         if not collector.active:
             if compiling or collector.boundary.hears_forward:
                 collector.forward_seen()
@@ -293,6 +338,16 @@ class OutputHook(_Hook):
         # outside any guard: checkpointing stops its recomputation by an exception out of this call
         tapped = TapFunction.apply if compiling else TapFunction.apply_outright
         return tapped(out, x, tap, live, where, *leaves, *sums)
+
+
+def _echoed(tap: Tap, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
+    """Give an output that saves what a tapped one saves, and measures nothing."""
+    x = tap.rule.capture(module, args, kwargs, out)
+    if x is None or not out.requires_grad:
+        return None
+    if tap.rule.autocast and _autocasts(x) and not _seen_by_others(module):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # as the input hook did
+    return Echo.apply(out, None if tap.needing.isdisjoint(tap.live()) else x)
 
 
 class RootInput(_Hook):
@@ -328,6 +383,11 @@ def _transformed() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _seen_by_others(module: nn.Module) -> bool:
+    """Whether another hook would see an input that we cast."""
+    return len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
 
 
 def _autocasts(x: Tensor) -> bool:

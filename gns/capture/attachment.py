@@ -39,7 +39,9 @@ def hooks_of(collector: Collector) -> list[Any]:
         handles.append(tap.module.register_forward_hook(post, with_kwargs=True))
     model, me = collector.model, weakref.ref(collector)
     handles.append(model.register_forward_pre_hook(RootInput(collector), with_kwargs=True))
-    handles.append(model.register_forward_hook(RootOutput(collector), with_kwargs=True))
+    # also where the call raises: one that stayed open would be taken for what layers are called in next
+    end = RootOutput(collector)
+    handles.append(model.register_forward_hook(end, with_kwargs=True, always_call=True))
     # a compiled `optimizer.step` would trace it
     event: Callable[..., None] = torch.compiler.disable(_forward_event)  # type: ignore[reportAssignmentType]
     handles.append(register_optimizer_step_pre_hook(functools.partial(event, me, "_on_pre")))
@@ -58,6 +60,13 @@ def notify(collector: weakref.ref, call: Call, gradient: Tensor) -> None:
     found = collector()
     if found is not None:
         found.backward_event(call)
+
+
+def crossed(collector: weakref.ref, step: int, gradient: Tensor) -> None:
+    """Tensor hook on an output of a call between measured steps: changes nothing, and holds weakly."""
+    found = collector()
+    if found is not None:
+        found.crosses(step)
 
 
 def reached(collector: weakref.ref, gradient: Tensor) -> None:

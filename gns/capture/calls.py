@@ -123,6 +123,7 @@ class Calls:
         if where is None:
             return None
         unknown = any(each.segments is not None for each in fitting)
+        unknown |= len({(each.n, each.fold, each.along, each.shared_by) for each in fitting}) > 1
         # nobody knows whose examples
         return dataclasses.replace(where, each=None, contraction=None, carriers=None, ambiguous=unknown)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gns.boundary import Boundary, Close
 from gns.capture import sharing
-from gns.capture.attachment import compiled_autograd, hooks_of, notify, reached
+from gns.capture.attachment import compiled_autograd, crossed, hooks_of, notify, reached
 from gns.capture.calls import Call, Calls, outputs
 from gns.capture.gradients import Stamp, largest_entries, sq_norms
 from gns.capture.guard import guarded, in_backward
@@ -37,6 +37,7 @@ from gns.reasons import (
     ABORTED,
     BATCH_NORM,
     COMPILED_AUTOGRAD,
+    CROSSED,
     HIDDEN,
     HIDDEN_LARGE,
     IDLE_RANK,
@@ -113,7 +114,10 @@ class Collector:
         self._queued = False  # its end is being waited for
         self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
         self._open = False  # it began and has not ended; one that raised never does
-        self._foreign = 0  # steps in a row of optimizers that own none of our parameters
+        self._foreign = (
+            0  # backward passes in a row that optimizers which own none of our parameters stepped on
+        )
+        self._passed = False  # a backward pass has ended since the last of these
         self._ours = False  # one that owns some has stepped
         self.hidden = False  # the engine hides `.grad`: each rank's own batch stands for a step
         self._closed: Stamp | None = None  # of the gradients when the last step closed
@@ -207,10 +211,20 @@ class Collector:
                     self.now.misfits[tap.full_name(local)] = gather.refusal
                 if gather.outgrown:
                     self.now.to_gather.update(id(tap) for tap, _ in entry.sites)
-        if call is None or in_backward():
+        if in_backward():
             return
-        for tensor in outputs(out):
-            tensor.register_hook(functools.partial(notify, weakref.ref(self), call))
+        told: Callable[..., None] | None = None
+        if call is not None:
+            told = functools.partial(notify, weakref.ref(self), call)
+        elif not self.active and (self.step + 1) % self.every == 0 and not self.dead:
+            told = functools.partial(crossed, weakref.ref(self), self.step)  # its layers are not tapped
+        for tensor in outputs(out) if told is not None else ():
+            tensor.register_hook(told)
+
+    def crosses(self, step: int) -> None:
+        """Note that a graph made in a step between measured ones runs backward."""
+        if self.active and self.step != step:
+            self.now.reason = CROSSED
 
     @guarded
     def forward_seen(self) -> None:
@@ -318,6 +332,7 @@ class Collector:
         self._queued = self._open = False
         if not self.active or not self._touched:  # torch.autograd.grad: nothing reached `.grad`
             return
+        self._passed = True
         self.now.count(self._running)
         if self.now.doubled - {self._task}:
             self.now.reason = SECOND_ORDER
@@ -330,6 +345,8 @@ class Collector:
         if not self.hidden:
             seed = len(self.entries) * self.step if self._ranks() > 1 else None
             self.now.mismatches = self.check.compare(gradients, seed)
+            if seed is not None and self.check.crossed():  # ranks compare the same parameters, or none
+                self.now.reason, self.now.mismatches = CROSSED, []
         half = any(tap.activation_dtype is torch.float16 for tap in self.taps)
         self.now.loss_scaled = half and self.scaler is None
         self.now.stamp = Stamp(gradients)
@@ -373,7 +390,10 @@ class Collector:
 
     def _foreign_steps(self) -> None:
         """Count steps of an optimizer that owns none of our parameters; after a few, do without `.grad`."""
-        self._foreign += self.boundary.pending and not in_backward()
+        if not self._passed or in_backward():
+            return  # one at most for each backward pass of ours: other models may train beside this one
+        self._passed = False
+        self._foreign += self.boundary.pending
         if self._foreign != FOREIGN:
             return
         if self._ours or any(g is not None for g in self._gradients()):

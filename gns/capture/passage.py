@@ -48,12 +48,15 @@ class TapFunction(torch.autograd.Function):
         if not tap.needing.isdisjoint(live):  # else the layer itself does not keep x either
             ctx.save_for_backward(x)
         ctx.tap, ctx.live, ctx.n_extra, ctx.where, ctx.alone = tap, live, len(extra), where, out.shape
+        if not torch.compiler.is_compiling():
+            ctx.checks = tap.checks
         ctx.carried = leaf is None  # norms go to the call's carriers, the first of the others
         ctx.more = not ctx.carried or bool(tap.checks) or bool(tap.contracted)
         if ctx.more:
             ctx.contracted, ctx.checked = tuple(tap.contracted), tuple(tap.checks)
             ctx.weighs = weighed is not None
-            ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in tap.gathers.items())
+            gathers = {} if where is not None and where.misfit is not None else tap.gathers
+            ctx.gathered = tuple((p, gather, gather.note(tap.rule)) for p, gather in gathers.items())
             ctx.shapes = {p: check.shape for p, check in tap.checks.items()}
         seen = out.detach()  # neither a view nor the input itself: users change outputs in place
         return seen.expand(where.shared_by, *out.shape[1:]) if where is not None and where.shared_by else seen
@@ -84,9 +87,27 @@ class TapFunction(torch.autograd.Function):
             return none
 
 
+class Echo(torch.autograd.Function):
+    """Identity on the output that saves what a tap would and measures nothing, for a recomputation."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor | None) -> Tensor:
+        """Give the output on."""
+        if x is not None:
+            ctx.save_for_backward(x)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Give the gradient on."""
+        return dy, None
+
+
 def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of a tap's leaves: norms summed or carried, then gathers', check sums, signed sums."""
     tap, where = ctx.tap, ctx.where
+    if not torch.compiler.is_compiling():
+        tap.cross(ctx.checks)
     if where is None:
         where = Placement(dy.shape[0])
     elif where.misfit or where.ambiguous:

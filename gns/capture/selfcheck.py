@@ -87,10 +87,18 @@ class SelfCheck:
             dtype = torch.float64 if p.dtype is torch.float64 else torch.float32
             leaf = torch.zeros(p.shape, dtype=dtype, device=p.device, requires_grad=True)
             for tap, local in entry.sites:
-                tap.checks[local] = leaf
+                tap.open_check(local, leaf)
+
+    def crossed(self) -> bool:
+        """Whether a graph made before this step ran backward in it, whose Σcᵢ the check has missed."""
+        return len(self._compared()) < len(self._open)
+
+    def _compared(self) -> list[Entry]:
+        """Give the open parameters whose Σcᵢ is whole."""
+        return [e for e in self._open if not any(tap.crossed for tap, _ in e.sites)]
 
     def compare(self, gradients: Sequence[Tensor | None], seed: int | None = None) -> list[Tensor]:
-        """Compare Σcᵢ and ḡ of each open parameter.
+        """Compare Σcᵢ and ḡ of each open parameter, but for those that an older graph has touched.
 
         Args:
             gradients: of all measured parameters; the parts that are on this rank.
@@ -101,7 +109,7 @@ class SelfCheck:
         """
         rows = {e.name: i for i, e in enumerate(self._entries)}
         found = []
-        for entry in self._open:
+        for entry in self._compared():
             tap, name = entry.sites[0]
             total, gradient = tap.checks[name].grad, gradients[rows[entry.name]]
             zero = torch.zeros((), dtype=tap.checks[name].dtype, device=tap.checks[name].device)
@@ -134,7 +142,7 @@ class SelfCheck:
 
     def open_names(self) -> tuple[str, ...]:
         """Name the parameters compared in this step."""
-        return tuple(e.name for e in self._open)
+        return tuple(e.name for e in self._compared())
 
     def end(self) -> None:
         """Close the step's sums; what was shown too often leaves the round."""

@@ -165,7 +165,7 @@ class SharedFunction(torch.autograd.Function):
         # keeps one: what is put into `weight.data` before the backward is not what made this output
         with torch.enable_grad():
             ctx.weight, ctx.version = weight.view_as(weight), weight._version
-        ctx.tap, ctx.live, ctx.n_carriers = tap, live, len(carriers)
+        ctx.tap, ctx.live, ctx.n_carriers, ctx.checks = tap, live, len(carriers), tap.checks
         ctx.where, ctx.carried, ctx.weighs = where, leaf is None, False
         return held[0].detach()
 
@@ -199,6 +199,7 @@ def _measured(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, tuple[Ten
     if graphed and tap.on_doubled is not None:
         tap.on_doubled()
     where = Placement(dy.shape[0]) if ctx.where is None else ctx.where
+    tap.cross(ctx.checks)
     try:
         if where.misfit or where.ambiguous:
             tap.misplaced(where)
