@@ -1,12 +1,17 @@
 """The README's example runs as it stands there."""
 
+import functools
 import re
 import shutil
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
+import torch
+import transformers
 
+import gns
 from experiments.markdown import marks
 from tests.gns import tiny
 from tests.gns.commands.running import run
@@ -15,7 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_ten_lines_run_and_measure(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for an attribute it renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         exec(compile(code, str(README), "exec"), names := {})
@@ -25,6 +30,20 @@ def test_the_ten_lines_run_and_measure(capsys):
     assert estimate.coverage == 1 and estimate.n_examples == 200
     assert "56 of 56 trainable parameters measured" in said
     assert not names["monitor"].attached
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_trainers_lines_run(tmp_path, monkeypatch, capsys):
+    _, code = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(r=4, target_modules="all-linear"))
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(2, 99, (48, 12)).tolist()]
+    options = {"per_device_train_batch_size": 2, "max_steps": 22, "report_to": "none", "use_cpu": True}
+    arguments = transformers.TrainingArguments(str(tmp_path / "out"), disable_tqdm=True, **options)
+    trainer = functools.partial(transformers.Trainer, model, arguments, train_dataset=rows)
+    exec(code.replace("..., ", ""), {"GNSCallback": gns.GNSCallback, "Trainer": trainer})
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert re.search(r"^B_simple .*22 steps × 2", capsys.readouterr().out, re.M)
 
 
 def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):

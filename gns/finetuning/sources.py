@@ -3,7 +3,8 @@
 Known shapes of a record, the same for every line of a source:
 
     text                  the loss is on every token
-    prompt + response     the loss is on the response
+    prompt + response     the loss is on the response; also prompt + completion, question + answer,
+                          query + response, and instruction (+ input) + output
     messages              a chat through the tokenizer's template; the loss is on the assistant's turns
 
 Plain text (.txt, .md, .py) is cut at blank lines; a paragraph shorter than `SHORTEST_PARAGRAPH` stays with
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SHAPES = (("text",), ("prompt", "response"), ("messages",))
+PAIRS = (("prompt", "completion"), ("question", "answer"), ("query", "response"), ("instruction", "output"))
 KNOWN = ", or ".join(" + ".join(f"`{name}`" for name in shape) for shape in SHAPES)
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (".jsonl", *TEXT_SUFFIXES)
@@ -89,7 +91,10 @@ def _read_file(path: Path) -> Iterator[Record]:
     """
     if path.suffix not in SUFFIXES:
         seen = f"suffix {path.suffix}" if path.suffix else "no suffix"
-        raise DataError(f"{path}: has {seen}; known: {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"{path}: has {seen}; known: {', '.join(SUFFIXES)}. Tables and JSON: write JSON lines, an object "
+            "a line"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:
@@ -139,6 +144,7 @@ def _parse(line: str, where: str) -> Record:
         raise DataError(f"{where}: malformed JSON (a number of more than {most} digits)") from None
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a JSON {type(fields).__name__}; an object with {KNOWN} is needed")
+    fields = _renamed(fields)
     shape = _shape(fields, where)
     if unknown := [name for name in fields if name not in shape]:
         raise DataError(
@@ -171,9 +177,25 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
         if split not in loaded:
             raise DataError(f"{name}: no split {split!r}; it has {_join(loaded)}")
         loaded = loaded[split]
-    for i, fields in enumerate(loaded, 1):
+    for i, row in enumerate(loaded, 1):
+        fields = _renamed(dict(row))
         shape = _shape(fields, f"{name}, row {i}")
         yield Record(f"{name}, row {i}", shape, {field: fields[field] for field in shape})
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Give prompt and response the names they have here, where a record has one of `PAIRS` instead."""
+    if any(all(name in fields for name in shape) for shape in SHAPES):
+        return fields
+    found = [pair for pair in PAIRS if all(isinstance(fields.get(name), str) for name in pair)]
+    if len(found) != 1:
+        return fields
+    others = {name: value for name, value in fields.items() if name not in found[0]}
+    prompt, response = (fields[name] for name in found[0])
+    if found[0][0] == "instruction" and isinstance(others.get("input", ""), str):
+        more = others.pop("input", "")
+        prompt = f"{prompt}\n\n{more}" if more else prompt
+    return {"prompt": prompt, "response": response, **others}
 
 
 def _shape(fields: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -184,7 +206,10 @@ def _shape(fields: dict[str, Any], where: str) -> tuple[str, ...]:
     """
     found = [shape for shape in SHAPES if all(name in fields for name in shape)]
     if not found:
-        raise DataError(f"{where}: unknown fields {_join(fields) or '(none)'}; known: {KNOWN}")
+        raise DataError(
+            f"{where}: unknown fields {_join(fields) or '(none)'}; known: {KNOWN} (also "
+            f"{', '.join(' + '.join(pair) for pair in PAIRS)}); rename them"
+        )
     if len(found) > 1:
         seen = " and ".join(map(_join, found))
         raise DataError(f"{where}: ambiguous, has {seen}; one of {KNOWN} is needed")

@@ -121,6 +121,24 @@ def test_a_folder_is_read_in_order(tmp_path, tokenizer):
     assert [tokenizer.decode(row.input_ids) for row in rows] == ["first one<eos>", "second one<eos>"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({"prompt": "the loss ", "completion": "falls"}, "the loss "),
+        ({"question": "the loss ", "answer": "falls"}, "the loss "),
+        ({"query": "the loss ", "response": "falls"}, "the loss "),
+        ({"instruction": "the loss ", "output": "falls"}, "the loss "),
+        ({"instruction": "the loss", "input": "of a step", "output": "falls"}, "the loss\n\nof a step"),
+        ({"instruction": "the loss ", "input": "", "output": "falls"}, "the loss "),
+    ],
+    ids=lambda value: " + ".join(value) if isinstance(value, dict) else "",
+)
+def test_prompt_and_response_by_other_names(tmp_path, tokenizer, fields, prompt):
+    (row,) = load(tiny.save_jsonl(tmp_path / "a.jsonl", [fields]), tokenizer).rows
+    same = tiny.save_jsonl(tmp_path / "b.jsonl", [{"prompt": prompt, "response": "falls"}])
+    assert load(same, tokenizer).rows == [row]
+
+
 # bad input
 
 
@@ -149,6 +167,9 @@ def test_a_whole_character_in_two_escapes_is_welcome(tmp_path, tokenizer):
         ('{"text": "a"}\n\n[1]\n', "line 3: a JSON list; an object with `text`, or `prompt` \\+ `response`"),
         ('{"txt": "a"}\n', "line 1: unknown fields `txt`; known: `text`, or `prompt` \\+ `response`, or"),
         ("{}\n", r"line 1: unknown fields \(none\)"),
+        ('{"a": "b"}\n', r"\(also prompt \+ completion, .*instruction \+ output\); rename them"),
+        ('{"prompt": "a", "completion": "b", "id": 1}\n', "unknown field `id` beside `prompt`, `response`"),
+        ('{"prompt": [], "completion": []}\n', "unknown fields `prompt`, `completion`"),
         ('{"text": "a", "colour": 1}\n', "line 1: unknown field `colour` beside `text`; remove it"),
         ('{"prompt": "a"}\n', "line 1: unknown fields `prompt`"),
         ('{"text": "a", "prompt": "b", "response": "c"}\n', "line 1: ambiguous, has `text` and `prompt`"),
