@@ -11,6 +11,7 @@ from typing import Any, Self
 from torch import nn
 
 from gns.capture.collect import Collector
+from gns.capture.hooks import hooked
 from gns.capture.openstep import Closed, OpenStep
 from gns.capture.plan import Plan, batch_norms, plan, trainable
 from gns.capture.pooling import refusal, unwrapped
@@ -30,7 +31,6 @@ from gns.reducers import MAX_BYTES
 from gns.segments import SegmentsOf
 from gns.statistics.summaries import Summaries
 from gns.sums import Layout, StepSums
-from gns.taps import hooked
 
 ON_ERROR = ("warn", "raise")
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from gns.capture.calls import Call
 from gns.capture.guard import in_backward
-from gns.taps import InputHook, OutputHook, RootInput, RootOutput
+from gns.capture.hooks import InputHook, OutputHook, RootInput, RootOutput
 
 if TYPE_CHECKING:
     from gns.capture.collect import Collector

@@ -23,6 +23,7 @@ from gns.capture.gradients import Stamp, largest_entries, sq_norms
 from gns.capture.guard import guarded, in_backward
 from gns.capture.openstep import OpenStep
 from gns.capture.owners import Owners, learning_rate
+from gns.capture.ownership import LastClose, Ownership
 from gns.capture.placement import Placement
 from gns.capture.plan import Plan, batch_norms
 from gns.capture.pooling import Pool, joined, unwrapped
@@ -39,12 +40,10 @@ from gns.reasons import (
     COMPILED_AUTOGRAD,
     CROSSED,
     HIDDEN,
-    HIDDEN_LARGE,
     IDLE_RANK,
     JOINED,
     LATE,
     MIXED,
-    NOT_OURS,
     SECOND_ORDER,
     UNSEEN,
 )
@@ -53,9 +52,6 @@ from gns.taps import Tap
 
 if TYPE_CHECKING:
     from gns.curvature.watching import CurvatureWatch
-
-LOCAL_BYTES = 2 * 2**30  # of Σcᵢ kept alive where `.grad` is hidden
-FOREIGN = 5  # steps of such optimizers before something is said; a critic's may come in between
 
 
 class Collector:
@@ -114,18 +110,17 @@ class Collector:
         self._queued = False  # its end is being waited for
         self._touched = False  # it reached a leaf, so it is no torch.autograd.grad
         self._open = False  # it began and has not ended; one that raised never does
-        self._foreign = (
-            0  # backward passes in a row that optimizers which own none of our parameters stepped on
-        )
-        self._passed = False  # a backward pass has ended since the last of these
-        self._ours = False  # one that owns some has stepped
-        self.hidden = False  # the engine hides `.grad`: each rank's own batch stands for a step
-        self._closed: Stamp | None = None  # of the gradients when the last step closed
-        self._closer: int | None = None  # the optimizer that closed it
+        self.ownership = Ownership(plan.entries)
+        self._last = LastClose()
         self.watch: CurvatureWatch | None = None  # makes readings of B_noise
         self._ended: tuple[int, float | None] | None = None  # step that closed, for the watch
         self.weights = Weights(metric, plan.entries)
         self.pool: Pool | None = None  # of the data-parallel ranks, where there are more than one
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the engine hides `.grad`: each rank's own batch stands for a step."""
+        return self.ownership.hidden
 
     # life
 
@@ -332,7 +327,7 @@ class Collector:
         self._queued = self._open = False
         if not self.active or not self._touched:  # torch.autograd.grad: nothing reached `.grad`
             return
-        self._passed = True
+        self.ownership.backward_ended()
         self.now.count(self._running)
         if self.now.doubled - {self._task}:
             self.now.reason = SECOND_ORDER
@@ -370,12 +365,13 @@ class Collector:
         if late:  # a switched adapter, a layer unfrozen
             self.on_notice(f"{len(late)} trainable parameter(s) are not measured, e.g. {late[0]}: {LATE}")
         if self.owners.owns(optimizer):
-            self._ours = True
+            self.ownership.owner_steps()
             self.weights.owned_by(optimizer)
         elif not self.hidden:
             self._foreign_steps()
             return
-        self._foreign = 0
+        else:
+            self.ownership.steps()
         if not in_backward():
             self._queued = False
         self.now.learning_rate = learning_rate(optimizer)
@@ -384,27 +380,21 @@ class Collector:
         blind = not closure and self._blind()
         idle = not closure and self._idle(optimizer)
         close = self.boundary.optimizer_pre(id(optimizer), closure=closure, in_backward=in_backward())
-        self._closer = id(optimizer) if close is not None or idle else self._closer
+        if close is not None or idle:
+            self._last.by(optimizer)
         self._end(Close(UNSEEN) if blind else Close(IDLE_RANK) if idle else close)
         self._read_curvature()
 
     def _foreign_steps(self) -> None:
         """Count steps of an optimizer that owns none of our parameters; after a few, do without `.grad`."""
-        if not self._passed or in_backward():
-            return  # one at most for each backward pass of ours: other models may train beside this one
-        self._passed = False
-        self._foreign += self.boundary.pending
-        if self._foreign != FOREIGN:
+        if in_backward():
             return
-        if self._ours or any(g is not None for g in self._gradients()):
-            self.on_notice(NOT_OURS)
-            return
-        size = 4 * sum(e.scalars for e in self.entries)
-        if size > LOCAL_BYTES or any(e.parameter.numel() != e.scalars for e in self.entries):
-            self.on_notice(HIDDEN_LARGE.format(size=size) if size > LOCAL_BYTES else NOT_OURS)
-            return
-        self.hidden, self._foreign, self.boundary.pending, self.now.mismatches = True, 0, False, []
-        self._end(Close(HIDDEN))
+        notice = self.ownership.foreign_steps(self._gradients(), pending=self.boundary.pending)
+        if notice is not None:
+            self.on_notice(notice)
+        if self.hidden:
+            self.boundary.pending, self.now.mismatches = False, []
+            self._end(Close(HIDDEN))
 
     @guarded
     def _on_post(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
@@ -433,17 +423,14 @@ class Collector:
         """Whether new gradients are there though no backward pass was noticed since the last step closed."""
         if not self.active or self.boundary.pending or in_backward():
             return False
-        gradients = self._gradients()
-        if self._closed is not None and self._closed.untouched(gradients):
-            return False  # a wrapped optimizer steps with the gradient its wrapper closed the step on
-        return any(g is not None for g in gradients)
+        return self._last.new(self._gradients())
 
     def _idle(self, optimizer: Any) -> bool:
         """Whether this data-parallel rank had no backward pass in a step; the others wait for its sums.
 
         A wrapped optimizer also steps without one, but then another optimizer closed the step before.
         """
-        known = self._closer in (None, id(optimizer)) and not self.hidden
+        known = self._last.closed_by(optimizer) and not self.hidden
         return known and not self.boundary.pending and not in_backward() and self._ranks() > 1
 
     # the step
@@ -475,7 +462,8 @@ class Collector:
             again = entry.meeting is None or entry.meeting.outgrown
             if again and any(id(tap) in self.now.to_gather for tap, _ in entry.sites):
                 entry.gather()
-        self.now, self._closed = StepUnderWay(), Stamp(self._gradients())
+        self.now = StepUnderWay()
+        self._last.left(self._gradients())
         self._open = False
         self.calls.end()  # one that raised never came to its end
         self._activate()
@@ -488,7 +476,7 @@ class Collector:
         if self.active and compiled_autograd():
             self.active = False
             self.on_notice(COMPILED_AUTOGRAD)
-        self.hidden = self.hidden and not self._ours
+        self.ownership.step_begins()
         self.boundary.measuring = self.active
         if self.active:
             self.check.begin(self.step // self.every, everything=self.hidden)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gns.taps import sum_dtype
+from gns.capture.gather import sum_dtype
 
 
 def sq_norms(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

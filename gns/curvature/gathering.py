@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gns.capture.collect import Collector
 from gns.capture.gather import sum_dtype
+from gns.capture.hooks import hooked
 from gns.capture.openstep import OpenStep
 from gns.capture.plan import Plan, plan
 from gns.curvature.errors import CurvatureError
@@ -23,7 +24,6 @@ from gns.probing.calling import Loss, loss_of
 from gns.probing.randomness import mixed, seeded
 from gns.segments import SegmentsOf
 from gns.sums import Layout, StepSums
-from gns.taps import hooked
 
 Vector = dict[str, Tensor]  # parameter → a tensor of its shape
 EACH_RTOL = 1e-3  # between Σ‖cᵢ‖² over examples and over layers; float32 sums in two orders are at 1e-5

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gns.capture.guard import in_backward
+from gns.capture.hooks import hooks_of, is_ours
 from gns.capture.ranks import world_size
 from gns.curvature.errors import CurvatureError
 from gns.curvature.result import CurvatureEstimate, CurvatureReading
@@ -30,7 +31,6 @@ from gns.curvature.together import Alone, NotAll, everyone
 from gns.examples import row_map
 from gns.probing.calling import ProbeError, value_of
 from gns.segments import SegmentsOf
-from gns.taps import hooks_of, is_ours
 
 CALLS = 8  # of one step that are kept; the rest of a step with more micro-batches is not used
 PROBES = 8

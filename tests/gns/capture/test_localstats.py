@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gns.capture import collect, localstats
-from gns.capture.collect import FOREIGN
+from gns.capture import localstats, ownership
+from gns.capture.ownership import FOREIGN
 from gns.capture.readings import Readings
 from gns.estimate import estimate
 from gns.monitor import GNSMonitor, GNSWarning
@@ -69,7 +69,7 @@ def test_weights_are_those_of_unmonitored_training(model, seed):
 
 
 def test_too_large_for_the_bound_is_refused(model, monkeypatch):
-    monkeypatch.setattr(collect, "LOCAL_BYTES", 10)
+    monkeypatch.setattr(ownership, "LOCAL_BYTES", 10)
     scalars = sum(p.numel() for p in model.parameters())
     with GNSMonitor(model, on_error="raise") as monitor:
         with pytest.warns(GNSWarning) as caught:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gns import GNSMonitor
 from gns.capture import ranks
-from gns.capture.collect import FOREIGN
+from gns.capture.ownership import FOREIGN
 from tests.gns.distributed.cases import losses, net
 from tests.gns.hiding import Hiding
 

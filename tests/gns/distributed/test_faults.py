@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from gns.capture.collect import FOREIGN
+from gns.capture.ownership import FOREIGN
 from gns.reasons import (
     DIFFERENT_GRADIENTS,
     HIDDEN,
