@@ -53,7 +53,7 @@ class Estimate:
     Args:
         b_simple: X / Y in examples; NaN where Y ≤ 0.
         low: lower end of the confidence set, in examples; where Y < 0, no more than Y := 0 would give.
-        high: upper end; `inf` where the data set no upper bound.
+        high: upper end; `inf` where the data set no upper bound, and always where Y < 0.
         level: nominal coverage of [low, high].
         status: "measured" (bounded set), "lower bound" (|G|² not distinguishable from 0), "not
             detectable" (|G|² averages so far below 0 that no positive B fits),

@@ -98,12 +98,13 @@ def _between_grid_points(
 def honest_set(moments: Moments, level: float) -> tuple[float, float, bool]:
     """Widen the set where an average lies on the impossible side of zero.
 
-    With Y < 0 the positive part slides to infinity before it vanishes: no more is claimed than Y := 0 would.
+    With Y < 0 the positive part slides to infinity before it vanishes, and may lose infinity first (one step
+    of huge noise): no more is claimed than Y := 0 would, whose set always reaches infinity.
     With X < 0 (tr Σ, by chance and only under unequal weights) no less is allowed than X := 0 would.
     """
     low, high, empty = confidence_set(moments, level)
     if moments.y < 0:
-        low = float(np.fmin(low, confidence_set(replace(moments, y=0.0), level)[0]))
+        low, high = float(np.fmin(low, confidence_set(replace(moments, y=0.0), level)[0])), math.inf
     elif moments.x < 0:
         wide = confidence_set(replace(moments, x=0.0), level)[1]
         low, high, empty = 0.0, wide if empty else max(high, wide), False

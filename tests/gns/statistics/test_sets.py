@@ -13,7 +13,7 @@ from scipy import stats
 
 from gns.estimate import Estimate, estimate
 from gns.statistics.moments import Moments
-from gns.statistics.sets import half_width, p_value, times_more
+from gns.statistics.sets import confidence_set, half_width, honest_set, p_value, times_more
 from gns.sums import StepSums
 from tests.reference import estimators as slow
 from tests.reference.tolerances import close
@@ -35,6 +35,43 @@ def test_p_is_below_half_the_error_exactly_where_the_set_has_an_upper_end(b, lev
     for seed in range(25):
         e = estimate(simulated(seed, b), level=level)
         assert (e.p_value < (1 - level) / 2) is math.isfinite(e.high)
+
+
+def one_loud_step(y: float) -> list[StepSums]:
+    """40 steps of 8 examples with tr Σ about 1 and this |G|², one of them with tr Σ = 2,000."""
+    noise = [2000.0 if k == 20 else 1 + 0.2 * (7 * k % 40) / 40 for k in range(40)]
+    signal = [y * (1 + 0.2 * (11 * k % 40) / 40) for k in range(40)]
+    return [
+        StepSums(k, 8, x * 7 / 8 + g + x / 8, g + x / 8)
+        for k, (x, g) in enumerate(zip(noise, signal, strict=True))
+    ]
+
+
+def test_a_squared_gradient_below_zero_leaves_no_upper_end():
+    """Infinity may be rejected as too small where numbers below it are not: it is no upper end."""
+    e = estimate(one_loud_step(-0.02))
+    assert e.grad_sq_norm < 0 and e.moments is not None
+    assert math.isfinite(confidence_set(e.moments, 0.95)[1]), "the case is no longer one"
+    assert (e.high, e.status) == (math.inf, "lower bound")
+    assert e.p_value > 0.5 and e.low <= confidence_set(replace(e.moments, y=0.0), 0.95)[0]
+    assert estimate(one_loud_step(0.02)).status == "measured"
+
+
+@given(
+    seed=st.integers(0, 9999),
+    k=st.integers(3, 60),
+    y=st.floats(-2, 2),
+    loud=st.floats(0, 8),
+    level=st.sampled_from([0.5, 0.8, 0.95, 0.99]),
+)
+def test_p_and_the_upper_end_agree_on_skewed_steps_too(seed, k, y, loud, level):
+    rng = np.random.default_rng(seed)
+    a, b = rng.exponential(1, k), y + rng.standard_normal(k)
+    a[rng.integers(k)] += 10**loud
+    moments = Moments.of(a, b, np.ones(k), np.ones(k))
+    high, p = honest_set(moments, level)[1], p_value(moments)
+    assert p < (1 - level) / 2 or math.isinf(high)
+    assert moments.y > 0 or math.isinf(high)
 
 
 @given(seed=st.integers(0, 9999), k=st.integers(3, 60), mean=st.floats(-1, 2))
