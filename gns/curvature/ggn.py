@@ -6,7 +6,8 @@ derivative of Jᵀ y, which is linear in y (double-backward trick), so attention
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gns.curvature.errors import CurvatureError
 from gns.curvature.parts import Point
+from gns.curvature.products import HIDDEN, without_second
 
 _ENTROPY = ("NllLoss", "CrossEntropyLoss")
 _SQUARES = ("MseLoss",)
 _LINEAR_RTOL = 1e-4
+_OTHERWISE = 'take operator="hessian" with method="difference", which needs no second derivative'
 
 
 class GaussNewton:
@@ -30,18 +33,20 @@ class GaussNewton:
 
     Raises:
         CurvatureError: the model's output is no tensor and has no `logits`, the loss does not come from it,
-            or it is neither cross-entropy nor squared error.
+            or it is neither cross-entropy nor squared error; an operation has no second derivative, or
+            gradients come past the graph (reentrant checkpointing).
 
     Source: Schraudolph 2002, Neural Comput. 14:1723; Martens 2020, arXiv:1412.1193, §8.
     """
 
     def __init__(self, point: Point, batch: Any):
         self.names, self.parameters = list(point.parameters), list(point.parameters.values())
-        with sdpa_kernel(SDPBackend.MATH):
+        with _twice():
             loss = point.value(batch)
         self.mass = point.mass()
         self.out = outputs_of(point.output())
-        (slope,) = torch.autograd.grad(loss, self.out, create_graph=True, allow_unused=True)
+        with _twice():
+            (slope,) = torch.autograd.grad(loss, self.out, create_graph=True, allow_unused=True)
         if slope is None:
             raise CurvatureError(
                 "the loss does not depend on the model's outputs (`logits`): a fused or separate head? Take "
@@ -50,15 +55,20 @@ class GaussNewton:
         _refuse_other(loss, self.out, slope)
         self.slope = slope
         self.dual = torch.zeros_like(self.out, requires_grad=True)
-        found = torch.autograd.grad(
-            self.out, self.parameters, self.dual, create_graph=True, allow_unused=True
-        )
+        with _twice():
+            found = torch.autograd.grad(
+                self.out, self.parameters, self.dual, create_graph=True, allow_unused=True
+            )
+        lost = [name for g, name in zip(found, self.names, strict=True) if g is None]
+        if (name := point.hidden(batch, lost)) is not None:
+            raise CurvatureError(HIDDEN.format(name=name) + _OTHERWISE)
         self.pulled = [(g, n) for g, n in zip(found, self.names, strict=True) if g is not None]
 
     def pushed(self, vector: Mapping[str, Tensor]) -> Tensor:
         """J v, of the outputs' shape."""
         outputs, weights = zip(*[(g, vector[name].to(g)) for g, name in self.pulled], strict=True)
-        (found,) = torch.autograd.grad(outputs, self.dual, weights, retain_graph=True)
+        with _twice():
+            (found,) = torch.autograd.grad(outputs, self.dual, weights, retain_graph=True)
         return found.detach()
 
     def curved(self, change: Tensor) -> Tensor:
@@ -69,11 +79,28 @@ class GaussNewton:
     def product(self, vector: Mapping[str, Tensor], *, signed: bool = False) -> dict[str, Tensor]:
         """Jᵀ H_L J v."""
         back = self.curved(self.pushed(vector))
-        found = torch.autograd.grad(
-            self.out, self.parameters, back.to(self.out), retain_graph=True, allow_unused=True
-        )
+        with _twice():
+            found = torch.autograd.grad(
+                self.out, self.parameters, back.to(self.out), retain_graph=True, allow_unused=True
+            )
         zipped = zip(self.names, self.parameters, found, strict=True)
         return {name: torch.zeros_like(p) if g is None else g.detach() for name, p, g in zipped}
+
+
+@contextmanager
+def _twice() -> Generator[None]:
+    """Calls and derivatives with attention as plain products: checkpointed layers are called anew in them.
+
+    Raises:
+        CurvatureError: something has no second derivative.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        if (said := without_second(error)) is None:
+            raise
+        raise CurvatureError(f"{said}; turn checkpointing off for the reading, or {_OTHERWISE}") from error
 
 
 def outputs_of(out: Any) -> Tensor:

@@ -235,6 +235,19 @@ class Point:
             for name, g in found.items()
         }
 
+    def hidden(self, batch: Any, names: Sequence[str]) -> str | None:
+        """Name one of these parameters that has a gradient, though the loss's graph does not lead to it.
+
+        A reentrant checkpoint keeps its parameters out of the graph, and brings their gradients in backward()
+        alone. Costs a gradient, where there are names.
+
+        Args:
+            batch: whose loss.
+            names: parameters without a gradient on the graph.
+        """
+        there = self.gradient(batch) if names else {}
+        return next((name for name in names if bool(there[name].any())), None)
+
     @contextmanager
     def shifted(self, vector: Mapping[str, Tensor], h: float) -> Generator[None]:
         """Be at w + h·vector inside; the weights' bits are put back, also after an exception or Ctrl-C."""

@@ -33,8 +33,17 @@ SILENT = 1e3  # steps shorter by this factor show nothing but rounding and the s
 MOVES_RTOL, OWN_ROUNDING = 0.01, 2.0**-20
 
 
+OTHERWISE = "take method='difference', which needs none"
+
+
 class NoSecondDerivative(CurvatureError):
     """The model has an operation without a second derivative."""
+
+
+HIDDEN = (
+    "`{name}` has a gradient in backward() and none on the graph of torch.autograd.grad, which second "
+    "derivatives are made from: reentrant gradient checkpointing? Turn checkpointing off for the reading, or "
+)
 
 
 class Part(Protocol):
@@ -54,7 +63,7 @@ class Exact:
     See `gns.curvature.smooth` for what else is called otherwise.
 
     Raises:
-        NoSecondDerivative: another operation of the model has none.
+        NoSecondDerivative: another operation of the model has none, or gradients come past the graph.
     """
 
     def __init__(self, point: Point, batch: Any):
@@ -66,6 +75,9 @@ class Exact:
                 found = torch.autograd.grad(loss, ps, create_graph=True, allow_unused=True)
         except RuntimeError as error:
             raise _no_second(error) from error
+        lost = [name for g, name in zip(found, self.names, strict=True) if g is None]
+        if (name := point.hidden(batch, lost)) is not None:
+            raise NoSecondDerivative(HIDDEN.format(name=name) + OTHERWISE)
         self.parameters = ps
         self.gradient = [(g, n) for g, n in zip(found, self.names, strict=True) if g is not None]
 
@@ -91,7 +103,8 @@ class Exact:
         return found | {name: g.detach() for g, name in self.gradient}
 
 
-def _no_second(error: RuntimeError) -> Exception:
+def without_second(error: RuntimeError) -> str | None:
+    """What an error says, if it is that something has no second derivative; None of any other."""
     text = " ".join(str(error).split())
     known = (
         "not implemented",
@@ -104,11 +117,13 @@ def _no_second(error: RuntimeError) -> Exception:
         "inference",
     )
     if "out of memory" in text or not any(word in text for word in known):
-        return error
-    return NoSecondDerivative(
-        f"an operation of the model has no second derivative ({text[:160]}); take method='difference', which "
-        "needs none"
-    )
+        return None
+    return f"an operation of the model has no second derivative ({text[:160]})"
+
+
+def _no_second(error: RuntimeError) -> Exception:
+    said = without_second(error)
+    return error if said is None else NoSecondDerivative(f"{said}; {OTHERWISE}")
 
 
 class Difference:

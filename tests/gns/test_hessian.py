@@ -484,6 +484,57 @@ def test_checkpointed_layers_give_the_same_numbers():
     assert len(runs) > 1.5 * len(calls), "each layer runs again in backward"
 
 
+def same_sums(a, b, rtol):
+    for name in ("trace_h_sigma", "g_h_g"):
+        close(getattr(a, name), getattr(b, name), rtol=rtol, what=name)
+
+
+def reentrant(*, head=False):
+    """A LoRA model whose layers, but not whose head, are behind reentrant checkpoints; and one without."""
+    plain, model = lora("llama"), lora("llama")
+    for made in (plain, model):
+        made.get_base_model().lm_head.weight.requires_grad_(head)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    return plain, model.train()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("how", [{}, {"contributions": False}, {"blocks": True}, {"spectrum": 3}], ids=str)
+def test_what_is_behind_a_reentrant_checkpoint_is_differenced_not_read_as_zero(how, head):
+    plain, model = reentrant(head=head)
+    batches = [tokens(8, seed=1), tokens(8, seed=2)]
+    expected, found = b_noise(plain, batches, **how), b_noise(model, batches, **how)
+    assert (expected.method, found.method) == ("exact", "difference")
+    same_sums(found, expected, rtol=2e-2)
+    for name, block in expected.blocks.items():
+        close(found.blocks[name].trace_h_sigma, block.trace_h_sigma, rtol=5e-2, what=name)
+    if how.get("spectrum"):
+        close(found.largest_eigenvalue, expected.largest_eigenvalue, rtol=2e-2)
+    assert any("checkpoint" in said for said in found.warnings)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("head", [False, True])
+def test_products_asked_for_by_name_refuse_a_reentrant_checkpoint(head):
+    _, model = reentrant(head=head)
+    batches = [tokens(8, seed=1), tokens(8, seed=2)]
+    with pytest.raises(CurvatureError, match="Turn checkpointing off .* or take method='difference'"):
+        b_noise(model, batches, method="exact")
+    with pytest.raises(CurvatureError, match='checkpointing off .* or take operator="hessian" with method='):
+        b_noise(model, batches, operator="ggn")
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_gauss_newton_is_the_same_under_a_checkpoint_that_keeps_the_graph():
+    model, batches = lora("llama"), [tokens(8, seed=1), tokens(8, seed=2)]
+    plain = b_noise(model, batches, operator="ggn")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    same_sums(b_noise(model.train(), batches, operator="ggn"), plain, rtol=1e-4)
+
+
 # what is left behind
 
 
