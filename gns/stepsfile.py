@@ -314,6 +314,8 @@ class _Reader:
         if rows is None or self._layout is None:
             return StepSums(**values)
         array = np.array(rows, dtype=_DTYPES[self._dtype])
+        if rows == []:  # of a step in which no parameter could be measured
+            array = array.reshape(0, 2)
         if array.shape != (len(self._layout.names), 2):
             raise ValueError(f"has rows of shape {array.shape}; its header names {len(self._layout.names)}")
         return StepSums(**values, rows=array, layout=self._layout)

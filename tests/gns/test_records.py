@@ -106,6 +106,22 @@ def test_a_record_from_before_a_field_was_known_takes_its_default(tmp_path):
     assert (step.mean_fourth, step.top_sq_norms, step.metric) == (None, (), "euclidean")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_steps_in_which_no_parameter_could_be_measured_are_read_back(tmp_path, dtype):
+    nothing = from_rows(np.zeros((0, 2), dtype), Layout(()), step=3, n_examples=8, reason="none measured")
+    steps = [*draw(3), nothing, replace(nothing, step=4), *draw(2, start=5)]
+    for some in (steps, steps[3:5]):
+        path = written(tmp_path / f"{len(some)}" / "steps.jsonl", some)
+        assert all_same(read_steps(path), some)
+        assert load(path.parent).n_skipped == 2 and load(path.parent).n_steps == len(some) - 2
+        assert all_same(write_steps(path, some), some)
+        assert cut_after(path, 3) == len([s for s in some if s.step > 3])
+    short = (path.parent / "steps.jsonl").read_bytes().replace(b'"names":[]', b'"names":["a"]')
+    path.write_bytes(short)
+    with pytest.raises(RecordsError, match=r"rows of shape \(0, 2\); its header names 1"):
+        read_steps(path)
+
+
 def test_a_packed_history_is_plain_data_that_unpacks_exactly():
     steps = draw(3)
     packed = json.loads(json.dumps(pack(3, steps)))
