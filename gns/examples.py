@@ -46,24 +46,34 @@ class RowMap:
 
 
 _SHIFT = ("CausalLM", "LMHead", "ConditionalGeneration", "DoubleHeads")
-# Decoders of encoder–decoder families and two older models, whose labels are what is predicted at each token.
+# Joins of any encoder with any decoder: labels are given to them, whatever the decoder's name is.
+_JOINED = ("EncoderDecoderModel",)
+# Decoders of encoder–decoder families and four others, whose labels are what is predicted at each token.
 _NO_SHIFT = (
     "Bart",
-    "Pegasus",
-    "Marian",
+    "BigBirdPegasus",
     "Blenderbot",
-    "TrOCR",
+    "CpmAnt",
+    "FlaubertWith",
+    "MBart",
+    "Marian",
+    "Mvp",
+    "PLBart",
+    "Pegasus",
+    "ProphetNet",
     "Speech2Text2",
+    "TrOCR",
+    "Whisper",
     "XLMWith",
     "XLNet",
-    "ProphetNet",
 )
 
 
 def _loss_model(model: nn.Module) -> nn.Module:
     """Find the module that takes the labels, in adapters and other wrappers."""
     base = getattr(model, "get_base_model", lambda: model)()
-    known = (m for m in base.modules() if any(word in type(m).__name__ for word in (*_SHIFT, "ForCTC")))
+    words = (*_SHIFT, *_JOINED, "ForCTC")
+    known = (m for m in base.modules() if any(word in type(m).__name__ for word in words))
     return next(known, base)
 
 

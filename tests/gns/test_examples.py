@@ -6,9 +6,10 @@ from collections import OrderedDict, UserDict
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from gns.examples import IGNORED, row_map
+from gns.examples import IGNORED, row_map, shifts_labels
 
 
 class Plain(nn.Module):
@@ -93,6 +94,67 @@ def test_other_models_use_every_label(model):
     tokens, w = weights(model, labels=LABELS)
     assert tokens == 5
     assert w == (pytest.approx(1.0), pytest.approx((3 / 5) ** 2 + (2 / 5) ** 2))
+
+
+# What the configurations of the classes below know of this they take; the others are for other names of it.
+SMALL = dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim"), 16)
+SMALL |= dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 1)
+SMALL |= dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 2)
+SMALL |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+SMALL |= dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 24)
+SMALL |= dict.fromkeys(("max_position_embeddings", "n_positions"), 64)
+SMALL |= {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "is_decoder": True}
+DECODERS = (
+    *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM"),
+    *("CpmAntForCausalLM", "FlaubertWithLMHeadModel", "MBartForCausalLM", "MarianForCausalLM"),
+    *("MvpForCausalLM", "PLBartForCausalLM", "PegasusForCausalLM", "TrOCRForCausalLM"),
+    *("WhisperForCausalLM", "XLMWithLMHeadModel"),
+)
+SHIFTING = (
+    *("BertLMHeadModel", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "LlamaForCausalLM", "OPTForCausalLM"),
+    "XGLMForCausalLM",
+)
+
+
+def of_transformers(name):
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**SMALL)).eval()
+
+
+def joined():
+    """A join of two models that are no decoders of encoder–decoder families by name."""
+    encoder = transformers.BertModel(transformers.BertConfig(**{**SMALL, "is_decoder": False}))
+    shape = {**SMALL, "add_cross_attention": True}
+    decoder = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    model.config.pad_token_id, model.config.decoder_start_token_id = 0, 1
+    return model.eval()
+
+
+def loss_of_first_labels(model):
+    """The model's own loss where only the first token of each row has a label; None if it is in no loss."""
+    ids = torch.randint(3, 30, (2, 8), generator=torch.Generator().manual_seed(0))
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 0] = ids[:, 0]
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=labels).loss)
+    return loss if loss > 0 else None  # a mean of nothing is NaN
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *SHIFTING])
+def test_labels_are_shifted_where_the_models_own_loss_shifts_them(name):
+    model = of_transformers(name)
+    shifted = name in SHIFTING
+    assert (loss_of_first_labels(model) is None) is shifted, "transformers does it otherwise now"
+    assert shifts_labels(model) is shifted
+    assert shifts_labels(Wrapper(model)) is shifted
+
+
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
+def test_a_join_of_encoder_and_decoder_does_not_shift_though_its_decoder_alone_would():
+    model = joined()
+    assert loss_of_first_labels(model) is not None
+    assert shifts_labels(model.decoder) and not shifts_labels(model) and not shifts_labels(Wrapper(model))
 
 
 def test_shift_labels_are_shifted_already_and_win():
