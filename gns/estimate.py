@@ -21,6 +21,7 @@ from gns.statistics.sets import (
     confidence_set,
     detection_limit,
     honest_set,
+    inside,
     p_value,
     status_of,
     times_more,
@@ -51,7 +52,7 @@ class Estimate:
     """A noise scale with its confidence set, and what to believe of it.
 
     Args:
-        b_simple: X / Y in examples; NaN where Y ≤ 0.
+        b_simple: X / Y in examples; NaN where Y ≤ 0; below 0, and so outside of the set, where X is.
         low: lower end of the confidence set, in examples; where Y < 0, no more than Y := 0 would give.
         high: upper end; `inf` where the data set no upper bound, and always where Y < 0.
         level: nominal coverage of [low, high].
@@ -109,6 +110,11 @@ class Estimate:
     moments: Moments | None = field(default=None, repr=False, compare=False)
     curvature: tuple[CurvatureReading, ...] = field(default=(), repr=False, compare=False)
     set_level: float | None = None
+
+    @property
+    def point(self) -> float:
+        """B_simple as texts and figures show it beside its set: NaN where it lies outside, below 0."""
+        return inside(self.b_simple, self.low, self.high)
 
     @property
     def examples_per_step(self) -> float:
@@ -199,8 +205,8 @@ class Estimate:
             return f"{bound}; |G|² not distinguishable from 0 ({limit}); {self.status}"
         value = (
             "B_simple not resolved"
-            if math.isnan(self.b_simple)
-            else f"B_simple = {format_count(self.b_simple)} examples"
+            if math.isnan(self.point)
+            else f"B_simple = {format_count(self.point)} examples"
         )
         bounds = f"{format_count(self.low)} … {format_count(self.high)}"
         return f"{value} ({percent}: {bounds}), {size}; {self.status}"

@@ -80,7 +80,7 @@ def _known(estimate: Estimate) -> str:
         bound = format_count(estimate.low)
         return f"{scale} is at least {bound} examples ({sure}); no upper end is known."
     ends = f"{format_count(estimate.low)} and {format_count(estimate.high)}"
-    value = "" if math.isnan(estimate.b_simple) else f" about {format_count(estimate.b_simple)} examples,"
+    value = "" if math.isnan(estimate.point) else f" about {format_count(estimate.point)} examples,"
     return f"{scale} is{value} between {ends} ({sure})."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, Self
 
@@ -72,6 +73,8 @@ def brief(estimate: Estimate | None) -> str:
     if estimate is None or estimate.n_steps < 2:
         return "B_simple …"
     interval = f"({format_count(estimate.low)} … {format_count(estimate.high)})"
-    if estimate.b_simple != estimate.b_simple:  # NaN: |G|² averages to no positive number yet
-        return f"B_simple ≥ {format_count(estimate.low)} {estimate.status}"
-    return f"B_simple {format_count(estimate.b_simple)} {interval} {estimate.status}"
+    if not math.isnan(estimate.point):
+        return f"B_simple {format_count(estimate.point)} {interval} {estimate.status}"
+    if math.isfinite(estimate.high):  # tr Σ averages below 0
+        return f"B_simple {interval} {estimate.status}"
+    return f"B_simple ≥ {format_count(estimate.low)} {estimate.status}"

@@ -80,7 +80,7 @@ def _print_table(estimates: dict[Path, Estimate]) -> None:
         rate = settings_of(run, estimate)["learning_rate"]
         table.add_row(
             str(run),
-            format_count(estimate.b_simple),
+            format_count(estimate.point),
             f"{format_count(estimate.low)} … {format_count(estimate.high)}",
             f"{100 * estimate.level:g} %",
             f"{estimate.status}{moving}",

@@ -19,7 +19,7 @@ import numpy as np
 
 from gns.curvature.result import CurvatureEstimate, CurvatureReading
 from gns.statistics.moments import Moments, exact_unit
-from gns.statistics.sets import detection_limit, honest_set, indefinite, satterthwaite, status_of
+from gns.statistics.sets import detection_limit, honest_set, indefinite, inside, satterthwaite, status_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class OverReadings:
 
         bounds = f"{format_count(self.low)} … {format_count(self.high)}"
         cost = "" if math.isnan(self.steps_each) else f", each about {self.steps_each:.0f} training steps"
-        value = "not resolved" if math.isnan(self.b_noise) else f"= {format_count(self.b_noise)} examples"
+        point = inside(self.b_noise, self.low, self.high)
+        value = "not resolved" if math.isnan(point) else f"= {format_count(point)} examples"
         return f"B_noise {value} ({bounds}), {self.readings} readings{cost}; {self.status}"
 
 

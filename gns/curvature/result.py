@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from gns.estimate import format_count
 from gns.statistics.moments import Moments
+from gns.statistics.sets import inside
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ class CurvatureEstimate:
             if not math.isnan(self.detection_limit):
                 limit = f"detection limit {format_count(self.detection_limit)}, {of}"
             return f"{bound}; GᵀHG not distinguishable from 0 ({limit}); {simple}; {self.status}"
-        value = "not resolved" if math.isnan(self.b_noise) else f"= {format_count(self.b_noise)} examples"
+        point = inside(self.b_noise, self.low, self.high)
+        value = "not resolved" if math.isnan(point) else f"= {format_count(point)} examples"
         bounds = f"{format_count(self.low)} … {format_count(self.high)}"
         return f"{name} {value} ({percent}: {bounds}), {of}; {simple}; {self.status}"
 

@@ -72,8 +72,8 @@ def _whole(batch: float) -> str:
 
 def value_of(result: Estimate) -> str:
     """Write B_simple, or the bound where that is all there is."""
-    if math.isfinite(result.high) and math.isfinite(result.b_simple):
-        return format_count(result.b_simple)
+    if math.isfinite(result.high):
+        return f"≤ {format_count(result.high)}" if math.isnan(result.point) else format_count(result.point)
     return f"≥ {format_count(result.low)}" if result.low > 0 else "?"
 
 
@@ -108,10 +108,10 @@ def factor_row(name: str, result: Estimate) -> dict[str, str]:
     def figure(x: float) -> str:
         return "?" if math.isnan(x) else f"{x:.3g}"
 
-    resolved = math.isfinite(result.high) and math.isfinite(result.b_simple)
+    resolved = math.isfinite(result.high) and math.isfinite(result.point)
     return {
         "name": label_of(name),
-        "value": format_count(result.b_simple) if resolved else "not resolved",
+        "value": format_count(result.point) if resolved else "not resolved",
         "interval": span_of(result),
         "status": result.status,
         "limit": format_count(result.detection_limit),

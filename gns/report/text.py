@@ -76,8 +76,8 @@ def _still(result: Estimate) -> Verdict:
     if result.status == "measured":
         about = (
             "is resolved only roughly"
-            if math.isnan(result.b_simple)
-            else f"≈ {format_count(result.b_simple)} examples"
+            if math.isnan(result.point)
+            else f"≈ {format_count(result.point)} examples"
         )
         return Verdict(
             f"Noise scale {about}",

@@ -111,6 +111,15 @@ def honest_set(moments: Moments, level: float) -> tuple[float, float, bool]:
     return low, high, empty
 
 
+def inside(point: float, low: float, high: float) -> float:
+    """Give a ratio X / Y to be shown beside its set, or NaN where it lies outside of that, as with X < 0.
+
+    Otherwise it lies inside, but for rounding: X − θY is 0 there, which no set rejects.
+    """
+    slack = 1e-9 * abs(point)
+    return point if low - slack <= point <= high + slack else math.nan
+
+
 def status_of(moments: Moments, high: float, empty: bool) -> str:
     """Say what the set is worth."""
     if moments.k < MIN_STEPS * (1 - 1e-9):

@@ -193,6 +193,13 @@ def test_collecting_gives_no_range():
     assert "unequal size" in str(advise(replace(EARLY, n_steps=40), batch_size=16))
 
 
+def test_a_value_outside_of_its_interval_is_not_said():
+    """tr Σ averages below 0."""
+    below = replace(BOUND, status="measured", b_simple=-0.00046, low=0.0, high=0.0022, trace_sigma=-1e-6)
+    headline = advise(below, batch_size=16).headline
+    assert headline == f"The noise scale is between 0 and 0.0022 ({100 * below.level:g} % sure)."
+
+
 def test_whole_line_gives_no_range():
     advice = advise(replace(BOUND, low=0.0), batch_size=16)
     assert advice.ranges == () and "say nothing about the noise scale" in advice.headline

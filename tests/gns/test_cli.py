@@ -399,3 +399,5 @@ def test_brief_words_for_every_state():
     assert re.fullmatch(r"B_simple \S+ \(\S+ … \S+\) measured", brief(estimate(of(100))))
     steps = [StepSums(step=i, n_examples=4, mean_sq_norm=8.0 + i % 2, sq_norm_of_mean=1.0) for i in range(30)]
     assert re.fullmatch(r"B_simple ≥ \S+ not detectable", brief(estimate(steps)))
+    below = dataclasses.replace(estimate(of(100)), b_simple=-0.5, low=0.0, high=2.0)  # tr Σ averages below 0
+    assert brief(below) == "B_simple (0 … 2) measured"

@@ -567,6 +567,28 @@ def test_the_line_of_a_measurement():
     assert line() == "B_simple = 212 examples (95 %: 160 … 310), 50 steps × 16; measured"
 
 
+def test_the_line_leaves_out_a_value_that_is_outside_of_its_set():
+    """tr Σ averages below 0: the number is legal, and in no set of positive ones."""
+    text = line(b_simple=-0.00046, low=0.0, high=0.0022)
+    assert text == "B_simple not resolved (95 %: 0 … 0.0022), 50 steps × 16; measured"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_point_that_is_shown_is_b_simple_unless_that_is_below_zero(seed):
+    """Examples of very unequal weight, whose tr Σ is 0: it averages to either side."""
+    rng = np.random.default_rng(seed)
+    steps = []
+    for k in range(30):
+        a = rng.dirichlet(np.ones(6))
+        c = a * (1 + 0.01 * (seed % 3) * rng.standard_normal(6)) + 1e-3 * rng.standard_normal(6)
+        sums = {"mean_sq_norm": 6 * float((c**2).sum()), "sq_norm_of_mean": float(c.sum() ** 2)}
+        steps.append(StepSums(step=k, n_examples=6, **sums, sum_sq_weights=float((a**2).sum())))
+    e = estimate(steps)
+    below = e.b_simple < 0
+    assert math.isnan(e.point) if below else e.point == e.b_simple
+    assert " -" not in str(e) and ("not resolved" in str(e)) is below
+
+
 def test_the_line_names_another_metric():
     assert line(metric="adam") == (
         "B_simple = 212 examples (95 %: 160 … 310), 50 steps × 16, in Adam's metric; measured"

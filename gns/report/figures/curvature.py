@@ -39,7 +39,7 @@ def curvature(
     """
     if not readings or len(run.so_far) < 2:
         return None
-    simple = [(step, r.b_simple, r.low, r.high) for step, r in run.so_far]
+    simple = [(step, r.point, r.low, r.high) for step, r in run.so_far]
     courses = [r for r in so_far(readings, level=level) if r.status != "indefinite"]
     together = [(r.step, r.b_noise, r.low, r.high) for r in courses]
     estimates = [(r.step, r.estimate) for r in readings]

@@ -35,7 +35,7 @@ def factors(result: Estimate, *, theme: Theme = LIGHT) -> Figure | None:
     if not named:
         return None
     figure, (ax,) = canvas(height=1.6 + 0.5 * len(named))
-    known = [v for _, r in named for v in (r.low, r.b_simple, r.high, r.detection_limit)]
+    known = [v for _, r in named for v in (r.low, r.point, r.high, r.detection_limit)]
     low, high = limits(known, 1.5)
     low = max(low, high / 1e6)
     ax.set_xscale("log")
@@ -45,8 +45,8 @@ def factors(result: Estimate, *, theme: Theme = LIGHT) -> Figure | None:
         colour = _colour(name, theme)
         start, end = max(r.low, low), min(r.high, high)
         ax.plot([start, end], [y, y], color=colour, linewidth=5, alpha=0.4, solid_capstyle="butt")
-        if math.isfinite(r.b_simple):
-            ax.plot([r.b_simple], [y], "o", color=colour, markersize=9)
+        if math.isfinite(r.point):
+            ax.plot([r.point], [y], "o", color=colour, markersize=9)
         if math.isinf(r.high):
             ax.plot([high], [y], ">", color=colour, markersize=9, clip_on=False)
         if low < r.detection_limit < high:
@@ -91,7 +91,7 @@ def depth(layers: Mapping[str, Estimate], *, theme: Theme = LIGHT) -> Figure | N
     if len(layers) < 2 or not shown:
         return None
     figure, (ax,) = canvas(height=4.0)
-    low, high = limits([v for r in shown for v in (r.low, r.b_simple, r.high)], 1.4)
+    low, high = limits([v for r in shown for v in (r.low, r.point, r.high)], 1.4)
     if any(math.isinf(r.high) for r in shown):
         high *= 2
     low = max(low, high / 1e6)
@@ -127,7 +127,7 @@ def _over_depth(
         ax.plot([x, x], y, color=colour, linewidth=width, alpha=0.4, solid_capstyle="butt")
         if math.isinf(r.high):
             ax.plot([x], [ends[1]], "^", color=colour, markersize=min(6.0, width + 2), clip_on=False)
-    resolved = [(x, r.b_simple) for x, r in at if math.isfinite(r.b_simple)]
+    resolved = [(x, r.point) for x, r in at if math.isfinite(r.point)]
     columns = [list(column) for column in zip(*resolved, strict=True)] or [[], []]
     ax.plot(columns[0], columns[1], "o", color=colour, markersize=min(7.0, width + 2.4), label=label)
 
@@ -203,8 +203,8 @@ def _cell(r: Estimate) -> tuple[float, str | None]:
     """Give the value that colours a cell and its hatching: B_simple, or the lower end where it is all."""
     if not math.isfinite(r.low) or r.status == "collecting":
         return math.nan, UNKNOWN
-    if math.isfinite(r.high) and math.isfinite(r.b_simple):
-        return r.b_simple, None
+    if math.isfinite(r.high) and math.isfinite(r.point):
+        return r.point, None
     return (r.low, AT_LEAST) if r.low > 0 else (math.nan, UNKNOWN)
 
 

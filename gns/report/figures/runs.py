@@ -33,7 +33,7 @@ def compared(
     kinds = list(dict.fromkeys(kind for parts in shown.values() for kind in parts))
     figure, (ax,) = canvas(height=1.6 + len(runs) * (0.35 + 0.2 * len(kinds)))
     used = [float(b) for b in batches.values() if b]
-    low, high = limits([v for r in known for v in (r.low, r.b_simple, r.high)] + used, 1.5)
+    low, high = limits([v for r in known for v in (r.low, r.point, r.high)] + used, 1.5)
     low = max(low, high / 1e6)
     ax.set_xscale("log")
     ax.set_xlim(low, high)
@@ -75,8 +75,8 @@ def _interval(ax: Axes, y: float, r: Estimate, kind: str, ends: tuple[float, flo
         alpha=0.4,
         solid_capstyle="butt",
     )
-    if math.isfinite(r.b_simple):
-        ax.plot([r.b_simple], [y], mark, color=colour, markersize=6)
+    if math.isfinite(r.point):
+        ax.plot([r.point], [y], mark, color=colour, markersize=6)
     if math.isinf(r.high):
         ax.plot([ends[1]], [y], ">", color=colour, markersize=7, clip_on=False)
 

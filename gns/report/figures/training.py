@@ -71,7 +71,7 @@ def _band(ax: Axes, run: Sequence[tuple[int, Estimate]], colour: str, label: str
     """
     bottom, top = ax.get_ylim()
     x = np.array([step for step, _ in run], dtype=float)
-    value = np.array([r.b_simple for _, r in run])
+    value = np.array([r.point for _, r in run])
     low = np.array([bottom if math.isnan(r.low) else min(max(r.low, bottom), top) for _, r in run])
     high = np.array([r.high for _, r in run])
     bounded = np.isfinite(high)
@@ -112,7 +112,7 @@ def noise_scale(
         return None
     figure, (ax,) = canvas(height=4.2)
     shown = [r for _, r in (*run.so_far, *run.trailing)]
-    bounded = [v for r in shown if math.isfinite(r.high) for v in (r.b_simple, r.high)]
+    bounded = [v for r in shown if math.isfinite(r.high) for v in (r.point, r.high)]
     ends = [r.low for r in shown] + [r.detection_limit for _, r in run.so_far[-1:]]
     low, high = limits([*bounded, *ends, float(batch_size or math.nan)])
     if len(bounded) < 2 * len(shown):

@@ -114,6 +114,13 @@ def test_no_detection_limit_is_named_where_the_trace_comes_out_below_zero():
     assert "(detection limit 3.4, 16 examples" in str(replace(one, detection_limit=3.4))
 
 
+def test_a_value_outside_of_its_interval_is_not_said():
+    below = replace(over_readings(readings(4)), b_noise=-3.0, low=0.0, high=2.0)
+    assert str(below).startswith("B_noise not resolved (0 … 2), ")
+    below = replace(readings(1)[0].estimate, b_noise=-3.0, low=0.0, high=2.0, status="measured")
+    assert str(below).startswith("B_noise not resolved (95 %: 0 … 2), ")
+
+
 def test_the_course_ends_with_all_readings():
     course = so_far(readings(10))
     assert [c.readings for c in course] == list(range(3, 11))

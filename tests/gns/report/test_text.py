@@ -6,6 +6,7 @@ import pytest
 from gns.advice import advise
 from gns.advising.wording import START
 from gns.estimate import STATUSES, Estimate, estimate
+from gns.report import tables
 from gns.report.text import basis, outlook, render, signal, verdict
 from gns.statistics.drift import Drift
 
@@ -28,6 +29,16 @@ def test_every_status_has_its_words(status):
     said = verdict(replace(MEASURED, status=status, high=high))
     title, sure, tone = WORDS[status]
     assert said.title == title and sure in said.sure and said.tone == tone
+
+
+def test_a_value_outside_of_its_interval_is_not_said():
+    """tr Σ averages below 0."""
+    below = replace(MEASURED, b_simple=-0.00046, low=0.0, high=0.0022, trace_sigma=-1e-6)
+    said = verdict(below)
+    assert said.title == "Noise scale is resolved only roughly" and "between 0 and 0.0022" in said.sure
+    assert tables.value_of(below) == "≤ 0.0022"
+    assert tables.factor_row("A", below)["value"] == "not resolved"
+    assert tables.value_of(MEASURED) == "212" and tables.value_of(replace(MEASURED, high=math.inf)) == "≥ 160"
 
 
 def test_unknown_status_raises():
