@@ -68,13 +68,29 @@ class Calibration:
             f"of models with {models} parameters; {100 * self.share:.0f} % ({100 * self.share_low:.0f} … "
             f"{100 * self.share_high:.0f} %) lay within a factor of two of that"
         )
-        low, high = self.applied(ends)
-        here = f"at least {_batch(low)}" if math.isinf(high) else _span(low, high)
+        here = self._here(ends)
         if self.verdict == PREDICTS:
             return f"{found}: by that, {here} examples here."
         if self.verdict == "does not":
             return f"{found}: it does not predict, so nothing is corrected by it."
         return f"{found}: undecided, so nothing is corrected by it. If it holds here, that is batch {here}."
+
+    def brief(self, ends: tuple[float, float]) -> str:
+        """Say it in short, for a summary."""
+        models = " to ".join(f"{n / 1e6:.2g} M" for n in sorted(set(self.parameters)))
+        found = (
+            f"Where both were measured (models of {models} parameters), {self.says} was {_three(self.low)} … "
+            f"{_three(self.high)} × B_simple of factor B"
+        )
+        if self.verdict == PREDICTS:
+            return f"{found}: batch {self._here(ends)} here."
+        if self.verdict == "does not":
+            return f"{found}, which does not predict it."
+        return f"{found}. If it holds here, which is undecided, that is batch {self._here(ends)}."
+
+    def _here(self, ends: tuple[float, float]) -> str:
+        low, high = self.applied(ends)
+        return f"at least {_batch(low)}" if math.isinf(high) else _span(low, high)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ What a batch costs and which learning rate goes with it; the rest of a run is in
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 BATCH_SIZE, LEARNING_RATE = "Batch size", "Learning rate"  # titles of sections that tables belong to
 CHECKED, IN_USE, EPOCH = "Where both were measured", "The batch in use", "One epoch"
-FIRST = (BATCH_SIZE, IN_USE, CHECKED, EPOCH)  # subjects that a summary holds
 AS_IF = " and the noise scale is the critical batch size"
 DISAGREE = 1.5  # learning-rate laws further apart than this are warned about
 START = (
@@ -46,10 +46,16 @@ class Section:
     Args:
         title: the subject, a few words.
         sentences: most important first.
+        brief: those of them, or shorter ones, that a summary holds.
     """
 
     title: str
     sentences: tuple[str, ...]
+    brief: tuple[str, ...] = ()
+
+    def without_brief(self) -> Section:
+        """Give what a summary leaves out."""
+        return Section(self.title, tuple(line for line in self.sentences if line not in self.brief))
 
 
 def euclidean(estimate: Estimate) -> bool:
@@ -103,17 +109,23 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
         epoch = phrases.one_epoch(advice.plan, target, ends)
     if rate is not None and target != batch:
         transfer = [_transfer(rate, batch, target, ends)]
+    cost, checked = _only_examples_cost(advice.ranges, data), calibrations() if euclidean(estimate) else ()
     found = [
-        (BATCH_SIZE, [*_worth_it(near, ends, data), _only_examples_cost(advice.ranges, data)]),
-        (IN_USE, [_batch_in_use(batch, ends, near)]),
-        (CHECKED, [each.sentence(ends) for each in calibrations()] if euclidean(estimate) else []),
-        (EPOCH, epoch),
-        ("Wall-clock time", speed),
-        (LEARNING_RATE, transfer),
+        (BATCH_SIZE, [*_worth_it(near, ends, data), _why(near), cost], [*_worth_it(near, ends, data), cost]),
+        (IN_USE, [used := _batch_in_use(batch, ends, near)], [used]),
+        (CHECKED, [each.sentence(ends) for each in checked], [each.brief(ends) for each in checked]),
+        (EPOCH, epoch, epoch if advice.plan and advice.plan.largest else epoch[:-1]),
+        ("Wall-clock time", speed, []),
+        (LEARNING_RATE, transfer, []),
     ]
-    told = [Section(title, tuple(line for line in lines if line)) for title, lines in found if lines]
+    told = [Section(title, _there(lines), _there(brief)) for title, lines, brief in found if lines]
     more = phrases.know_more(estimate, sure=near.sure is not None or _smallest(near))
     return (*told, *beside(advice.capacity, advice.cost), *([Section("To know more", more)] if more else []))
+
+
+def _there(lines: Sequence[str | None]) -> tuple[str, ...]:
+    """Give the lines that there are."""
+    return tuple(line for line in lines if line)
 
 
 def beside(capacity: Capacity | None, cost: StepCost | None) -> tuple[Section, ...]:
@@ -173,8 +185,8 @@ def _shown(near: BatchRange) -> tuple[float, float]:
 
 
 def _worth_it(near: BatchRange, ends: tuple[float, float], data: int | None) -> list[str | None]:
-    """Say which batches are worth their price, how sure that is, and why."""
-    return [_both_cost(near, data), _sureness(near, ends, data), _why(near)]
+    """Say which batches are worth their price, and how sure that is."""
+    return [_both_cost(near, data), _sureness(near, ends, data)]
 
 
 def _both_cost(near: BatchRange, data: int | None) -> str:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from gns._version import __version__
-from gns.advising.wording import FIRST, LAWS_CAVEAT, START
+from gns.advising.wording import LAWS_CAVEAT, START
 from gns.curvature.course import in_words
 from gns.estimate import format_count
 from gns.report import tables
@@ -95,8 +95,8 @@ def html(found: Findings, images: Sequence[Image]) -> str:
         start=START,
         span=f", for {advice.span}" if advice and advice.span else "",
         advice=advice,
-        do=[line for section in sections if section.title in FIRST for line in section.sentences],
-        more=[section for section in sections if section.title not in FIRST],
+        do=[line for section in sections for line in section.brief],
+        more=[left for section in sections if (left := section.without_brief()).sentences],
         warnings=list(dict.fromkeys([*result.warnings, *(advice.warnings if advice else ())])),
         outlook=outlook(result, found.change),
         notes=found.notes,

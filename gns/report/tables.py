@@ -39,12 +39,13 @@ def tiles(result: Estimate, advice: Advice | None, change: Drift | None) -> list
     pays = worth(advice)
     if advice is not None and pays is not None:
         price = priced(advice.ranges[-1].price)
-        note = f"{price[0].lower()}{price[1:]}; {advice.batch_size} in use"
+        condition = f"{price[0].lower()}{price[1:]} and this is the critical batch size"
+        note = f"{condition}; {advice.batch_size} in use"
         found.append(Tile("Batch that pays", pays, note))
     found.append(Tile("Any signal at all?", signal(result.p_value), "chance of this much, were there none"))
     moved = change is not None and change.moved
     more = (change.last if change is not None and moved else result).more_examples(WIDTH)
-    if math.isfinite(more):
+    if math.isfinite(more) and result.status != "collecting":
         value = f"{format_count(more)} more" if more else "nothing more"
         name = f"For ±{100 * WIDTH:g} %{', last third' if moved else ''}"
         found.append(Tile(name, value, "examples at this batch size" if more else "needed"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gns.advice import Advice
-from gns.advising.wording import FIRST, START, movement
+from gns.advising.wording import START, movement
 from gns.estimate import MIN_STEPS, Estimate, format_count
 from gns.probing.result import FrozenEstimate
 from gns.statistics.drift import Drift
@@ -197,7 +197,7 @@ def pays(advice: Advice, run: str | Path | None = None) -> list[str]:
         advice: with sections.
         run: folder of the run, or None.
     """
-    first = [line for section in advice.sections if section.title in FIRST for line in section.sentences]
+    first = [line for section in advice.sections for line in section.brief]
     return [
         f"What batch size pays{f', for {advice.span}' if advice.span else ''}:",
         *(f"  - {line}" for line in first),

@@ -43,6 +43,18 @@ def test_a_study_that_has_not_decided_corrects_nothing():
     assert "it does not predict, so nothing" in replace(UNDECIDED, verdict="does not").sentence((1.0, 2.0))
 
 
+def test_it_is_said_in_short_in_a_summary():
+    said = UNDECIDED.brief((100.0, 200.0))
+    assert said.startswith(
+        "Where both were measured (models of 0.25 M parameters), the critical batch size was"
+    )
+    assert said.endswith(
+        "0.312 … 1.5 × B_simple of factor B. If it holds here, which is undecided, that is batch 31 … 300."
+    )
+    assert replace(UNDECIDED, verdict="does not").brief((1.0, 2.0)).endswith("which does not predict it.")
+    assert PREDICTS.brief((100.0, math.inf)).endswith("× B_simple of factor B: batch at least 31 here.")
+
+
 def test_one_that_predicts_says_what_a_reading_speaks_for():
     assert PREDICTS.applied((100.0, 200.0)) == pytest.approx((31.2, 300.0))
     text = PREDICTS.sentence((100.0, 200.0))

@@ -69,7 +69,10 @@ def test_terminal_summary_holds_estimate_range_factors_and_place(runs):
     lines = text.splitlines()
     assert f"{START} The rest of the advice: gns advise runs/a" in lines
     advice = advise(result, batch_size=16, dataset_size=5000, learning_rate=1e-4)
-    shown = [line for section in advice.sections[:4] for line in section.sentences]
+    shown = [line for section in advice.sections for line in section.brief]
+    assert {section.title for section in advice.sections if section.brief} == {
+        "Batch size", "The batch in use", "Where both were measured", "One epoch",
+    }  # fmt: skip
     assert [line[4:] for line in render(result, advice).splitlines() if line.startswith("  - ")] == shown
     assert render(result, advice).endswith("gns advise RUN") and len(shown) < len(advice.sentences)
 
