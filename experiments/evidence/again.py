@@ -28,7 +28,7 @@ from experiments.configs import RunConfig, RunError
 from experiments.course import Course
 from experiments.evidence.configurations import CONFIGURATIONS, SIZE, named, per_row
 from experiments.evidence.files import ADAM, CURVATURE, FOLDER, runs_in
-from experiments.evidence.measured import measured, read_along, reference_runs, steps_to
+from experiments.evidence.measured import SAME, measured, read_along, reference_runs, steps_to
 from experiments.prepared import data_of, device_of, prepare
 from experiments.run import run
 from experiments.schedules import lr_at
@@ -40,7 +40,6 @@ from gns.hessian import b_noise
 READINGS = 8  # on the way to the target, each in the middle of an eighth of the steps
 BATCH, FOR_G, FOR_H = 16, 16, 4  # rows of a batch; batches for g and for H
 FRESH = 10_000  # added to the data seed: examples that no run sees
-SAME = 0.02  # relative, between losses of a run and of the same again; another kernel rounds otherwise
 
 
 def wanted(runs: Sequence[Row], names: Sequence[str]) -> Iterator[tuple[str, Row, float]]:

@@ -35,6 +35,7 @@ SUMS = (PRIMARY, SECOND, "joint", "A", "plug-in")  # what the sums of steps give
 CURVED = "B_noise"  # read on the way, see `experiments.evidence.again`
 VARIANTS = (*SUMS, CURVED)
 MOVED = 0.1  # relative, of the steps to the target since B_noise was read along them: more is another way
+SAME = 0.02  # relative, between losses of a run and of the same again; another kernel rounds otherwise
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from experiments.analysis.curves import Estimated
 from experiments.evidence.configurations import SIZE
 from experiments.evidence.judged import Judged
-from experiments.evidence.measured import CURVED, PRIMARY, SECOND, VARIANTS, Measured
+from experiments.evidence.measured import CURVED, PRIMARY, SAME, SECOND, VARIANTS, Measured
 from experiments.evidence.paper import Drawn
 from experiments.evidence.practice import DELTA, Price
 from experiments.evidence.predictions import Prediction
@@ -109,6 +109,12 @@ def page(found: Readout, drawn: Mapping[str, Drawn]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+ALIKE = (
+    f", and so is a run that does not come out the same when it is made again (each step's loss within "
+    f"{100 * SAME:g} %)"
+)
+
+
 def unread(compared: Mapping[str, Measured]) -> list[str]:
     """Name the configurations without a reading of the runs and the way that count now.
 
@@ -122,7 +128,7 @@ def unread(compared: Mapping[str, Measured]) -> list[str]:
         if without := [name for name, each in among.items() if variant not in each.noise]:
             said.append(
                 f"No reading {words} of all seeds on the way to these targets: {'; '.join(without)}. What "
-                "was read before seeds were added is left out."
+                "was read before seeds were added is left out" + (f"{ALIKE}." if variant == CURVED else ".")
             )
     return said
 
