@@ -220,7 +220,11 @@ class GNSMonitor(Summaries):
         return self
 
     def detach(self) -> None:
-        """Remove every hook; the history stays. Detaching twice is harmless."""
+        """Remove every hook; the history stays. Detaching twice is harmless.
+
+        Not between a forward pass with checkpointed layers and its backward: checkpointing raises where a
+        layer saves other tensors the second time, and no hook is left to see to it.
+        """
         if self._collector is not None:
             self.flush()
             self._collector.detach()

@@ -24,8 +24,6 @@ from gns.rules.base import parameter_of
 if TYPE_CHECKING:
     from gns.capture.tally import Tally
 
-REMEMBERED = 64  # shapes of a layer's outputs that a recomputation may repeat
-
 
 class Tap:
     """One trainable layer: its rule, the parameters it measures, and the leaf that collects their sums.
@@ -61,7 +59,6 @@ class Tap:
         self.weighed: Tensor | None = None  # leaf of the sums in that metric
         self.left_out: set[str] = set()  # parameters that do not count in the norms of single examples
         self.shares = self.shared = False  # its weight's gradient may come from here in this step; once did
-        self.noted: dict[torch.Size, bool] = {}  # shape of the output → whether the last forward was tapped
         self._counted: tuple[int, Tensor] | None = None  # rows of the last call, on the device
         self.activation_dtype: torch.dtype | None = None  # of its last input, as the layer saw it
         self.tally: Tally | None = None  # counts its norms together with those of other layers
@@ -111,14 +108,6 @@ class Tap:
         if where is None:
             return x.ndim >= (1 if self.rule.ids else 2) and not self.gathers
         return where.misfit is None or bool(x.ndim >= 2 or self.rule.ids)
-
-    def note(self, shape: torch.Size, tapped: bool) -> None:
-        """Remember whether a call in a forward pass, with an output of this shape, was tapped."""
-        if self.noted.get(shape) is tapped:
-            return
-        if len(self.noted) >= REMEMBERED:
-            self.noted.pop(next(iter(self.noted)))
-        self.noted[shape] = tapped
 
     def sq_norms(
         self, x: Tensor, dy: Tensor, parameter: str, where: Placement, root: Tensor | None = None

@@ -159,4 +159,4 @@ def outputs(out: Any) -> list[Tensor]:
     """Give the tensors of a model's output that a loss can be made of."""
     if dataclasses.is_dataclass(out) and not isinstance(out, (type, dict)):
         out = vars(out)
-    return [t for t in tensors_in(out) if t.requires_grad]
+    return [t for t in tensors_in(out) if t.grad_fn is not None]  # a parameter says nothing of the call

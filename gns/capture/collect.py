@@ -444,7 +444,8 @@ class Collector:
         if close is None:
             return
         if self.active:
-            names, reason = () if self.hidden else self.check.open_names(), close.reason
+            names = () if self.hidden else self.check.open_names()
+            reason = CROSSED if self.now.reason == CROSSED else close.reason
             if joined(self._wrapper):
                 reason, self.now.mismatches = JOINED, []
             elif self.pool is None and self._ranks() > 1:

@@ -10,11 +10,22 @@ from typing import Any
 import torch
 
 _AS_IT_IS = contextlib.nullcontext()
+_SAVED_TENSORS_HOOKS = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[reportAttributeAccessIssue]
+_CHECKPOINTING = "torch.utils.checkpoint"
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is under way on this thread."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether a backward pass is under way on this thread; none is while a graph is compiled."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def recomputed() -> bool:
+    """Whether checkpointing without reentrance will call what is called here again in backward, or does so.
+
+    It keeps track of every tensor that is saved, by hooks, and raises where the two do not agree.
+    """
+    hooks = _SAVED_TENSORS_HOOKS(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == _CHECKPOINTING
 
 
 def plainly(device: str) -> contextlib.AbstractContextManager[Any]:

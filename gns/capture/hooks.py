@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gns.capture import sharing
-from gns.capture.guard import in_backward
+from gns.capture.guard import recomputed
 from gns.capture.passage import Echo, TapFunction
 from gns.taps import Tap
 
@@ -64,8 +64,8 @@ class InputHook(_Hook):
 class OutputHook(_Hook):
     """Pass a layer's output through the tap.
 
-    A recomputation inside backward must save what its forward pass saved, or checkpointing raises: it is
-    tapped if that was, whatever has happened since (a step closed, an error of ours, another call that fits).
+    Where checkpointing will call a layer again, or does so, each call saves what a tap saves, measured or
+    not: between the two a step may close, an error of ours come up, or another call of the model fit better.
     """
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Tensor | None:
@@ -75,15 +75,10 @@ class OutputHook(_Hook):
         compiling = torch.compiler.is_compiling()
         if not torch.is_grad_enabled() or (not compiling and _transformed()):
             return None
-        if compiling or not isinstance(out, Tensor):
-            return self._tapped(tap, module, args, kwargs, out, compiling)
-        if not in_backward():
-            tapped = self._tapped(tap, module, args, kwargs, out, compiling)
-            tap.note(out.shape, tapped is not None)
-            return tapped
-        before = tap.noted.get(out.shape)
-        tapped = None if before is False else self._tapped(tap, module, args, kwargs, out, compiling)
-        return _echoed(tap, module, args, kwargs, out) if before and tapped is None else tapped
+        tapped = self._tapped(tap, module, args, kwargs, out, compiling)
+        if tapped is None and not compiling and recomputed():
+            return _echoed(tap, module, args, kwargs, out)
+        return tapped
 
     def _tapped(
         self, tap: Tap, module: nn.Module, args: tuple, kwargs: dict, out: Any, compiling: bool
@@ -119,8 +114,10 @@ class OutputHook(_Hook):
         return tapped(out, x, tap, live, where, *leaves, *sums)
 
 
-def _echoed(tap: Tap, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
+def _echoed(tap: Tap, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Tensor | None:
     """Give an output that saves what a tapped one saves, and measures nothing."""
+    if not isinstance(out, Tensor):
+        return None
     x = tap.rule.capture(module, args, kwargs, out)
     if x is None or not out.requires_grad:
         return None

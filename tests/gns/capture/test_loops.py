@@ -151,3 +151,47 @@ def test_parameters_that_nothing_has_reached_are_not_called_measured():
         assert {step.reason for step in monitor.history} == {UNSEEN}
     assert monitor.coverage().share == 0
     assert set(monitor.coverage().reasons.values()) == {UNREACHED}
+
+
+class Giving(nn.Module):
+    """It returns a parameter too, as heads with a fused loss do."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return {"out": self.head(x), "weight": self.head.weight}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_parameter_among_the_outputs_is_left_alone(every):
+    torch.manual_seed(0)
+    model = Giving().double()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with GNSMonitor(model, every=every, on_error="raise") as monitor:
+        for x in data(4, 4):
+            model(x)["out"].square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(step.usable and step.n_examples == 4 for step in monitor.history)
+    assert not model.head.weight._backward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.*:DeprecationWarning")  # dynamo's own
+@pytest.mark.filterwarnings("ignore:the model's own call was not seen:gns.notices.GNSWarning")
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_compiled_model_has_no_graph_break_between_measured_steps(every):
+    """What is asked of a layer's forward pass there cannot be compiled: fullgraph raised."""
+    torch._dynamo.reset()
+    model = layers().float()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with GNSMonitor(model, every=every, on_error="raise") as monitor:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for x in torch.randn(5, 4, 5):
+            compiled(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [step.n_examples for step in monitor.history] == [4] * len(range(0, 5, every))
+    assert all(step.usable for step in monitor.history)
+    torch._dynamo.reset()

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gns.monitor import GNSMonitor, GNSWarning
 from gns.reasons import MIXED
-from gns.taps import REMEMBERED, Tap
+from gns.taps import Tap
 from tests.gns import small_models
 from tests.gns.small_models import FAMILIES, tokens
 from tests.reference.per_example import contributions, joint, trainable
@@ -200,10 +200,70 @@ def test_batches_of_as_many_tokens_in_other_shapes(shapes, reentrant):
                 close(step.mean_sq_norm, m, dtype=torch.float64)
 
 
-def test_what_is_remembered_for_recomputations_is_bounded():
-    model = nn.Linear(3, 2)
-    with GNSMonitor(model) as monitor:
-        for n in range(1, 3 * REMEMBERED):
-            model(torch.randn(n, 3))
-        (tap,) = monitor._plan.taps
-        assert len(tap.noted) == REMEMBERED and tap.noted[torch.Size([3 * REMEMBERED - 1, 2])]
+@pytest.mark.filterwarnings("ignore::gns.notices.GNSWarning")
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loop_that_is_one_forward_pass_ahead(every, autocast):
+    """Graphs of measured and other steps are pending together, of one shape: each is called again as it was.
+
+    Its gradient does not need the weights, which a step changes in place: a single layer.
+    """
+
+    def run(watched):
+        torch.manual_seed(0)
+        net = nn.Linear(5, 2)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        monitor = GNSMonitor(net, every=every, on_error="raise").attach() if watched else None
+        before = None
+        for _ in range(8):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = checkpoint(net, torch.randn(4, 5), use_reentrant=False)
+            ahead = out.float().sum(1).square().sum()
+            if before is not None:
+                before.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            before = ahead
+        if monitor is not None:
+            monitor.detach()
+        return net
+
+    for a, b in zip(run(False).parameters(), run(True).parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Shared(nn.Module):
+    """Two layers with one weight, whose uses meet; a part of the model is called by itself as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.second.weight = self.first.weight
+
+    def part(self, x):
+        return checkpoint(lambda y: self.second(torch.tanh(self.first(y))), x, use_reentrant=False)
+
+    def forward(self, x):
+        return self.out(self.part(x))
+
+
+@pytest.mark.filterwarnings("ignore::gns.notices.GNSWarning")
+@pytest.mark.parametrize("part_first", [True, False])
+def test_a_part_of_the_model_that_is_called_by_itself(part_first):
+    def run(watched):
+        torch.manual_seed(0)
+        net = Shared()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        monitor = GNSMonitor(net, on_error="raise").attach() if watched else None
+        for _ in range(4):
+            calls = [lambda: net(torch.randn(4, 6)), lambda: net.part(torch.randn(4, 6))]
+            losses = [call().square().mean() for call in (calls[::-1] if part_first else calls)]
+            sum(losses).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if monitor is not None:
+            monitor.detach()
+        return net
+
+    for a, b in zip(run(False).parameters(), run(True).parameters(), strict=True):
+        assert torch.equal(a, b)
