@@ -63,7 +63,8 @@ def hull_of(moments: Moments, levels: Sequence[float]) -> Sets:
     t = stats.t.ppf((1 + np.asarray(levels)) / 2, moments.df)
     low, high, empty = _ends(moments, t)
     below = np.flatnonzero(moments.y < 0)
-    if len(below):  # with Y < 0 no more is claimed than Y := 0 would
+    if len(below):  # with Y < 0 no more is claimed than Y := 0 would, which has no upper end
+        high[:, below] = np.inf
         zero = _rows(moments, below)
         low[:, below] = np.fmin(low[:, below], _ends(replace(zero, y=np.zeros(len(below))), t)[0])
     with np.errstate(divide="ignore", invalid="ignore"):

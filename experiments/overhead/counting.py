@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.overhead.arms import Arm, Monitored
-from gns import taps
+from gns.capture import hooks
 
-HOOKS = (taps.InputHook, taps.OutputHook, taps.RootInput, taps.RootOutput)
+HOOKS = (hooks.InputHook, hooks.OutputHook, hooks.RootInput, hooks.RootOutput)
 
 
 class _Operations(TorchDispatchMode):
@@ -81,8 +81,8 @@ def cost_of_hooks(arm: Monitored, repeats: int = 2_000) -> dict[str, float]:
     On a step that is not measured they change nothing, so that they may be called by hand.
     """
     found = {}
-    hooks = ((m, h) for m in arm.model.modules() for h in m._forward_pre_hooks.values())
-    layer = next(module for module, hook in hooks if isinstance(hook, taps.InputHook))
+    given = ((m, h) for m in arm.model.modules() for h in m._forward_pre_hooks.values())
+    layer = next(module for module, hook in given if isinstance(hook, hooks.InputHook))
     x = torch.zeros(1, 1, requires_grad=True)
     for hook, given in (
         (next(iter(layer._forward_pre_hooks.values())), (layer, (x,), {})),

@@ -180,7 +180,10 @@ def test_between_measured_steps_the_graph_is_that_of_an_unwatched_model(adapter,
             saved.append(0)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 loss = model(**batch(seed=k)).loss
-            assert (graph_names(loss) == plain) == (k % 3 > 0), k
+            names = graph_names(loss)
+            echoes = names.pop("EchoBackward", 0)  # identities: a recomputation may fall into a measured step
+            assert (names == plain) == (k % 3 > 0), k
+            assert (echoes > 0) == (checkpoint and k % 3 > 0), k
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -331,8 +331,9 @@ def test_the_second_use_of_a_layer_in_a_call_is_told(tap):
 
 
 def test_outputs_without_a_gradient_are_no_outputs():
-    loss, aside = torch.ones(1, requires_grad=True), torch.ones(1)
-    assert [id(t) for t in outputs((loss, aside))] == [id(loss)]
+    weight, aside = torch.ones(1, requires_grad=True), torch.ones(1)
+    loss = 2 * weight
+    assert [id(t) for t in outputs((loss, aside, weight))] == [id(loss)]  # nor is a parameter
 
 
 # the self-check
