@@ -60,13 +60,12 @@ class Calibration:
 
     def sentence(self, ends: tuple[float, float]) -> str:
         """Say what was found, and what follows for a reading."""
-        models = " to ".join(f"{n / 1e6:.2g} M" for n in sorted(set(self.parameters)))
         of = "" if self.planned is None else f" of {self.planned} planned"
         found = (
             f"{self.says[0].upper()}{self.says[1:]} was {_three(self.constant)} ({_three(self.low)} … "
             f"{_three(self.high)}) times B_simple of factor B in {self.configurations}{of} configurations, "
-            f"of models with {models} parameters; {100 * self.share:.0f} % ({100 * self.share_low:.0f} … "
-            f"{100 * self.share_high:.0f} %) lay within a factor of two of that"
+            f"of models with {self._models} parameters; {100 * self.share:.0f} % "
+            f"({100 * self.share_low:.0f} … {100 * self.share_high:.0f} %) lay within a factor of two of that"
         )
         here = self._here(ends)
         if self.verdict == PREDICTS:
@@ -77,16 +76,19 @@ class Calibration:
 
     def brief(self, ends: tuple[float, float]) -> str:
         """Say it in short, for a summary."""
-        models = " to ".join(f"{n / 1e6:.2g} M" for n in sorted(set(self.parameters)))
         found = (
-            f"Where both were measured (models of {models} parameters), {self.says} was {_three(self.low)} … "
-            f"{_three(self.high)} × B_simple of factor B"
+            f"Where both were measured (models of {self._models} parameters), {self.says} was "
+            f"{_three(self.low)} … {_three(self.high)} × B_simple of factor B"
         )
         if self.verdict == PREDICTS:
             return f"{found}: batch {self._here(ends)} here."
         if self.verdict == "does not":
             return f"{found}, which does not predict it."
         return f"{found}. If it holds here, which is undecided, that is batch {self._here(ends)}."
+
+    @property
+    def _models(self) -> str:
+        return " to ".join(f"{n / 1e6:.2g} M" for n in sorted(set(self.parameters)))
 
     def _here(self, ends: tuple[float, float]) -> str:
         low, high = self.applied(ends)

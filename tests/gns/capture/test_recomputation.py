@@ -1,5 +1,6 @@
 """Recomputations inside backward repeat what their forward pass was: training goes on, sums stay right."""
 
+import contextlib
 import copy
 
 import peft
@@ -80,6 +81,18 @@ def test_dora_whose_identity_looks_like_folded_rows(sizes, reentrant):
     close([last.mean_sq_norm, last.sq_norm_of_mean], [m, q], dtype=torch.float32)
 
 
+def ends_alike(make, loop, **options):
+    """Whether a model ends a loop with the weights that it has unwatched, and that it ends at all."""
+    made = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        net = make()
+        with GNSMonitor(net, on_error="raise", **options) if watched else contextlib.nullcontext():
+            loop(net)
+        made.append(net.parameters())
+    return all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
 class Twice(nn.Module):
     """A layer used twice, each use in a checkpoint of its own."""
 
@@ -136,12 +149,9 @@ class ActorCritic(nn.Module):
 def test_a_step_that_closes_between_a_forward_and_its_backward(every):
     """Two optimizers on one forward pass: whether a step is measured changes under the second loss."""
 
-    def run(watched):
-        torch.manual_seed(0)
-        net = ActorCritic(reentrant=False).double()
+    def loop(net):
         first = torch.optim.SGD(net.critic.parameters(), lr=0.01)
         second = torch.optim.SGD([*net.trunk.parameters(), *net.actor.parameters()], lr=0.01)
-        monitor = GNSMonitor(net, every=every, on_error="raise").attach() if watched else None
         for _ in range(6):
             policy, value = net(torch.randn(4, 5, dtype=torch.double))
             value.square().mean().backward()
@@ -149,12 +159,8 @@ def test_a_step_that_closes_between_a_forward_and_its_backward(every):
             policy.square().sum(1).mean().backward()
             second.step()
             net.zero_grad()
-        if monitor is not None:
-            monitor.detach()
-        return net
 
-    for a, b in zip(run(False).parameters(), run(True).parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert ends_alike(lambda: ActorCritic(reentrant=False).double(), loop, every=every)
 
 
 class Folding(nn.Module):
@@ -209,11 +215,8 @@ def test_a_loop_that_is_one_forward_pass_ahead(every, autocast):
     Its gradient does not need the weights, which a step changes in place: a single layer.
     """
 
-    def run(watched):
-        torch.manual_seed(0)
-        net = nn.Linear(5, 2)
+    def loop(net):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        monitor = GNSMonitor(net, every=every, on_error="raise").attach() if watched else None
         before = None
         for _ in range(8):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -224,12 +227,8 @@ def test_a_loop_that_is_one_forward_pass_ahead(every, autocast):
                 optimizer.step()
                 optimizer.zero_grad()
             before = ahead
-        if monitor is not None:
-            monitor.detach()
-        return net
 
-    for a, b in zip(run(False).parameters(), run(True).parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert ends_alike(lambda: nn.Linear(5, 2), loop, every=every)
 
 
 class Shared(nn.Module):
@@ -250,20 +249,13 @@ class Shared(nn.Module):
 @pytest.mark.filterwarnings("ignore::gns.notices.GNSWarning")
 @pytest.mark.parametrize("part_first", [True, False])
 def test_a_part_of_the_model_that_is_called_by_itself(part_first):
-    def run(watched):
-        torch.manual_seed(0)
-        net = Shared()
+    def loop(net):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        monitor = GNSMonitor(net, on_error="raise").attach() if watched else None
         for _ in range(4):
             calls = [lambda: net(torch.randn(4, 6)), lambda: net.part(torch.randn(4, 6))]
             losses = [call().square().mean() for call in (calls[::-1] if part_first else calls)]
             sum(losses).backward()
             optimizer.step()
             optimizer.zero_grad()
-        if monitor is not None:
-            monitor.detach()
-        return net
 
-    for a, b in zip(run(False).parameters(), run(True).parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert ends_alike(Shared, loop)
