@@ -116,8 +116,8 @@ Written by `python -m experiments.coverage` from `rows.jsonl.gz`; do not edit. T
 - Monte Carlo error of one cell at 95 %: {percent(low)} … {percent(high)} % (exact binomial 95 % interval).
   Cells of one law, spectrum and n share a noise, so that neighbours err together.
 - Every cell of the toolkit's 95 % set: [CELLS.md](CELLS.md).
-- Since these rows were made a set with |G|² below 0 has no upper end in any case. That changes none of 108,000
-  sets of 20 and 50 steps that were drawn to see, and makes 1 % of those of 3 steps wider."""
+- Since these rows were made a set with |G|² below 0 has no upper end in any case. That changes none of
+  108,000 sets of 20 and 50 steps that were drawn to see, and makes 1 % of those of 3 steps wider."""
 
 
 def _verdict(rows: Sequence[Row], low: float, high: float) -> list[str]:
