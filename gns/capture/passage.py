@@ -107,7 +107,7 @@ def _leaf_gradients(ctx: Any, x: Tensor, dy: Tensor) -> tuple[Tensor | None, ...
     """Gradients of a tap's leaves: norms summed or carried, then gathers', check sums, signed sums."""
     tap, where = ctx.tap, ctx.where
     if not torch.compiler.is_compiling():
-        tap.cross(ctx.checks)
+        tap.cross(getattr(ctx, "checks", tap.checks))  # a compiled forward pass may run backward uncompiled
     if where is None:
         where = Placement(dy.shape[0])
     elif where.misfit or where.ambiguous:

@@ -180,14 +180,15 @@ def test_a_parameter_among_the_outputs_is_left_alone(every):
 
 @pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.*:DeprecationWarning")  # dynamo's own
 @pytest.mark.filterwarnings("ignore:the model's own call was not seen:gns.notices.GNSWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])  # the second leaves the backward pass as it is
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_compiled_model_has_no_graph_break_between_measured_steps(every):
+def test_a_compiled_model_has_no_graph_break_between_measured_steps(every, backend):
     """What is asked of a layer's forward pass there cannot be compiled: fullgraph raised."""
     torch._dynamo.reset()
     model = layers().float()
     optimizer = SGD(model.parameters(), lr=0.01)
     with GNSMonitor(model, every=every, on_error="raise") as monitor:
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
         for x in torch.randn(5, 4, 5):
             compiled(x).square().sum().backward()
             optimizer.step()
