@@ -121,6 +121,16 @@ def test_covering_design(cell):
     check_cell(cell)
 
 
+def compiled_once():
+    """One cell of each compiled engine, of the family that compiles soonest."""
+    return [next(c for c in widest() if (c.family, c.engine) == ("gpt2", name)) for name in COMPILED]
+
+
+@pytest.mark.parametrize("cell", params(compiled_once()))
+def test_each_compiled_engine_once(cell):
+    check_cell(cell)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", params(list(widest())))
 def test_full_product(cell):
