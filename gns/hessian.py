@@ -360,6 +360,7 @@ def _spectrum(
     build = Builder(point, asked.operator, "auto" if asked.operator == "ggn" else _gradients(method))
 
     def product(vector: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """H v over all parts, each by its mass."""
         total = {name: torch.zeros_like(v) for name, v in vector.items()}
         mass = 0.0
         for piece in cut:

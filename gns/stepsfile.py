@@ -277,6 +277,11 @@ class _Reader:
         self._dtype, self._supported, self._first = "float64", True, True
 
     def read(self, line: bytes) -> None:
+        """Read a line.
+
+        Raises:
+            ValueError: it is no record of a step, or no header where one must be.
+        """
         first, self._first = self._first, False
         record = parsed(line)
         header = isinstance(record, dict) and record.get("format") == "gns-steps"

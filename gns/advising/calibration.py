@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from importlib import resources
 
-from gns.estimate import format_count
+from gns.advising.phrases import whole
 
 FILE = "calibration.json"
 PREDICTS = "predicts"
@@ -92,7 +92,9 @@ class Calibration:
 
     def _here(self, ends: tuple[float, float]) -> str:
         low, high = self.applied(ends)
-        return f"at least {_batch(low)}" if math.isinf(high) else _span(low, high)
+        if math.isinf(high):
+            return f"at least {whole(low)}"
+        return " … ".join(dict.fromkeys((whole(low), whole(high))))  # one where both read alike
 
 
 @functools.cache
@@ -124,17 +126,6 @@ def parsed(text: str) -> tuple[Calibration, ...]:
     if not finite:
         raise ValueError(f"{FILE}: a constant without a finite interval; reinstall the package")
     return found
-
-
-def _span(low: float, high: float) -> str:
-    """Write ends of a batch size, as one where both read alike."""
-    ends = _batch(low), _batch(high)
-    return ends[0] if ends[0] == ends[1] else " … ".join(ends)
-
-
-def _batch(value: float) -> str:
-    """Write a batch size: none is smaller than 1."""
-    return format_count(max(1.0, float(round(value))))
 
 
 def _three(value: float) -> str:

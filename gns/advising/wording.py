@@ -109,9 +109,10 @@ def sections(estimate: Estimate, advice: Advice, rate: float | None) -> tuple[Se
         epoch = phrases.one_epoch(advice.plan, target, ends)
     if rate is not None and target != batch:
         transfer = [_transfer(rate, batch, target, ends)]
+    worth = _worth_it(near, ends, data)
     cost, checked = _only_examples_cost(advice.ranges, data), calibrations() if euclidean(estimate) else ()
     found = [
-        (BATCH_SIZE, [*_worth_it(near, ends, data), _why(near), cost], [*_worth_it(near, ends, data), cost]),
+        (BATCH_SIZE, [*worth, _why(near), cost], [*worth, cost]),
         (IN_USE, [used := _batch_in_use(batch, ends, near)], [used]),
         (CHECKED, [each.sentence(ends) for each in checked], [each.brief(ends) for each in checked]),
         (EPOCH, epoch, epoch if advice.plan and advice.plan.largest else epoch[:-1]),

@@ -371,7 +371,7 @@ class Collector:
             self._foreign_steps()
             return
         else:
-            self.ownership.steps()
+            self.ownership.engine_steps()
         if not in_backward():
             self._queued = False
         self.now.learning_rate = learning_rate(optimizer)

@@ -96,11 +96,13 @@ class _SquareOfSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, each: Tensor | None, gather: Gather) -> Tensor:
+        """Give the carrier, [n, *shape]: zeros, as nobody reads it."""
         ctx.gather = gather
         return leaf.new_zeros(()).expand(gather.n, *gather.shape)
 
     @staticmethod
     def backward(ctx: Any, blocks: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Give the squared norms of the uses' sum, [n, *shape], to the leaves."""
         return *ctx.gather.leaf_gradients(of_blocks(blocks, ctx.gather.root)), None
 
 
@@ -109,11 +111,13 @@ class _Norms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, each: Tensor | None, gather: Gather) -> Tensor:
+        """Give the carrier, [n]: zeros, as nobody reads it."""
         ctx.gather = gather
         return leaf.new_zeros(gather.n)
 
     @staticmethod
     def backward(ctx: Any, sq_norms: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Give squared norms, [n], to the leaves."""
         return *ctx.gather.leaf_gradients(sq_norms), None
 
 
@@ -211,6 +215,7 @@ class _Joined(torch.autograd.Function):
     def forward(
         ctx: Any, leaf: Tensor, each: Tensor | None, tie: EmbeddingTie, ids: Tensor, where: Placement
     ) -> tuple[Tensor, ...]:
+        """Give the carriers of ‖H‖² [n], p and dy, both [*ids.shape, D]: zeros, as nobody reads them."""
         ctx.tie, ctx.ids, ctx.where = tie, ids, where
         ctx.set_materialize_grads(False)
         flat, shape = leaf.new_zeros(()), (*ids.shape, tie.shape[1])
@@ -218,6 +223,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Give ‖E + H‖² of the examples, summed, as gradients of the tie's own leaf and the call's."""
         head, p, dy = gradients
         tie, where = ctx.tie, ctx.where
         total = tie.leaf.new_zeros(where.n) if head is None else head

@@ -48,7 +48,10 @@ class InputHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Give the cast arguments, or None to leave them."""
-        if not self.collector.active or not torch._C._is_any_autocast_enabled():
+        if not self.collector.active:
+            return None
+        # a quick look, which the compiler would break its graph at
+        if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
             return None
         if not torch.is_grad_enabled():
             return None

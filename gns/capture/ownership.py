@@ -34,7 +34,7 @@ class Ownership:
         """Note that an optimizer steps that owns measured parameters."""
         self._ours, self._foreign = True, 0
 
-    def steps(self) -> None:
+    def engine_steps(self) -> None:
         """Note that the engine's optimizer steps, where it hides both."""
         self._foreign = 0
 

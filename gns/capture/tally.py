@@ -108,12 +108,14 @@ class _AddedUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, each: Tensor, tally: Tally, n: int) -> tuple[Tensor, ...]:
+        """Give a carrier, [n], for each parameter."""
         ctx.tally, ctx.n = weakref.ref(tally), n  # it leads to the call that holds the carriers
         ctx.set_materialize_grads(False)
         return tuple(leaf.new_empty(n) for _ in tally.places)  # nobody reads them
 
     @staticmethod
     def backward(ctx: Any, *norms: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Give the norms that the layers returned, added up, to the leaves."""
         tally: Tally | None = ctx.tally()
         if tally is None or all(found is None for found in norms):
             return None, None, None, None

@@ -22,6 +22,7 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dloss: Tensor, logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        """Give the slope in the logits, [N, V]; dloss [], labels and share of each row in the mean [N]."""
         p = torch.softmax(logits, -1)
         ctx.save_for_backward(dloss, p, labels, share)
         return _off_label(p.clone(), labels).mul_((share * dloss)[:, None])
@@ -29,6 +30,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, change: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        """Give the derivatives in dloss, [], and in the logits, [N, V], along a change of the slope."""
         dloss, p, labels, share = ctx.saved_tensors
         of_dloss = None
         if ctx.needs_input_grad[0]:

@@ -71,6 +71,7 @@ def describer(given: Any) -> Any:
         return given
 
     def decoded(batch: Any, row: int) -> str:
+        """Give the text of a row, without its padding."""
         from torch import Tensor  # reading a report back needs none
 
         ids, mask = batch["input_ids"][row], batch.get("attention_mask")

@@ -182,15 +182,18 @@ def test_a_parameter_among_the_outputs_is_left_alone(every):
 @pytest.mark.filterwarnings("ignore:the model's own call was not seen:gns.notices.GNSWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])  # the second leaves the backward pass as it is
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_compiled_model_has_no_graph_break_between_measured_steps(every, backend):
-    """What is asked of a layer's forward pass there cannot be compiled: fullgraph raised."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiled_model_has_no_graph_break(every, backend, autocast):
+    """What was asked between measured steps, and under autocast, cannot be compiled: fullgraph raised."""
     torch._dynamo.reset()
     model = layers().float()
     optimizer = SGD(model.parameters(), lr=0.01)
     with GNSMonitor(model, every=every, on_error="raise") as monitor:
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         for x in torch.randn(5, 4, 5):
-            compiled(x).square().sum().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = compiled(x)
+            out.float().square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
     assert [step.n_examples for step in monitor.history] == [4] * len(range(0, 5, every))
